@@ -1,0 +1,254 @@
+"""prune(): trace, check, walk, land. Everything that can be refused is refused before a weight changes."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from statprune.batches import ModelInputs, bind_batches, dynamic_dims, example_batch
+from statprune.errors import NonFiniteError, TracingError
+from statprune.hooks import find_linear_modules, observe_modules
+from statprune.pruning import PrunedWeight, WeightPruner, energy_sq
+from statprune.recipe import Recipe
+from statprune.report import PruningReport, SiteReport
+from statprune.selection import Selection, select
+from statprune.sites import InputGroup, LinearSite, TracedModel
+from statprune.statistics import InputMoments, Statistic
+from statprune.tracing import eval_mode, trace
+from statprune.transform import PruneLinears, apply_
+from statprune.walk import ForwardContext, walk
+
+Progress = Callable[[int, int, str], None]
+"""Called with (groups done, groups in all, name of the group just pruned)."""
+
+
+@dataclass
+class PruningPlan:
+    """Pruned weights that have not landed: the model they belong to is unchanged."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """By parameter name, as the parameter is stored: ready for `torch.func.functional_call`."""
+
+    report: PruningReport = field(default_factory=lambda: PruningReport({}, ""))
+    traced: TracedModel | None = None
+    """The model's graph; None where it could not be exported."""
+
+    def graph_module(self) -> GraphModule:
+        """The model's graph, reading the pruned weights.
+
+        Raises:
+            TracingError: the model could not be exported.
+        """
+        if self.traced is None:
+            raise TracingError(f"There is no graph: {self.report.fallback_reason}. Use torch.func.functional_call.")
+        return PruneLinears(self.weights)(self.traced.graph_module).graph_module  # type: ignore[union-attr]
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    recipe: Recipe | None = None,
+    *,
+    progress: Progress | None = None,
+    forward_context: ForwardContext = contextlib.nullcontext,
+) -> PruningReport:
+    """Prune a model in place.
+
+    Args:
+        model: any `nn.Module`; it is calibrated in eval mode and keeps the modes, the device and the dtype it has.
+        batches: calibration data: token tensors [batch, length], dicts of tensors (an `attention_mask` marks padding with 0),
+            or tuples of the arguments of `forward`. Shapes may differ from batch to batch.
+        recipe: how; the default is the paper's method at 2:4.
+        progress: called after each input group.
+        forward_context: entered around model code, such as an autocast.
+
+    Returns:
+        What was done, for each weight.
+
+    Raises:
+        StatpruneError: bad data, weights, names or widths; before anything is changed. One case cannot be seen so early:
+            activations that are finite on the first batch and not on a later one. The message says so.
+    """
+    landing = _Commit(model)
+    return _run(model, batches, recipe or Recipe(), landing, progress, forward_context).report
+
+
+def plan(
+    model: nn.Module,
+    batches: Iterable[Any],
+    recipe: Recipe | None = None,
+    *,
+    progress: Progress | None = None,
+    forward_context: ForwardContext = contextlib.nullcontext,
+) -> PruningPlan:
+    """What `prune` would do, with the model unchanged; costs a second copy of the pruned weights.
+
+    The arguments and errors are those of `prune`.
+    """
+    return _run(model, batches, recipe or Recipe(), _Twin(), progress, forward_context)
+
+
+class _Commit:
+    """Pruned weights go into the model as they come; memory never holds a second model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.replaced: dict[str, Tensor] = {}
+
+    def __call__(self, site: LinearSite, pruned: PrunedWeight) -> None:
+        apply_(self.model, site, pruned)
+
+
+class _Twin:
+    """Pruned weights are kept aside, and the walk reads them in place of the model's."""
+
+    def __init__(self) -> None:
+        self.replaced: dict[str, Tensor] = {}
+
+    def __call__(self, site: LinearSite, pruned: PrunedWeight) -> None:
+        # Outside of the view: functional_call wants the parameter's own layout, in memory too.
+        self.replaced[site.parameter] = site.view(pruned.weight).contiguous()
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    recipe: Recipe,
+    landing: "_Commit | _Twin",
+    progress: Progress | None,
+    forward_context: ForwardContext,
+) -> PruningPlan:
+    report = PruningReport(recipe.to_dict(), recipe.schedule)
+    inputs = bind_batches(model, batches)
+    check_weights(model)
+    # Lightning validates in inference mode; parameters and statistics that outlive it must be ordinary tensors.
+    with torch.inference_mode(False), torch.no_grad(), eval_mode(model):
+        traced, selection = _look(model, inputs, recipe, report)
+        prune_group = _GroupPruner(model, recipe.pruner(), landing, report, len(selection.groups), progress)
+        _calibrate(model, traced, selection, inputs, prune_group, forward_context)
+    report.left_out = list(selection.left_out)
+    report.num_batches = len(inputs)
+    return PruningPlan(landing.replaced, report, traced)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise NonFiniteError, naming the parameter, where a weight is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise NonFiniteError(
+                f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole? Nothing was changed."
+            )
+
+
+def _look(
+    model: nn.Module, inputs: list[ModelInputs], recipe: Recipe, report: PruningReport
+) -> tuple[TracedModel | None, Selection]:
+    """The model's linear layers and what the recipe makes of them: by its graph, or by module hooks where it has none."""
+    with _timed(report, "trace"):
+        try:
+            traced = trace(model, example_batch(inputs), dynamic_dims(inputs))
+        except TracingError as e:
+            warnings.warn(f"{e}. Falling back to module hooks with one-shot statistics.", stacklevel=4)
+            report.fallback_reason = str(e)
+            report.schedule = "one-shot (module hooks)"
+            return None, select(*find_linear_modules(model, inputs[0]), recipe)
+    return traced, select(traced.groups, traced.left_out, recipe)
+
+
+def _calibrate(
+    model: nn.Module,
+    traced: TracedModel | None,
+    selection: Selection,
+    inputs: list[ModelInputs],
+    prune_group: "_GroupPruner",
+    forward_context: ForwardContext,
+) -> None:
+    """Collect what the pruner needs, at the price of one forward pass, and prune group by group."""
+    report, groups = prune_group.report, selection.groups
+    if prune_group.pruner.needs is Statistic.NONE:
+        report.schedule = "no statistics"
+        for group in groups:
+            prune_group(group, None)
+        return
+    one_shot = report.schedule == "one-shot"
+    started = time.perf_counter()
+    try:
+        if traced is None:
+            observe_modules(model, groups, inputs, prune_group, forward_context=forward_context)
+        else:
+            with _timed(report, "check"):
+                walk(traced, groups, inputs[:1], lambda group, moments: None, forward_context=forward_context)
+            started = time.perf_counter()
+            walk(
+                traced, groups, inputs, prune_group,
+                one_shot=one_shot, replaced=prune_group.landing.replaced, forward_context=forward_context,
+            )  # fmt: skip
+    except NonFiniteError as e:
+        in_place = isinstance(prune_group.landing, _Commit) and report.sites
+        raise NonFiniteError(
+            f"{e} "
+            + (
+                f"{len(report.sites)} weights before it are pruned already: reload the model."
+                if in_place
+                else "Nothing was changed."
+            )
+        ) from e
+    report.seconds["walk"] = time.perf_counter() - started - report.seconds["prune"]
+
+
+class _GroupPruner:
+    """Prunes and lands the weights of one group after the other, and writes the report."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: WeightPruner,
+        landing: "_Commit | _Twin",
+        report: PruningReport,
+        num_groups: int,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.pruner, self.landing, self.report = model, pruner, landing, report
+        self.num_groups, self.num_done, self.progress = num_groups, 0, progress
+        report.seconds["prune"] = 0.0
+
+    def __call__(self, group: InputGroup, moments: InputMoments | None) -> None:
+        with _timed(self.report, "prune"):
+            for site in group.sites:
+                weight = site.view(self.model.get_parameter(site.parameter).detach())
+                pruned = self.pruner(weight, moments)
+                self.report.sites.append(_site_report(site, weight, pruned))
+                self.landing(site, pruned)
+        if moments is not None and not self.report.num_tokens:
+            self.report.num_tokens = int(moments.num_tokens)
+        self.num_done += 1
+        if self.progress is not None:
+            self.progress(self.num_done, self.num_groups, group.name)
+
+
+def _site_report(site: LinearSite, weight: Tensor, pruned: PrunedWeight) -> SiteReport:
+    return SiteReport(
+        name=site.name,
+        parameter=site.parameter,
+        shape=site.shape,
+        stored=site.layout,
+        num_pruned=pruned.keep.numel() - int(pruned.keep.sum()),
+        num_zeros=int((pruned.weight == 0).sum()),
+        energy_before=energy_sq(weight),
+        energy_after=energy_sq(pruned.weight),
+    )
+
+
+@contextlib.contextmanager
+def _timed(report: PruningReport, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -1,0 +1,47 @@
+"""Every error statprune raises on purpose.
+
+One root class, so that `except StatpruneError` catches them all; each child is also the builtin that a
+caller who has never heard of statprune would expect. A message names the thing, what came, what was
+expected, and the way out.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class StatpruneError(Exception):
+    """Root of every error that statprune raises on purpose."""
+
+
+class RecipeError(StatpruneError, ValueError):
+    """A recipe asks for something that does not exist or makes no sense."""
+
+
+class CalibrationError(StatpruneError, ValueError):
+    """The calibration or evaluation data cannot be used with this model."""
+
+
+class NonFiniteError(StatpruneError, ValueError):
+    """NaN or infinity in weights, inputs or activations."""
+
+
+class SiteError(StatpruneError, ValueError):
+    """A weight cannot be pruned as asked, or a name pattern matches no weight."""
+
+
+class TracingError(StatpruneError, RuntimeError):
+    """The model could not be turned into a graph of linear layers."""
+
+
+class ModelError(StatpruneError, ValueError):
+    """The model folder cannot be loaded safely."""
+
+
+class CheckpointError(StatpruneError, RuntimeError):
+    """A checkpoint cannot be written, or does not keep a promise of its `pruning.json`."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'cvr'?"` for the closest known name, or an empty string where nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,118 @@
+"""Patterns: which weights stay? A pattern turns scores into a boolean keep mask (True = kept).
+
+It keeps *exactly* the number it promises, ties or not. A threshold (`score <= t`) does not: with all weights equal
+it prunes everything, which is how several published implementations behave.
+
+    2:4 on one row        | 9 1 3 4 | 2 2 2 2 |     scores
+    NM(keep=2, of=4)      | T . . T | T T . . |     two stay in each four consecutive inputs
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Pattern(Protocol):
+    """Turns scores [..., out, in] into a keep mask of the same shape, True = kept."""
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """The keep mask."""
+
+    def fits(self, in_features: int) -> bool:
+        """Whether rows of this width can have the pattern."""
+
+
+def keep_highest(score: Tensor, num_kept: int) -> Tensor:
+    """Keep exactly `num_kept` highest scores along the last dimension; ties are broken by position, never by count."""
+    keep = torch.zeros_like(score, dtype=torch.bool)
+    return keep.scatter_(-1, score.topk(num_kept, dim=-1, sorted=False).indices, True)
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Prune a fraction of the weights, wherever they stand."""
+
+    sparsity: float
+    """Fraction of the weights to prune, in [0, 1). The number pruned is rounded down, so no row is ever emptied."""
+
+    rank_over: Literal["row", "layer"] = "row"
+    """Weights compete within their output row (Wanda's choice) or within the whole layer."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"Unstructured(sparsity={self.sparsity}): expected a fraction in [0, 1), such as 0.5 for half of the weights."
+            )
+        if self.rank_over not in ("row", "layer"):
+            raise ValueError(f"Unstructured(rank_over={self.rank_over!r}): expected 'row' or 'layer'.")
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """[..., out, in] scores to a keep mask with exactly `floor(sparsity * n)` False in each ranking group of n."""
+        ranked = score if self.rank_over == "row" else score.flatten(-2)
+        return keep_highest(ranked, ranked.shape[-1] - self.num_pruned(ranked.shape[-1])).view_as(score)
+
+    def num_pruned(self, group_size: int) -> int:
+        """How many of `group_size` competing weights go."""
+        # 0.29 * 100 is 28.999999999999996 in floating point; nobody who asks for 29 % means 28.
+        return min(math.floor(self.sparsity * group_size + 1e-6), group_size - 1)
+
+    def fits(self, in_features: int) -> bool:
+        """Any width will do."""
+        return True
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:.6g}%"
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `keep` of every `of` consecutive inputs: `NM(keep=2, of=4)` is 2:4.
+
+    Both numbers have names because projects disagree: in some, the N of N:M is what stays, in others what goes.
+    """
+
+    keep: int
+    """How many weights stay in each group."""
+
+    of: int
+    """How many consecutive inputs form a group."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= self.of:
+            raise ValueError(f"NM(keep={self.keep}, of={self.of}): expected 0 < keep <= of, such as NM(keep=2, of=4).")
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """[..., out, in] scores to a keep mask with exactly `keep` True in each `of` consecutive inputs.
+
+        Raises:
+            ValueError: `of` does not divide the number of inputs.
+        """
+        if not self.fits(score.shape[-1]):
+            raise ValueError(f"{self} on rows of {score.shape[-1]} inputs: expected a width that {self.of} divides.")
+        return keep_highest(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
+
+    def fits(self, in_features: int) -> bool:
+        """Whether `of` divides the width."""
+        return in_features % self.of == 0
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+
+PATTERNS = {"unstructured": Unstructured, "nm": NM}
+"""Patterns by the name a recipe uses."""
+
+SHORTHAND_HELP = "'50%' for half of the weights anywhere, '2:4' for two of every four"
+
+
+def parse_shorthand(text: str) -> Pattern | None:
+    """`"50%"` or `"2:4"` as a pattern; None where the text is neither."""
+    if found := re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text):
+        return Unstructured(float(found[1]) / 100)
+    if found := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
+        return NM(keep=int(found[1]), of=int(found[2]))
+    return None

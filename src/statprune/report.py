@@ -1,0 +1,94 @@
+"""What a run did, as data: the record that goes into `pruning.json`, and a text of it for people."""
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from statprune.sites import LeftOut
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What happened to one weight."""
+
+    name: str
+    parameter: str
+    shape: tuple[int, int]
+    """(out, in)."""
+    stored: str
+    """`out_in` or `in_out`: which of the two the parameter's first dimension is."""
+    num_pruned: int
+    """Weights that the mask took away."""
+    num_zeros: int
+    """Zeros in the weight now: those, and kept ones that were zero anyway."""
+    energy_before: float
+    """Sum of squared weights, dense."""
+    energy_after: float
+    """Sum of squared weights now."""
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights the matrix has."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.num_zeros / self.num_weights
+
+
+@dataclass
+class PruningReport:
+    """What a run did to a model."""
+
+    recipe: dict[str, Any]
+    schedule: str
+    """`walk`, `one-shot`, `one-shot (module hooks)` where the model cannot be exported, or `no statistics`."""
+    sites: list[SiteReport] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    num_batches: int = 0
+    num_tokens: int = 0
+    """Calibration tokens that the first layer saw; padding does not count."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """`trace`, `check`, `walk`, `prune`; a command adds `save`."""
+    fallback_reason: str | None = None
+    """Why module hooks were used instead of the graph."""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned weights."""
+        return sum(site.num_zeros for site in self.sites) / max(1, self.num_weights)
+
+    @property
+    def energy_ratio(self) -> float:
+        """Sum of squared weights after over before, over all pruned weights."""
+        return sum(site.energy_after for site in self.sites) / max(1e-300, sum(site.energy_before for site in self.sites))
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in all sites."""
+        return sum(site.num_weights for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "sparsity": self.sparsity, "energy_ratio": self.energy_ratio, "versions": versions()}
+
+    def __str__(self) -> str:
+        took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return (
+            f"{len(self.sites)} weights, {self.num_weights:,} parameters: {100 * self.sparsity:.2f} % are zero now, "
+            f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, {self.num_tokens:,} calibration tokens; "
+            f"{took}"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose version can change a number."""
+    found = {"python": platform.python_version()}
+    for package in ("statprune", "torch", "lightning", "transformers", "torchmetrics"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,88 @@
+"""Which sites a recipe prunes, and why the others stay dense."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from statprune.errors import SiteError, nearest
+from statprune.recipe import Recipe
+from statprune.sites import InputGroup, LeftOut, LinearSite
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a recipe makes of a model."""
+
+    groups: tuple[InputGroup, ...]
+    """With the sites to prune, in execution order."""
+
+    left_out: tuple[LeftOut, ...]
+    """Every other weight with two or more dimensions."""
+
+    @property
+    def sites(self) -> list[LinearSite]:
+        """The sites to prune, in execution order."""
+        return [site for group in self.groups for site in group.sites]
+
+
+def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Recipe) -> Selection:
+    """Apply a recipe's `targets`, `ignore` and `on_indivisible`.
+
+    Raises:
+        SiteError: a glob matches no weight, or only weights that cannot be pruned; nothing is left to prune; a width
+            that the pattern does not divide.
+    """
+    names = [site.name for group in groups for site in group.sites]
+    for key, patterns in (("targets", recipe.targets or ()), ("ignore", recipe.ignore)):
+        for pattern in patterns:
+            _check_glob(key, pattern, names, left_out)
+    kept_groups, excluded = [], list(left_out)
+    for group in groups:
+        chosen = []
+        for site in group.sites:
+            if reason := _exclusion(site, recipe):
+                excluded.append(LeftOut(site.name, site.shape, reason))
+            else:
+                chosen.append(site)
+        if chosen:
+            kept_groups.append(replace(group, sites=tuple(chosen)))
+    if not kept_groups:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in excluded[:5]) or "it has no weight matrices"
+        raise SiteError(f"Nothing in this model is left to prune ({reasons}). Name layers in `targets` to prune them anyway.")
+    return Selection(tuple(kept_groups), tuple(excluded))
+
+
+def _exclusion(site: LinearSite, recipe: Recipe) -> str | None:
+    if any(_matches(pattern, site.name) for pattern in recipe.ignore):
+        return "ignored by the recipe"
+    if recipe.targets is not None and not any(_matches(pattern, site.name) for pattern in recipe.targets):
+        return "not among the recipe's targets"
+    if recipe.targets is None and site.default_exclusion:
+        return site.default_exclusion
+    if not recipe.build_pattern().fits(site.shape[1]):
+        reason = f"{recipe.build_pattern()} does not divide its width of {site.shape[1]}"
+        if recipe.on_indivisible == "error":
+            raise SiteError(
+                f"{site.name}: {reason}. Leave such layers dense with on_indivisible: skip, name them in `ignore`, "
+                "or choose another pattern. Nothing was changed."
+            )
+        return reason
+    return None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)
+
+
+def _check_glob(key: str, pattern: str, names: Sequence[str], left_out: Sequence[LeftOut]) -> None:
+    if any(_matches(pattern, name) for name in names):
+        return
+    others = [one for one in left_out if _matches(pattern, one.name) or _matches(pattern, one.name.removesuffix(".weight"))]
+    if others and key == "ignore":
+        return
+    if others:
+        raise SiteError(f"Recipe({key}=[{pattern!r}]): {others[0].name} cannot be pruned: {others[0].reason}.")
+    raise SiteError(
+        f"Recipe({key}=[{pattern!r}]) matches no weight of this model.{nearest(pattern, names)} "
+        "`statprune inspect` lists the names; '*' matches anything, dots included."
+    )

@@ -1,0 +1,306 @@
+"""Linear layers of an exported graph: sites, input groups, and what is left out and why.
+
+No knowledge of any model family: a site is a parameter that a node multiplies by, an input group is the node that its
+sites read, and names of modules matter to people only.
+
+    normed --+-- linear q_proj        one input group:
+             +-- linear k_proj        one set of statistics
+             +-- linear v_proj        for three sites
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+Layout = Literal["out_in", "in_out"]
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear weight that can be pruned."""
+
+    name: str
+    """What people call it: the parameter's qualified name without a trailing `.weight`."""
+
+    parameter: str
+    """The parameter's fully qualified name in the model."""
+
+    layout: Layout
+    """How the parameter is stored: `nn.Linear` is [out, in], `transformers.Conv1D` is [in, out]."""
+
+    shape: tuple[int, int]
+    """(out, in)."""
+
+    aliases: tuple[str, ...] = ()
+    """Other names of the same parameter (tied weights)."""
+
+    num_reads: int = 1
+    """How many nodes read the parameter."""
+
+    feeds_output: bool = False
+    """Whether its result is an output of the model, up to operations on that result alone (the lm_head)."""
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The parameter seen as [out, in]: a view, so that writing to it writes to the parameter."""
+        return parameter.t() if self.layout == "in_out" else parameter
+
+    @property
+    def default_exclusion(self) -> str | None:
+        """Why this site stays dense unless it is asked for by name; None where it does not."""
+        reasons = [
+            "feeds the output" if self.feeds_output else "",
+            f"tied to {', '.join(self.aliases)}" if self.aliases else "",
+            f"read in {self.num_reads} places" if self.num_reads > 1 and not self.aliases else "",
+        ]
+        return ", ".join(reason for reason in reasons if reason) or None
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Sites that read the same tensor, and so share one set of statistics."""
+
+    sites: tuple[LinearSite, ...]
+    input_node: Node | None = None
+    """The tensor's node; None where there is no graph (module hooks)."""
+
+    first_reader: Node | None = None
+    """The first linear that reads it, in execution order."""
+
+    token_mask: str | None = None
+    """Name of the model input that marks this tensor's padding with 0."""
+
+    @property
+    def name(self) -> str:
+        """The first site's name."""
+        return self.sites[0].name
+
+    @property
+    def in_features(self) -> int:
+        """How many channels the tensor has."""
+        return self.sites[0].shape[1]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight with two or more dimensions that stays dense, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """The graph of one forward pass, and the linear layers in it."""
+
+    graph_module: GraphModule
+    """Reads the model's own parameters: what is written to the model is what the graph computes with."""
+
+    groups: tuple[InputGroup, ...]
+    """In execution order of their first reader."""
+
+    left_out: tuple[LeftOut, ...]
+    """Weights that are no linear layer's."""
+
+
+def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedModel:
+    """Every linear layer of an exported graph, grouped by the tensor it reads, and every weight that is none."""
+    nodes = list(graph_module.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    reads_of: dict[int, list[_Read]] = defaultdict(list)
+    for node in nodes:
+        if node.op == "get_attr" and id(parameter := attribute(graph_module, node.target)) in names_of:
+            reads_of[id(parameter)].extend(_reads(node, "out_in"))
+
+    members: dict[Node, list[tuple[Node, LinearSite]]] = defaultdict(list)
+    site_ids = set()
+    for parameter_id, reads in reads_of.items():
+        linears = sorted((read for read in reads if _linear_input(read) is not None), key=lambda r: position[r.reader])
+        if not linears:
+            continue
+        # A weight that several linears read is pruned at the first of them, with that one's statistics.
+        first = linears[0]
+        tensor = _linear_input(first)
+        assert tensor is not None
+        names = names_of[parameter_id]
+        chosen = _parameter_name(first.reader, names)
+        rows, columns = model.get_parameter(chosen).shape
+        site = LinearSite(
+            name=chosen.removesuffix(".weight"),
+            parameter=chosen,
+            layout=first.layout,
+            shape=(rows, columns) if first.layout == "out_in" else (columns, rows),
+            aliases=tuple(name for name in names if name != chosen),
+            num_reads=len(reads),
+            feeds_output=any(_feeds_output(read.reader) for read in linears),
+        )
+        members[_same_tokens(tensor, site.shape[1])].append((first.reader, site))
+        site_ids.add(parameter_id)
+
+    masks = _TokenMasks(nodes)
+    groups = []
+    for tensor, sites in members.items():
+        sites.sort(key=lambda member: position[member[0]])
+        groups.append((sites[0][0], InputGroup(tuple(s for _, s in sites), tensor, sites[0][0], masks.of(tensor))))
+    groups.sort(key=lambda group: position[group[0]])
+    left_out = tuple(
+        LeftOut(name, tuple(parameter.shape), _why_no_site(parameter, reads_of[id(parameter)]))
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in site_ids
+    )
+    return TracedModel(graph_module, tuple(group for _, group in groups), left_out)
+
+
+def attribute(graph_module: GraphModule, target: Any) -> Any:
+    """What a `get_attr` node reads."""
+    value: Any = graph_module
+    for part in str(target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def is_mutable(node: Node) -> bool:
+    """Whether the node writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+aten = torch.ops.aten
+_LINEARS = {aten.linear.default: (0, 1), aten.mm.default: (0, 1), aten.matmul.default: (0, 1), aten.addmm.default: (1, 2)}
+"""Ops that multiply tokens by a weight, and where the tokens and the weight stand among the arguments."""
+
+_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
+
+_CASTS = {
+    aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
+}  # fmt: skip
+
+_SAME_TOKENS = _CASTS | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.dropout.default}
+"""Ops that hand on the same tokens with the same channels: a linear behind them reads what stands before them."""
+
+
+class _Read(NamedTuple):
+    """A node that reads a parameter, perhaps through transposes and casts of it."""
+
+    reader: Node
+    weight: Node
+    layout: Layout
+
+
+def _reads(node: Node, layout: Layout) -> Iterator[_Read]:
+    for user in node.users:
+        if user.target in _TRANSPOSES and len(_shape(user)) == 2:
+            yield from _reads(user, "in_out" if layout == "out_in" else "out_in")
+        elif user.target in _CASTS:
+            yield from _reads(user, layout)
+        elif user.target is aten.linear.default:
+            yield _Read(user, node, layout)
+        else:  # every other product has its weight as [in, out]
+            yield _Read(user, node, "in_out" if layout == "out_in" else "out_in")
+
+
+def _linear_input(read: _Read) -> Node | None:
+    """The tokens that the reader multiplies by this 2-D weight; None where it does something else with it."""
+    tokens_at, weight_at = _LINEARS.get(read.reader.target, (0, 0))  # type: ignore[arg-type]
+    if not weight_at or read.reader.args[weight_at] is not read.weight or len(_shape(read.weight)) != 2:
+        return None
+    tokens = read.reader.args[tokens_at]
+    return tokens if isinstance(tokens, Node) else None
+
+
+def _shape(node: Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _same_tokens(tensor: Node, in_features: int) -> Node:
+    """The earliest node with the same tokens and the same channels."""
+    while tensor.target in _SAME_TOKENS:
+        source = tensor.args[0]
+        shape = _shape(source) if isinstance(source, Node) else ()
+        if not shape or shape[-1] != in_features:
+            break
+        assert isinstance(source, Node)
+        tensor = source
+    return tensor
+
+
+def _parameter_name(reader: Node, names: Sequence[str]) -> str:
+    """Of a tied parameter's names, the one that belongs to the module that this linear came from."""
+    modules = [path for path, _ in reader.meta.get("nn_module_stack", {}).values()]
+    owned = [name for name in names if modules and name.rpartition(".")[0] == modules[-1]]
+    return (owned or list(names))[0]
+
+
+def _feeds_output(linear: Node) -> bool:
+    """Whether the result reaches the output through operations on nothing else: slices, casts, a soft cap, a tanh."""
+    derived, frontier = {linear}, [linear]
+    while frontier:
+        for user in frontier.pop().users:
+            if user.op == "output":
+                return True
+            if user not in derived and all(source in derived or _is_number(source) for source in user.all_input_nodes):
+                derived.add(user)
+                frontier.append(user)
+    return False
+
+
+def _is_number(node: Node) -> bool:
+    return not isinstance(node.meta.get("val"), Tensor) and node.op != "get_attr"
+
+
+def _why_no_site(parameter: Tensor, reads: Sequence[_Read]) -> str:
+    if not reads:
+        return "not read in this forward pass"
+    ops = sorted({str(read.reader.target).removeprefix("aten.").split(".")[0] for read in reads})
+    if "embedding" in ops:
+        return "embedding"
+    if parameter.ndim == 3 and any("mm" in op for op in ops):
+        return f"a stack of {parameter.shape[0]} expert matrices, each with tokens of its own: not supported yet"
+    return f"read by {', '.join(ops)}, not by a linear layer"
+
+
+class _TokenMasks:
+    """Which attention mask, if any, marks the padding of a tensor.
+
+    A mask [batch, length] speaks for the tensors that depend on an input of the same batch and length; in an
+    encoder-decoder, what depends on a decoder input has the decoder's mask.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.sources: dict[Node, frozenset[str]] = {}
+        for node in nodes:
+            own = {str(node.target)} if node.op == "placeholder" else set()
+            self.sources[node] = frozenset(own).union(*(self.sources[source] for source in node.all_input_nodes))
+        placeholders = {str(node.target): _shape(node) for node in nodes if node.op == "placeholder"}
+        self.companions = {
+            mask: {
+                name
+                for name, other in placeholders.items()
+                if other[:2] == shape and name != mask and _is_decoders(name) == _is_decoders(mask)
+            }
+            for mask, shape in placeholders.items()
+            if mask.endswith("attention_mask") and len(shape) == 2
+        }
+        self.has_decoder = any(_is_decoders(name) for name in placeholders)
+
+    def of(self, tensor: Node) -> str | None:
+        sources = self.sources[tensor]
+        in_decoder = any(_is_decoders(name) for name in sources)
+        for mask, companions in self.companions.items():
+            if _is_decoders(mask) == in_decoder and companions & sources:
+                return mask
+        return None
+
+
+def _is_decoders(name: str) -> bool:
+    return name.startswith("decoder_")

@@ -1,0 +1,58 @@
+"""Landing pruned weights: in a twin graph that leaves the model alone, or in the model itself.
+
+Two ways, one mathematics. `PruneLinears(weights)(graph_module)` is the `torch.fx` pass: a graph whose linear nodes read
+the pruned weights while the original stays as it was. `apply_` is the only function of this package that changes a model.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from statprune.errors import SiteError
+from statprune.pruning import PrunedWeight
+from statprune.sites import LinearSite
+
+
+class PruneLinears(PassBase):
+    """A pass that returns a graph module reading pruned weights; everything else is shared with the original.
+
+    Args:
+        weights: by parameter name, as the parameter is stored (see `LinearSite.view`).
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = dict(weights)
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """Refuse a graph that does not read a weight of the plan.
+
+        Raises:
+            SiteError: names the weight.
+        """
+        read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+        for name in self.weights:
+            if name not in read:
+                raise SiteError(f"PruneLinears: the graph does not read {name}. Was it traced from another model?")
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """The twin; the graph module that came in is not changed."""
+        graph = Graph()
+        graph.output(graph.graph_copy(graph_module.graph, {}))
+        graph._codegen = graph_module.graph._codegen
+        # A new GraphModule has containers of its own that refer to the same parameters, so replacing one there does
+        # not reach the original.
+        twin = GraphModule(graph_module, graph)
+        for name, weight in self.weights.items():
+            container, _, attribute = name.rpartition(".")
+            setattr(twin.get_submodule(container), attribute, nn.Parameter(weight, requires_grad=False))
+        return PassResult(twin, modified=bool(self.weights))
+
+
+@torch.no_grad()
+def apply_(model: nn.Module, site: LinearSite, pruned: PrunedWeight) -> None:
+    """Write a pruned weight into the model, in place: ties, optimizers and sharded parameters keep working."""
+    site.view(model.get_parameter(site.parameter)).copy_(pruned.weight)
