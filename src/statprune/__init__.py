@@ -6,6 +6,9 @@ Reading order, which is also the direction of the imports and of the data:
                statistics      criteria  patterns     compensation       transform  perplexity    checkpoint
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from statprune.compress import PruningPlan, plan, prune
 from statprune.errors import StatpruneError
 from statprune.patterns import NM, Unstructured
@@ -13,14 +16,32 @@ from statprune.recipe import Recipe
 from statprune.report import PruningReport
 from statprune.statistics import InputMoments
 
+if TYPE_CHECKING:
+    from statprune.callback import StatisticalPruning
+    from statprune.modules import CausalLM, TextData
+    from statprune.perplexity import Perplexity
+
 __all__ = [
     "NM",
+    "CausalLM",
     "InputMoments",
+    "Perplexity",
     "PruningPlan",
     "PruningReport",
     "Recipe",
+    "StatisticalPruning",
     "StatpruneError",
+    "TextData",
     "Unstructured",
     "plan",
     "prune",
 ]
+
+# Lightning and torchmetrics take seconds to import, and `prune` needs neither.
+_IMPORTED_AT_USE = {"StatisticalPruning": "callback", "CausalLM": "modules", "TextData": "modules", "Perplexity": "perplexity"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IMPORTED_AT_USE:
+        raise AttributeError(f"module 'statprune' has no attribute {name!r}")
+    return getattr(import_module(f"statprune.{_IMPORTED_AT_USE[name]}"), name)

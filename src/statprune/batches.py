@@ -6,11 +6,12 @@ tuple of the arguments of `forward`. Shapes may differ from batch to batch.
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from statprune.errors import CalibrationError, NonFiniteError
 
@@ -23,13 +24,13 @@ class ModelInputs:
     """What one forward pass takes."""
 
     args: tuple[Any, ...]
-    """Only for a `forward` that takes `*args`; otherwise everything has a name."""
+    """Only for a `forward` with arguments that have no name; otherwise everything has one."""
 
     kwargs: dict[str, Any]
 
-    def leaves(self) -> list[Any]:
-        """The values in the order of the exported graph's placeholders."""
-        return [*self.args, *self.kwargs.values()]
+    def tensors(self) -> list[Tensor]:
+        """In the order of the exported graph's placeholders; those inside lists and dicts too."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -43,10 +44,15 @@ def bind_batches(model: nn.Module, batches: Iterable[Any]) -> list[ModelInputs]:
     """Every batch as inputs of this model, on its device, all with the same names.
 
     Raises:
-        CalibrationError: no batches; a batch of an unknown kind or with other inputs than the first; tokens beyond the
-            vocabulary; sequences longer than the model's context.
+        CalibrationError: no batches; a batch of an unknown kind or with other inputs than the first; nothing but padding;
+            tokens beyond the vocabulary; sequences longer than the model's context.
         NonFiniteError: NaN or infinity in a floating-point input.
     """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"prune(batches=...) is a {type(batches).__name__}: expected several batches, such as a list or a DataLoader. "
+            "Wrap a single batch in a list."
+        )
     bound = [_bind(model, batch, index) for index, batch in enumerate(batches)]
     if not bound:
         raise CalibrationError(
@@ -55,20 +61,25 @@ def bind_batches(model: nn.Module, batches: Iterable[Any]) -> list[ModelInputs]:
         )
     first = bound[0]
     for index, inputs in enumerate(bound):
-        if list(inputs.kwargs) != list(first.kwargs) or len(inputs.args) != len(first.args):
+        if inputs.kwargs.keys() == first.kwargs.keys():
+            inputs = bound[index] = replace(inputs, kwargs={name: inputs.kwargs[name] for name in first.kwargs})
+        if _frame(inputs) != _frame(first):
             raise CalibrationError(
-                f"Calibration batch {index} has the inputs {list(inputs.kwargs) or len(inputs.args)}, the first batch had "
-                f"{list(first.kwargs) or len(first.args)}: expected the same inputs in every batch."
+                f"Calibration batch {index} has the inputs {_describe(inputs)}, the first batch had {_describe(first)}: "
+                "expected the same inputs in every batch, with the same value where an input is not a tensor."
             )
         _check(model, inputs, index)
+    for name in first.kwargs:
+        if name.endswith("attention_mask") and not any(bool(inputs.kwargs[name].any()) for inputs in bound):
+            raise CalibrationError(f"The calibration batches are all padding: {name!r} is 0 everywhere, and 1 marks a token.")
     return bound
 
 
 def dynamic_dims(batches: Sequence[ModelInputs]) -> list[set[int]]:
-    """For each input, the dimensions whose size differs between batches."""
+    """For each of `ModelInputs.tensors()`, the dimensions whose size differs between batches."""
     dims: list[set[int]] = []
-    for values in zip(*(inputs.leaves() for inputs in batches), strict=True):
-        shapes = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
+    for tensors in zip(*(inputs.tensors() for inputs in batches), strict=True):
+        shapes = [tuple(tensor.shape) for tensor in tensors]
         if len({len(shape) for shape in shapes}) > 1:
             raise CalibrationError(f"A calibration input has {len(shapes[0])} dimensions in the first batch and others later.")
         dims.append({dim for dim, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1})
@@ -76,8 +87,36 @@ def dynamic_dims(batches: Sequence[ModelInputs]) -> list[set[int]]:
 
 
 def example_batch(batches: Sequence[ModelInputs]) -> ModelInputs:
-    """The batch to trace with: torch.export takes a size of 1 for a constant, so the largest one."""
-    return max(batches, key=lambda inputs: sum(leaf.numel() for leaf in inputs.leaves() if isinstance(leaf, Tensor)))
+    """Inputs to trace with: torch.export takes a size of 1 for a constant, so no size that varies may be 1 here."""
+    dims = dynamic_dims(batches)
+
+    def preference(inputs: ModelInputs) -> tuple[int, int]:
+        sizes = [tensor.shape[dim] for tensor, varying in zip(inputs.tensors(), dims, strict=True) for dim in varying]
+        return -sizes.count(1), sum(tensor.numel() for tensor in inputs.tensors())
+
+    best = max(batches, key=preference)
+    varying = iter(dims)
+
+    def widen(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            for dim in next(varying):
+                leaf = leaf.repeat_interleave(2, dim) if leaf.shape[dim] == 1 else leaf
+        return leaf
+
+    return replace(best, args=tree_map(widen, best.args), kwargs=tree_map(widen, best.kwargs))
+
+
+def _frame(inputs: ModelInputs) -> tuple[Any, list[Any]]:
+    """The inputs without their tensors: what one graph of the model holds as constants."""
+    leaves, structure = tree_flatten((inputs.args, inputs.kwargs))
+    return structure, ["a tensor" if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _describe(inputs: ModelInputs) -> str:
+    def name_kind(leaf: Any) -> Any:
+        return "tensor" if isinstance(leaf, Tensor) else leaf
+
+    return str([*tree_map(name_kind, inputs.args), tree_map(name_kind, inputs.kwargs)])
 
 
 def _bind(model: nn.Module, batch: Any, index: int) -> ModelInputs:
@@ -101,14 +140,15 @@ def _bind(model: nn.Module, batch: Any, index: int) -> ModelInputs:
     except TypeError as e:
         raise CalibrationError(f"Calibration batch {index} does not fit {type(model).__name__}.forward: {e}.") from e
     named = dict(arguments.arguments)
-    parameters = arguments.signature.parameters
-    variadic = next((p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL and p.name in named), None)
-    extra = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD and p.name in named), None)
-    if variadic is None:
-        args, kwargs = (), {**{key: value for key, value in named.items() if key != extra}, **named.get(extra or "", {})}
+    kinds = {name: arguments.signature.parameters[name].kind for name in named}
+    if any(kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) for kind in kinds.values()):
+        args, kwargs = arguments.args, arguments.kwargs
+    else:
+        extra = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
+        args, kwargs = (), {**{name: value for name, value in named.items() if name != extra}, **named.get(extra or "", {})}
     return ModelInputs(
-        tuple(_to_model(model, value, device) for value in args),
-        {name: _to_model(model, value, device) for name, value in kwargs.items()},
+        tree_map(lambda value: _to_model(model, value, device), args),
+        tree_map(lambda value: _to_model(model, value, device), kwargs),
     )
 
 
@@ -133,25 +173,41 @@ def _to_model(model: nn.Module, value: Any, device: torch.device) -> Any:
 
 
 def _check(model: nn.Module, inputs: ModelInputs, index: int) -> None:
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(config, "vocab_size", None)
-    context = getattr(config, "max_position_embeddings", None)
+    if not inputs.tensors():
+        raise CalibrationError(f"Calibration batch {index} has no tensor in it: {_describe(inputs)}. Convert lists and arrays.")
+    vocabulary, context = _limits(model)
     for name, value in [*enumerate(inputs.args), *inputs.kwargs.items()]:
-        if not isinstance(value, Tensor) or value.is_meta:
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                _check_tensor(str(name), tensor, index)
+        if name not in ("input_ids", "decoder_input_ids") or not isinstance(value, Tensor) or value.is_meta:
             continue
-        if value.numel() == 0:
-            raise CalibrationError(f"Calibration batch {index}: the input {name!r} of shape {tuple(value.shape)} is empty.")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise NonFiniteError(f"Calibration batch {index}: NaN or infinity in the input {name!r}. Nothing was changed.")
-        if name in ("input_ids", "decoder_input_ids"):
-            if isinstance(vocabulary, int) and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
-                raise CalibrationError(
-                    f"Calibration batch {index}: token ids from {int(value.min())} to {int(value.max())} in {name!r}, but the "
-                    f"model's vocabulary has {vocabulary}. Was the text tokenized with another model's tokenizer?"
-                )
-            if isinstance(context, int) and value.shape[-1] > context:
-                raise CalibrationError(
-                    f"Calibration batch {index}: sequences of {value.shape[-1]} tokens in {name!r}, longer than the model's "
-                    f"context of {context}. Cut them, or use a --seqlen of at most {context}."
-                )
+        if isinstance(vocabulary, int) and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+            raise CalibrationError(
+                f"Calibration batch {index}: token ids from {int(value.min())} to {int(value.max())} in {name!r}, but the "
+                f"model's vocabulary has {vocabulary}. Was the text tokenized with another model's tokenizer?"
+            )
+        if isinstance(context, int) and value.shape[-1] > context:
+            raise CalibrationError(
+                f"Calibration batch {index}: sequences of {value.shape[-1]} tokens in {name!r}, longer than the model's "
+                f"context of {context}. Cut them, or use a --seqlen of at most {context}."
+            )
+
+
+def _check_tensor(name: str, tensor: Tensor, index: int) -> None:
+    if tensor.numel() == 0:
+        raise CalibrationError(f"Calibration batch {index}: the input {name!r} of shape {tuple(tensor.shape)} is empty.")
+    if not tensor.is_floating_point():
+        return
+    # A mask that is added to attention scores has -inf in it, and rightly.
+    is_bad = torch.isnan(tensor) if "mask" in name else ~torch.isfinite(tensor)
+    if is_bad.any():
+        raise NonFiniteError(f"Calibration batch {index}: NaN or infinity in the input {name!r}. Nothing was changed.")
+
+
+def _limits(model: nn.Module) -> tuple[Any, Any]:
+    """Vocabulary and context of the transformers model that this is, or that is somewhere inside it; None where not known."""
+    config: Any = next((module.config for module in model.modules() if is_transformers_model(module)), None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)

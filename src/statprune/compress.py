@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from statprune.batches import ModelInputs, bind_batches, dynamic_dims, example_batch
-from statprune.errors import NonFiniteError, TracingError
+from statprune.errors import NonFiniteError, SiteError, StatpruneError, TracingError
 from statprune.hooks import find_linear_modules, observe_modules
 from statprune.pruning import PrunedWeight, WeightPruner, energy_sq
 from statprune.recipe import Recipe
@@ -20,7 +20,7 @@ from statprune.report import PruningReport, SiteReport
 from statprune.selection import Selection, select
 from statprune.sites import InputGroup, LinearSite, TracedModel
 from statprune.statistics import InputMoments, Statistic
-from statprune.tracing import eval_mode, trace
+from statprune.tracing import eval_mode, trace, without_cache
 from statprune.transform import PruneLinears, apply_
 from statprune.walk import ForwardContext, walk
 
@@ -47,7 +47,10 @@ class PruningPlan:
         """
         if self.traced is None:
             raise TracingError(f"There is no graph: {self.report.fallback_reason}. Use torch.func.functional_call.")
-        return PruneLinears(self.weights)(self.traced.graph_module).graph_module  # type: ignore[union-attr]
+        result = PruneLinears(self.weights)(self.traced.graph_module)
+        assert result is not None
+        twin: GraphModule = result.graph_module
+        return twin
 
 
 def prune(
@@ -128,8 +131,8 @@ def _run(
     inputs = bind_batches(model, batches)
     check_weights(model)
     # Lightning validates in inference mode; parameters and statistics that outlive it must be ordinary tensors.
-    with torch.inference_mode(False), torch.no_grad(), eval_mode(model):
-        traced, selection = _look(model, inputs, recipe, report)
+    with torch.inference_mode(False), torch.no_grad(), eval_mode(model), without_cache(model), _buffers_kept(model):
+        traced, selection = _look(model, inputs, recipe, report, forward_context)
         prune_group = _GroupPruner(model, recipe.pruner(), landing, report, len(selection.groups), progress)
         _calibrate(model, traced, selection, inputs, prune_group, forward_context)
     report.left_out = list(selection.left_out)
@@ -138,8 +141,20 @@ def _run(
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise NonFiniteError, naming the parameter, where a weight is NaN or infinite."""
+    """Refuse, naming it, a parameter that cannot be read or written, or that holds NaN or infinity.
+
+    Raises:
+        SiteError: it is on the meta device, or was made in inference mode.
+        NonFiniteError: NaN or infinity.
+    """
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise SiteError(f"The parameter {name} is on the meta device and has no values. Load the weights first.")
+        if parameter.is_inference():
+            raise SiteError(
+                f"The parameter {name} was made in torch.inference_mode, where torch lets nobody write to it from outside. "
+                "Build or load the model outside of it."
+            )
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise NonFiniteError(
                 f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole? Nothing was changed."
@@ -147,17 +162,23 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _look(
-    model: nn.Module, inputs: list[ModelInputs], recipe: Recipe, report: PruningReport
+    model: nn.Module,
+    inputs: list[ModelInputs],
+    recipe: Recipe,
+    report: PruningReport,
+    forward_context: ForwardContext,
 ) -> tuple[TracedModel | None, Selection]:
     """The model's linear layers and what the recipe makes of them: by its graph, or by module hooks where it has none."""
     with _timed(report, "trace"):
         try:
             traced = trace(model, example_batch(inputs), dynamic_dims(inputs))
         except TracingError as e:
-            warnings.warn(f"{e}. Falling back to module hooks with one-shot statistics.", stacklevel=4)
+            found = find_linear_modules(model, inputs[0], forward_context=forward_context)
+            hint = " Batches of one shape may do." if any(dynamic_dims(inputs)) else ""
+            warnings.warn(f"{e}. Falling back to module hooks with one-shot statistics.{hint}", stacklevel=4)
             report.fallback_reason = str(e)
             report.schedule = "one-shot (module hooks)"
-            return None, select(*find_linear_modules(model, inputs[0]), recipe)
+            return None, select(*found, recipe)
     return traced, select(traced.groups, traced.left_out, recipe)
 
 
@@ -183,22 +204,18 @@ def _calibrate(
             observe_modules(model, groups, inputs, prune_group, forward_context=forward_context)
         else:
             with _timed(report, "check"):
-                walk(traced, groups, inputs[:1], lambda group, moments: None, forward_context=forward_context)
+                walk(traced, groups, inputs[:1], lambda *_: None, forward_context=forward_context)
             started = time.perf_counter()
             walk(
                 traced, groups, inputs, prune_group,
                 one_shot=one_shot, replaced=prune_group.landing.replaced, forward_context=forward_context,
             )  # fmt: skip
-    except NonFiniteError as e:
-        in_place = isinstance(prune_group.landing, _Commit) and report.sites
-        raise NonFiniteError(
-            f"{e} "
-            + (
-                f"{len(report.sites)} weights before it are pruned already: reload the model."
-                if in_place
-                else "Nothing was changed."
-            )
-        ) from e
+    except StatpruneError as e:
+        num_pruned = len(report.sites) if isinstance(prune_group.landing, _Commit) else 0
+        consequence = (
+            f"{num_pruned} weights before it are pruned already: reload the model." if num_pruned else "Nothing was changed."
+        )
+        raise type(e)(f"{e} {consequence}") from e
     report.seconds["walk"] = time.perf_counter() - started - report.seconds["prune"]
 
 
@@ -243,6 +260,24 @@ def _site_report(site: LinearSite, weight: Tensor, pruned: PrunedWeight) -> Site
         energy_before=energy_sq(weight),
         energy_after=energy_sq(pruned.weight),
     )
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """A forward pass may write to buffers (a counter, a cache); calibration leaves them as they were."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, copy in before:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, copy):
+                buffer.copy_(copy)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,9 @@ class Pattern(Protocol):
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can have the pattern."""
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight [..., out, in] has at least the zeros that the pattern asks for, in every group."""
+
 
 def keep_highest(score: Tensor, num_kept: int) -> Tensor:
     """Keep exactly `num_kept` highest scores along the last dimension; ties are broken by position, never by count."""
@@ -64,6 +67,11 @@ class Unstructured:
         """Any width will do."""
         return True
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every ranking group has at least the zeros asked for."""
+        ranked = weight if self.rank_over == "row" else weight.flatten(-2)
+        return bool(((ranked == 0).sum(dim=-1) >= self.num_pruned(ranked.shape[-1])).all())
+
     def __str__(self) -> str:
         return f"{100 * self.sparsity:.6g}%"
 
@@ -98,6 +106,12 @@ class NM:
     def fits(self, in_features: int) -> bool:
         """Whether `of` divides the width."""
         return in_features % self.of == 0
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether each group has at most `keep` non-zeros; a kept weight may be zero by itself."""
+        if not self.fits(weight.shape[-1]):
+            return False
+        return bool(((weight.unflatten(-1, (-1, self.of)) != 0).sum(dim=-1) <= self.keep).all())
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"

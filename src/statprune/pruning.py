@@ -29,8 +29,9 @@ class PrunedWeight:
 class WeightPruner(Protocol):
     """Chooses which weights stay and what they become."""
 
-    needs: Statistic
-    """What it must know about the inputs; the walk collects no more than that."""
+    @property
+    def needs(self) -> Statistic:
+        """What it must know about the inputs; the walk collects no more than that."""
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
         """Prune [..., out, in]; `moments` is None where `needs` is none. The weight itself is not changed."""
@@ -49,20 +50,25 @@ class ComposedPruner:
     needs: Statistic
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
         original = weight.float()
         keep = self.pattern(self.criterion(original, moments))
         pruned = original.masked_fill(~keep, 0.0)
         corrected = self.compensation(original, pruned, keep, moments)
         # The mask again, after the cast: what the file promises as zeros are zeros whatever the compensation did.
-        return PrunedWeight(corrected.to(weight.dtype).masked_fill_(~keep, 0.0), keep)
+        # Not in place: a compensation that hands back `original` hands back the caller's own weight.
+        return PrunedWeight(corrected.to(weight.dtype).masked_fill(~keep, 0.0), keep)
 
     def fits(self, in_features: int) -> bool:
+        """Whether the pattern fits rows of this width."""
         return self.pattern.fits(in_features)
 
 
 def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Callable[..., Tensor]) -> ComposedPruner:
     """A WeightPruner from its three parts; it needs what its criterion or its compensation needs."""
-    declared = [getattr(part, "needs", Statistic.MOMENTS) for part in (criterion, compensation)]
+    # A functools.partial, which is how a recipe fixes settings, does not show its function's attributes.
+    functions = [getattr(part, "func", part) for part in (criterion, compensation)]
+    declared = [getattr(function, "needs", Statistic.MOMENTS) for function in functions]
     return ComposedPruner(
         criterion, pattern, compensation, Statistic.MOMENTS if Statistic.MOMENTS in declared else Statistic.NONE
     )

@@ -6,6 +6,7 @@ name and its settings; the settings are the keyword arguments of the function th
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -60,7 +61,7 @@ class Recipe:
     """What to do with a layer whose width an N:M pattern does not divide: refuse, or leave it dense and report it."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, str) or isinstance(self.ignore, str):
+        if not _are_names(() if self.targets is None else self.targets) or not _are_names(self.ignore):
             raise RecipeError(
                 f"Recipe(targets={self.targets!r}, ignore={self.ignore!r}): expected lists of names, such as ['*.mlp.*']."
             )
@@ -93,7 +94,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> "Recipe":
         """A recipe from a YAML file."""
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_YamlLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise RecipeError(f"The recipe {path} cannot be read: {e}") from e
         if not isinstance(data, Mapping):
@@ -141,6 +142,17 @@ class Recipe:
             ) from e
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which 1e-8 is a number; YAML 1.1 asks for a dot, 1.0e-8, and reads the rest as text."""
+
+
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _are_names(names: object) -> bool:
+    return isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
+
+
 def _one_of(key: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
         raise RecipeError(f"Recipe({key}={value!r}) does not exist.{nearest(str(value), known)} Known: {', '.join(known)}.")
@@ -166,7 +178,7 @@ def _complete(key: str, part: Part, known: Mapping[str, Callable[..., Any]]) -> 
     for setting in given:
         if setting != "name" and setting not in defaults:
             raise RecipeError(
-                f"The {key} {given['name']!r} has no setting {setting!r}.{nearest(setting, defaults)} "
+                f"The {key} {given['name']!r} has no setting {setting!r}.{nearest(str(setting), defaults)} "
                 f"Its settings are {', '.join(defaults) or 'none'}."
             )
     complete = {"name": given["name"], **{name: given.get(name, default) for name, default in defaults.items()}}

@@ -78,8 +78,8 @@ class PruningReport:
         took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         return (
             f"{len(self.sites)} weights, {self.num_weights:,} parameters: {100 * self.sparsity:.2f} % are zero now, "
-            f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, {self.num_tokens:,} calibration tokens; "
-            f"{took}"
+            f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, "
+            f"{self.num_tokens:,} calibration tokens; {took}"
         )
 
 

@@ -32,10 +32,10 @@ def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Re
         SiteError: a glob matches no weight, or only weights that cannot be pruned; nothing is left to prune; a width
             that the pattern does not divide.
     """
-    names = [site.name for group in groups for site in group.sites]
+    sites = [site for group in groups for site in group.sites]
     for key, patterns in (("targets", recipe.targets or ()), ("ignore", recipe.ignore)):
         for pattern in patterns:
-            _check_glob(key, pattern, names, left_out)
+            _check_glob(key, pattern, sites, left_out)
     kept_groups, excluded = [], list(left_out)
     for group in groups:
         chosen = []
@@ -53,7 +53,7 @@ def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Re
 
 
 def _exclusion(site: LinearSite, recipe: Recipe) -> str | None:
-    if any(_matches(pattern, site.name) for pattern in recipe.ignore):
+    if any(_matches(pattern, name) for pattern in recipe.ignore for name in _all_names(site)):
         return "ignored by the recipe"
     if recipe.targets is not None and not any(_matches(pattern, site.name) for pattern in recipe.targets):
         return "not among the recipe's targets"
@@ -74,15 +74,25 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)
 
 
-def _check_glob(key: str, pattern: str, names: Sequence[str], left_out: Sequence[LeftOut]) -> None:
-    if any(_matches(pattern, name) for name in names):
+def _all_names(site: LinearSite) -> list[str]:
+    """The site's name, and those of the other modules that its weight is tied to."""
+    return [site.name, *(alias.removesuffix(".weight") for alias in site.aliases)]
+
+
+def _check_glob(key: str, pattern: str, sites: Sequence[LinearSite], left_out: Sequence[LeftOut]) -> None:
+    if any(_matches(pattern, site.name) for site in sites):
         return
-    others = [one for one in left_out if _matches(pattern, one.name) or _matches(pattern, one.name.removesuffix(".weight"))]
-    if others and key == "ignore":
+    # An alias is enough to ignore a weight. It is not enough to target it: 'model.*' does not mean the lm_head that is
+    # tied to model.embed_tokens.
+    tied = next((site for site in sites if any(_matches(pattern, name) for name in _all_names(site))), None)
+    other = next((one for one in left_out if _matches(pattern, one.name)), None)
+    if (tied or other) and key == "ignore":
         return
-    if others:
-        raise SiteError(f"Recipe({key}=[{pattern!r}]): {others[0].name} cannot be pruned: {others[0].reason}.")
+    if tied:
+        raise SiteError(f"Recipe({key}=[{pattern!r}]): this is {tied.name}, {tied.default_exclusion}. Name it by that name.")
+    if other:
+        raise SiteError(f"Recipe({key}=[{pattern!r}]): {other.name} cannot be pruned: {other.reason}.")
     raise SiteError(
-        f"Recipe({key}=[{pattern!r}]) matches no weight of this model.{nearest(pattern, names)} "
+        f"Recipe({key}=[{pattern!r}]) matches no weight of this model.{nearest(pattern, [site.name for site in sites])} "
         "`statprune inspect` lists the names; '*' matches anything, dots included."
     )

@@ -8,6 +8,7 @@ sites read, and names of modules matter to people only.
              +-- linear v_proj        for three sites
 """
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,11 @@ class LeftOut:
     """A weight with two or more dimensions that stays dense, and why."""
 
     name: str
+    """As a site's name: without a trailing `.weight`."""
+
     shape: tuple[int, ...]
+    """Of the parameter as it is stored; (out, in) where it is a site that the recipe leaves out."""
+
     reason: str
 
 
@@ -116,33 +121,35 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedMod
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of[id(parameter)].append(name)
     reads_of: dict[int, list[_Read]] = defaultdict(list)
+    constants: set[Node] = set()
     for node in nodes:
         if node.op == "get_attr" and id(parameter := attribute(graph_module, node.target)) in names_of:
-            reads_of[id(parameter)].extend(_reads(node, "out_in"))
+            reads_of[id(parameter)].extend(_reads(node))
+        elif _is_constant(node, constants):
+            constants.add(node)
 
+    written = written_to(nodes)
     members: dict[Node, list[tuple[Node, LinearSite]]] = defaultdict(list)
     site_ids = set()
     for parameter_id, reads in reads_of.items():
-        linears = sorted((read for read in reads if _linear_input(read) is not None), key=lambda r: position[r.reader])
-        if not linears:
+        products = [(read.reader, product) for read in reads if (product := _product(read)) is not None]
+        if not products:
             continue
         # A weight that several linears read is pruned at the first of them, with that one's statistics.
-        first = linears[0]
-        tensor = _linear_input(first)
-        assert tensor is not None
+        reader, (tensor, layout) = min(products, key=lambda product: position[product[0]])
         names = names_of[parameter_id]
-        chosen = _parameter_name(first.reader, names)
+        chosen = _parameter_name(reader, names)
         rows, columns = model.get_parameter(chosen).shape
         site = LinearSite(
             name=chosen.removesuffix(".weight"),
             parameter=chosen,
-            layout=first.layout,
-            shape=(rows, columns) if first.layout == "out_in" else (columns, rows),
+            layout=layout,
+            shape=(rows, columns) if layout == "out_in" else (columns, rows),
             aliases=tuple(name for name in names if name != chosen),
             num_reads=len(reads),
-            feeds_output=any(_feeds_output(read.reader) for read in linears),
+            feeds_output=any(_feeds_output(linear, constants) for linear, _ in products),
         )
-        members[_same_tokens(tensor, site.shape[1])].append((first.reader, site))
+        members[_same_tokens(tensor, site.shape[1], written)].append((reader, site))
         site_ids.add(parameter_id)
 
     masks = _TokenMasks(nodes)
@@ -152,7 +159,7 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedMod
         groups.append((sites[0][0], InputGroup(tuple(s for _, s in sites), tensor, sites[0][0], masks.of(tensor))))
     groups.sort(key=lambda group: position[group[0]])
     left_out = tuple(
-        LeftOut(name, tuple(parameter.shape), _why_no_site(parameter, reads_of[id(parameter)]))
+        LeftOut(name.removesuffix(".weight"), tuple(parameter.shape), _why_no_site(parameter, reads_of[id(parameter)]))
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2 and id(parameter) not in site_ids
     )
@@ -173,8 +180,35 @@ def is_mutable(node: Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
+def written_to(nodes: Sequence[Node]) -> set[Node]:
+    """The nodes whose values some node writes to in place, be it through a view."""
+    owner: dict[Node, Node] = {}
+    for node in nodes:
+        source = _same_memory(node)
+        owner[node] = node if source is None else owner[source]
+    written = {
+        owner[value]
+        for node in nodes
+        if is_mutable(node)
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
+    }
+    return {node for node in nodes if owner[node] in written}
+
+
+def _same_memory(node: Node) -> Node | None:
+    """The argument whose memory the result may share."""
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    # Their schemas promise a fresh tensor, and they hand back what came in where there is nothing to do.
+    is_view = is_view or node.target in (aten.dropout.default, aten.type_as.default, operator.getitem)
+    return next(iter(node.all_input_nodes), None) if is_view else None
+
+
 aten = torch.ops.aten
-_LINEARS = {aten.linear.default: (0, 1), aten.mm.default: (0, 1), aten.matmul.default: (0, 1), aten.addmm.default: (1, 2)}
+_LINEARS: dict[Any, tuple[int, int]] = {
+    aten.linear.default: (0, 1), aten.mm.default: (0, 1), aten.matmul.default: (0, 1), aten.addmm.default: (1, 2),
+}  # fmt: skip
 """Ops that multiply tokens by a weight, and where the tokens and the weight stand among the arguments."""
 
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
@@ -193,28 +227,43 @@ class _Read(NamedTuple):
 
     reader: Node
     weight: Node
-    layout: Layout
+    is_transposed: bool
 
 
-def _reads(node: Node, layout: Layout) -> Iterator[_Read]:
+def _reads(node: Node, is_transposed: bool = False) -> Iterator[_Read]:
     for user in node.users:
-        if user.target in _TRANSPOSES and len(_shape(user)) == 2:
-            yield from _reads(user, "in_out" if layout == "out_in" else "out_in")
+        if user.target in _TRANSPOSES:
+            yield from _reads(user, not is_transposed)
         elif user.target in _CASTS:
-            yield from _reads(user, layout)
-        elif user.target is aten.linear.default:
-            yield _Read(user, node, layout)
-        else:  # every other product has its weight as [in, out]
-            yield _Read(user, node, "in_out" if layout == "out_in" else "out_in")
+            yield from _reads(user, is_transposed)
+        elif user.users or user.op == "output" or is_mutable(user):  # an assertion on its dtype reads nothing
+            yield _Read(user, node, is_transposed)
 
 
-def _linear_input(read: _Read) -> Node | None:
-    """The tokens that the reader multiplies by this 2-D weight; None where it does something else with it."""
-    tokens_at, weight_at = _LINEARS.get(read.reader.target, (0, 0))  # type: ignore[arg-type]
-    if not weight_at or read.reader.args[weight_at] is not read.weight or len(_shape(read.weight)) != 2:
+def _product(read: _Read) -> tuple[Node, Layout] | None:
+    """The tokens that the reader multiplies by this 2-D weight, and how the parameter lies; None where there are none."""
+    reader = read.reader
+    if reader.target not in _LINEARS or len(_shape(read.weight)) != 2:
         return None
-    tokens = read.reader.args[tokens_at]
-    return tokens if isinstance(tokens, Node) else None
+    tokens_at, weight_at = _LINEARS[reader.target]
+    tokens, is_out_in = reader.args[tokens_at], reader.target is aten.linear.default
+    if reader.args[weight_at] is not read.weight:
+        if reader.args[tokens_at] is not read.weight:
+            return None
+        tokens, is_out_in = _transposed(reader.args[weight_at]), True  # weight @ tokens^T
+    if not isinstance(tokens, Node):
+        return None
+    return tokens, "out_in" if is_out_in != read.is_transposed else "in_out"
+
+
+def _transposed(node: Any) -> Node | None:
+    """What the node is the transpose of, last two dimensions swapped."""
+    if not isinstance(node, Node) or node.target not in (aten.transpose.int, aten.t.default):
+        return None
+    ndim = len(_shape(node))
+    if node.target is aten.transpose.int and {dim % ndim for dim in node.args[1:]} != {ndim - 2, ndim - 1}:  # type: ignore[operator]
+        return None
+    return node.args[0] if isinstance(node.args[0], Node) else None
 
 
 def _shape(node: Node) -> tuple[Any, ...]:
@@ -222,14 +271,14 @@ def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _same_tokens(tensor: Node, in_features: int) -> Node:
+def _same_tokens(tensor: Node, in_features: int, written: set[Node]) -> Node:
     """The earliest node with the same tokens and the same channels."""
     while tensor.target in _SAME_TOKENS:
         source = tensor.args[0]
-        shape = _shape(source) if isinstance(source, Node) else ()
-        if not shape or shape[-1] != in_features:
-            break
         assert isinstance(source, Node)
+        # What was copied before somebody wrote to the source is no longer what the source holds.
+        if _shape(source)[-1:] != (in_features,) or source in written:
+            break
         tensor = source
     return tensor
 
@@ -241,32 +290,45 @@ def _parameter_name(reader: Node, names: Sequence[str]) -> str:
     return (owned or list(names))[0]
 
 
-def _feeds_output(linear: Node) -> bool:
+def _feeds_output(linear: Node, constants: set[Node]) -> bool:
     """Whether the result reaches the output through operations on nothing else: slices, casts, a soft cap, a tanh."""
     derived, frontier = {linear}, [linear]
     while frontier:
         for user in frontier.pop().users:
             if user.op == "output":
                 return True
-            if user not in derived and all(source in derived or _is_number(source) for source in user.all_input_nodes):
+            if user not in derived and all(source in derived or source in constants for source in user.all_input_nodes):
                 derived.add(user)
                 frontier.append(user)
     return False
 
 
-def _is_number(node: Node) -> bool:
-    return not isinstance(node.meta.get("val"), Tensor) and node.op != "get_attr"
+def _is_constant(node: Node, constants: set[Node]) -> bool:
+    """A number (a size, a scale) or a tensor made of buffers: neither a parameter nor a value of the batch."""
+    if node.op == "get_attr":
+        return True
+    is_number = not isinstance(node.meta.get("val"), Tensor | tuple | list)
+    return node.op == "call_function" and (is_number or all(source in constants for source in node.all_input_nodes))
 
 
 def _why_no_site(parameter: Tensor, reads: Sequence[_Read]) -> str:
     if not reads:
         return "not read in this forward pass"
-    ops = sorted({str(read.reader.target).removeprefix("aten.").split(".")[0] for read in reads})
+    regions = [read.reader for read in reads if isinstance(read.reader.target, torch._ops.HigherOrderOperator)]
+    if regions:
+        return f"read inside a region of its own ({regions[0].target}), which is not looked into"
+    ops = sorted({_op_name(read.reader) for read in reads})
     if "embedding" in ops:
         return "embedding"
     if parameter.ndim == 3 and any("mm" in op for op in ops):
         return f"a stack of {parameter.shape[0]} expert matrices, each with tokens of its own: not supported yet"
     return f"read by {', '.join(ops)}, not by a linear layer"
+
+
+def _op_name(node: Node) -> str:
+    """`linear` for `aten.linear.default`, `grouped_mm` for `transformers.grouped_mm.default`."""
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name).rpartition("::")[2] if schema else str(getattr(node.target, "__name__", node.target))
 
 
 class _TokenMasks:
@@ -286,14 +348,15 @@ class _TokenMasks:
             mask: {
                 name
                 for name, other in placeholders.items()
-                if other[:2] == shape and name != mask and _is_decoders(name) == _is_decoders(mask)
+                # Tokens are [batch, length] or [batch, length, channels]; an image of 4 dimensions has no such mask.
+                if len(other) <= 3 and other[:2] == shape and name != mask and _is_decoders(name) == _is_decoders(mask)
             }
             for mask, shape in placeholders.items()
             if mask.endswith("attention_mask") and len(shape) == 2
         }
-        self.has_decoder = any(_is_decoders(name) for name in placeholders)
 
     def of(self, tensor: Node) -> str | None:
+        """The name of the mask."""
         sources = self.sources[tensor]
         in_decoder = any(_is_decoders(name) for name in sources)
         for mask, companions in self.companions.items():

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from statprune.batches import ModelInputs, is_transformers_model
+from statprune.batches import LABELS, ModelInputs, is_transformers_model
 from statprune.errors import TracingError
 from statprune.sites import TracedModel, find_linear_layers
 
@@ -22,18 +23,18 @@ def trace(model: nn.Module, example: ModelInputs, dynamic_dims: Sequence[set[int
     Args:
         model: any module that `torch.export` takes. Traced in eval mode and left in the modes it had.
         example: one forward pass's inputs.
-        dynamic_dims: for each of `example.leaves()`, the dimensions whose size differs between batches.
+        dynamic_dims: for each of `example.tensors()`, the dimensions whose size differs between batches.
 
     Raises:
         TracingError: `torch.export` refused the model; the message carries its reason.
     """
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad(), without_cache(model), _named_inputs(model, example), _quiet():
         try:
-            program = _export(model, example, dynamic_dims or [set() for _ in example.leaves()])
+            program = _export(model, example, dynamic_dims or [set() for _ in example.tensors()])
+            # The graph also runs at sizes that torch.export did not see; its guards would refuse a batch of one.
+            graph_module = program.module(check_guards=False)
         except Exception as e:  # whatever the model's own code, or a guard of torch.export, raises
-            raise TracingError(f"torch.export cannot trace {type(model).__name__}: {_first_line(e)}") from e
-        # The graph also runs at sizes that torch.export did not see; its guards would refuse a batch of one.
-        graph_module = program.module(check_guards=False)
+            raise TracingError(f"torch.export cannot trace {type(model).__name__}: {_reason(e)}") from e
     assert isinstance(graph_module, torch.fx.GraphModule)
     return find_linear_layers(model, graph_module)
 
@@ -42,7 +43,9 @@ def trace(model: nn.Module, example: ModelInputs, dynamic_dims: Sequence[set[int
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and afterwards exactly the modes there were (some submodules may be frozen)."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    # Not model.eval(): some modules do more than set the flag there (merge a LoRA), and nothing here would undo it.
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
@@ -51,41 +54,86 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _export(model: nn.Module, example: ModelInputs, dynamic_dims: Sequence[set[int]]) -> torch.export.ExportedProgram:
-    # DYNAMIC and not AUTO: a size that the model turns into a constant must be an error here, not a wrong graph.
-    shapes = [dict.fromkeys(dims, torch.export.Dim.DYNAMIC) or None for dims in dynamic_dims]
-    by_name: dict[str, Any] = dict(zip(example.kwargs, shapes[len(example.args) :], strict=True))
+    dims = iter(dynamic_dims)
+
+    def shape_of(leaf: Any) -> dict[int, Any] | None:
+        # DYNAMIC and not AUTO: a size that the model turns into a constant must be an error here, not a wrong graph.
+        return dict.fromkeys(next(dims), torch.export.Dim.DYNAMIC) or None if isinstance(leaf, Tensor) else None
+
     is_dynamic = any(dynamic_dims)
-    if not is_transformers_model(model):
-        if example.args:  # a forward that takes *args, which torch.export sees as one argument
-            parameters = inspect.signature(model.forward).parameters.values()
-            by_name[next(p.name for p in parameters if p.kind is p.VAR_POSITIONAL)] = tuple(shapes[: len(example.args)])
+    shapes = tree_map(shape_of, dict(zip(_argument_names(example), [*example.args, *example.kwargs.values()], strict=True)))
+    has_transformers = any(is_transformers_model(module) for module in model.modules())
+    if not has_transformers or example.args or any(name in LABELS for name in example.kwargs):
         return torch.export.export(
-            model, example.args, example.kwargs, strict=False, dynamic_shapes=by_name if is_dynamic else None
+            model, example.args, example.kwargs, strict=False, dynamic_shapes=shapes if is_dynamic else None
         )
 
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    config = DynamoConfig(dynamic=is_dynamic, dynamic_shapes=by_name if is_dynamic else None)
-    with _quiet("transformers.exporters"):
-        exported: Any = DynamoExporter().export(model, {**example.kwargs, **flags}, config=config)  # type: ignore[arg-type]
+    config = DynamoConfig(dynamic=is_dynamic, dynamic_shapes=shapes if is_dynamic else None)
+    exported: Any = DynamoExporter().export(model, dict(example.kwargs), config=config)  # type: ignore[arg-type]
     # transformers 5.17 returns the program itself, later versions a wrapper around it.
     program: torch.export.ExportedProgram = getattr(exported, "program", exported)
     return program
 
 
+def _argument_names(example: ModelInputs) -> list[str]:
+    return [*(f"arg_{index}" for index in range(len(example.args))), *example.kwargs]
+
+
 @contextlib.contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    """The exporter warns about untested version pairs on every call; a trace that fails raises anyway."""
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _named_inputs(model: nn.Module, example: ModelInputs) -> Iterator[None]:
+    """Inside, `forward` has one parameter for each input: torch.export has no shapes for what goes into `**kwargs`."""
+    before = vars(model).get("forward")
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    kinds = [inspect.Parameter.POSITIONAL_ONLY] * len(example.args) + [inspect.Parameter.KEYWORD_ONLY] * len(example.kwargs)
+    parameters = [inspect.Parameter(name, kind) for name, kind in zip(_argument_names(example), kinds, strict=True)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    model.forward = forward
     try:
         yield
     finally:
+        # The exporter of transformers leaves an attribute behind too.
+        vars(model).pop("forward", None)
+        if before is not None:
+            model.forward = before
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers models return no key-value cache: a k_proj whose result is an output would pass for an lm_head."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    cached = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines about untested version pairs, nor a stack trace for what is raised and reported anyway."""
+    levels = {"transformers.exporters": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
         logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _reason(error: Exception) -> str:
+    """The first line of the error, and the next one where that is the one with the reason."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    lines = lines[:2] if lines and "Constraints violated" in lines[0] else lines[:1]
+    return f"{type(error).__name__}: {' '.join(lines)}".rstrip(".")

@@ -35,7 +35,7 @@ class PruneLinears(PassBase):
         """
         read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
         for name in self.weights:
-            if name not in read:
+            if not read.intersection(_names_of(graph_module, name)):
                 raise SiteError(f"PruneLinears: the graph does not read {name}. Was it traced from another model?")
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -46,9 +46,12 @@ class PruneLinears(PassBase):
         # A new GraphModule has containers of its own that refer to the same parameters, so replacing one there does
         # not reach the original.
         twin = GraphModule(graph_module, graph)
+        held = dict(twin.named_parameters(remove_duplicate=False))
         for name, weight in self.weights.items():
-            container, _, attribute = name.rpartition(".")
-            setattr(twin.get_submodule(container), attribute, nn.Parameter(weight, requires_grad=False))
+            parameter = nn.Parameter(weight, requires_grad=False)
+            for tied in held.keys() & _names_of(graph_module, name):
+                container, _, attribute = tied.rpartition(".")
+                setattr(twin.get_submodule(container), attribute, parameter)
         return PassResult(twin, modified=bool(self.weights))
 
 
@@ -56,3 +59,10 @@ class PruneLinears(PassBase):
 def apply_(model: nn.Module, site: LinearSite, pruned: PrunedWeight) -> None:
     """Write a pruned weight into the model, in place: ties, optimizers and sharded parameters keep working."""
     site.view(model.get_parameter(site.parameter)).copy_(pruned.weight)
+    torch.clear_autocast_cache()  # inside an autocast of the caller's, a low-precision copy of the dense weight may live on
+
+
+def _names_of(module: nn.Module, name: str) -> set[str]:
+    """All names of the parameter that has this name."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {other for other, parameter in parameters.items() if parameter is parameters.get(name)}

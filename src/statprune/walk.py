@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from statprune.batches import ModelInputs
-from statprune.errors import NonFiniteError
-from statprune.sites import InputGroup, TracedModel, attribute, is_mutable
+from statprune.errors import CalibrationError, NonFiniteError
+from statprune.sites import InputGroup, TracedModel, attribute, is_mutable, written_to
 from statprune.statistics import InputMoments
 
 OnGroup = Callable[[InputGroup, InputMoments], None]
@@ -76,6 +77,7 @@ def walk(
 
     Raises:
         NonFiniteError: a group's input holds NaN or infinity; names the first such layer.
+        CalibrationError: a batch looks up something that a table of the model does not have.
     """
     segments = plan_segments(traced, groups, one_shot=one_shot)
     executor = _Executor(traced, replaced if replaced is not None else {})
@@ -85,25 +87,30 @@ def walk(
     for segment in segments:
         moments = {group.name: _no_moments(group, batches) for group in segment.groups}
         with forward_context():
-            for batch, environment in zip(batches, values, strict=True):
-                common = shared[tuple(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in batch.leaves())]
+            for number, (batch, environment) in enumerate(zip(batches, values, strict=True)):
+                common = shared[tuple(tensor.shape for tensor in batch.tensors())]
                 for index, step in enumerate(segment.steps):
-                    if isinstance(step, InputGroup):
-                        moments[step.name].add(environment[step.input_node], _token_mask(step, batch, environment))  # type: ignore[index]
-                    elif step in shareable:
-                        if step not in common:
-                            common[step] = executor.run(step, environment)
-                        environment[step] = common[step]
-                    else:
-                        environment[step] = executor.run(step, environment)
+                    try:
+                        if isinstance(step, InputGroup):
+                            inputs = executor.load(step.input_node, environment)
+                            moments[step.name].add(inputs, fit_mask(batch.kwargs.get(step.token_mask or ""), inputs))
+                        elif step in shareable:
+                            if step not in common:
+                                common[step] = executor.run(step, environment)
+                            environment[step] = common[step]
+                        else:
+                            environment[step] = executor.run(step, environment)
+                    except IndexError as e:
+                        raise CalibrationError(_out_of_range(number, step, e)) from e
                     for dead in segment.dies_after.get(index, ()):
                         environment.pop(dead, None)
         for common in shared.values():
             for dead_values in segment.dies_after.values():
                 for dead in dead_values:
                     common.pop(dead, None)
-        for group in segment.groups:
-            on_group(group, complete(group, moments.pop(group.name)))
+        totals = [complete(group, moments.pop(group.name)) for group in segment.groups]  # all, before a weight changes
+        for group, total in zip(segment.groups, totals, strict=True):
+            on_group(group, total)
 
 
 def complete(group: InputGroup, moments: InputMoments) -> InputMoments:
@@ -128,7 +135,7 @@ def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, one_shot
     observed_at: dict[Node, list[InputGroup]] = defaultdict(list)
     for group in groups:
         observed_at[group.first_reader].append(group)  # type: ignore[index]
-    needed = _needed(traced, groups)
+    needed = _needed(traced, groups) - _made_of_weights(traced)
     segments = [Segment()]
     for node in traced.graph_module.graph.nodes:
         for group in observed_at[node]:
@@ -160,6 +167,29 @@ def _needed(traced: TracedModel, groups: Sequence[InputGroup]) -> set[Node]:
     return needed
 
 
+def _made_of_weights(traced: TracedModel) -> set[Node]:
+    """Transposes, casts and the like of prunable weights.
+
+    They may stand in the graph before the cut at which their weight is pruned, so they are made when they are read.
+    """
+    prunable = _prunable_names(traced)
+    made: set[Node] = set()
+    for node in traced.graph_module.graph.nodes:
+        if node.op == "get_attr" and node.target in prunable:
+            made.add(node)
+        elif node.op == "call_function" and not is_mutable(node):
+            sources = node.all_input_nodes
+            if any(read in made for read in sources) and all(read in made or read.op == "get_attr" for read in sources):
+                made.add(node)
+    return made
+
+
+def _prunable_names(traced: TracedModel) -> dict[str, str]:
+    """Every name of every site's parameter, and the name that the site has for it."""
+    sites = [site for group in traced.groups for site in group.sites]
+    return {name: site.parameter for site in sites for name in (site.parameter, *site.aliases)}
+
+
 def _batch_independent(traced: TracedModel) -> set[Node]:
     """Nodes that read the shapes of a batch and never its values: positions, causal masks, rotary tables.
 
@@ -167,17 +197,20 @@ def _batch_independent(traced: TracedModel) -> set[Node]:
     half a gigabyte.
     """
     nodes = list(traced.graph_module.graph.nodes)
-    if any(is_mutable(node) for node in nodes):
-        return set()  # a shared value could be written to by one batch and read by the next
-    prunable = {site.parameter for group in traced.groups for site in group.sites}
+    prunable = _prunable_names(traced)
+    written = written_to(nodes)  # what one batch writes to, the next must not read
     independent: set[Node] = set()
     for node in nodes:
+        if node in written:
+            continue
         if node.op == "get_attr":
             is_independent = node.target not in prunable
         elif node.op == "call_function":
             is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            is_shape = not isinstance(node.meta.get("val"), Tensor) and "sym_size" in str(node.target)
-            is_independent = is_shape or (not is_random and all(read in independent for read in node.all_input_nodes))
+            is_region = isinstance(node.target, torch._ops.HigherOrderOperator)
+            is_independent = _is_size(node) or (
+                not is_random and not is_region and all(read in independent for read in node.all_input_nodes)
+            )
         else:
             is_independent = False
         if is_independent:
@@ -185,36 +218,68 @@ def _batch_independent(traced: TracedModel) -> set[Node]:
     return independent
 
 
+def _is_size(node: Node) -> bool:
+    """A size that follows from the sizes of the inputs; that of what `nonzero` gives does not."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) and str(node.target).startswith("aten.sym_") and not free_unbacked_symbols(value)
+
+
 class _Executor:
     """Runs one node with the values of one batch."""
 
     def __init__(self, traced: TracedModel, replaced: dict[str, Tensor]) -> None:
+        nodes = list(traced.graph_module.graph.nodes)
         self.graph_module = traced.graph_module
-        self.placeholders = [node for node in traced.graph_module.graph.nodes if node.op == "placeholder"]
         self.replaced = replaced
+        self.names = _prunable_names(traced)
+        self.made_of_weights = _made_of_weights(traced)
+        placeholders = [node for node in nodes if node.op == "placeholder"]
+        self.placeholders = [node for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
+        self.written = written_to(nodes)
 
     def bind(self, batch: ModelInputs) -> dict[Node, Any]:
-        return dict(zip(self.placeholders, batch.leaves(), strict=True))
+        """The batch's tensors under their nodes; a copy where the model writes to its input."""
+        return {
+            node: tensor.clone() if node in self.written else tensor
+            for node, tensor in zip(self.placeholders, batch.tensors(), strict=True)
+        }
 
     def run(self, node: Node, environment: dict[Node, Any]) -> Any:
+        """The node's value."""
+
         def load(read: Node) -> Any:
-            if read.op != "get_attr":
-                return environment[read]
-            if str(read.target) in self.replaced:
-                return self.replaced[str(read.target)]
-            return attribute(self.graph_module, read.target)
+            return self.load(read, environment)
 
         assert node.op == "call_function", f"an exported graph has no {node.op}"
         return node.target(*map_arg(node.args, load), **map_arg(node.kwargs, load))  # type: ignore[operator]
 
+    def load(self, read: Node | None, environment: dict[Node, Any]) -> Any:
+        """A value that was computed, or a parameter or buffer as it is now."""
+        assert read is not None, "a group of a traced graph has a node"
+        if read.op == "get_attr":
+            name = self.names.get(str(read.target), str(read.target))
+            return self.replaced[name] if name in self.replaced else attribute(self.graph_module, read.target)
+        return self.run(read, environment) if read in self.made_of_weights else environment[read]
+
 
 def _no_moments(group: InputGroup, batches: Sequence[ModelInputs]) -> InputMoments:
-    device = next((leaf.device for leaf in batches[0].leaves() if isinstance(leaf, Tensor)), torch.device("cpu"))
+    device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
     return InputMoments.zeros(group.in_features, device=device)
 
 
-def _token_mask(group: InputGroup, batch: ModelInputs, environment: dict[Node, Any]) -> Tensor | None:
-    """The batch's padding mask, where the tensor has one position for each of its elements (a pooled one has not)."""
-    mask = batch.kwargs.get(group.token_mask or "")
-    inputs = environment[group.input_node]  # type: ignore[index]
-    return mask if mask is not None and mask.numel() * group.in_features == inputs.numel() else None
+def fit_mask(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """The padding mask [batch, length] in the order of a linear's inputs; None where these are no such tokens (pooled ones)."""
+    if mask is None:
+        return None
+    positions, expected = ([size for size in shape if size != 1] for shape in (inputs.shape[:-1], mask.shape))
+    if positions == expected or positions == [mask.numel()]:
+        return mask
+    return mask.t() if positions == expected[::-1] else None  # [length, batch], as in XLNet
+
+
+def _out_of_range(batch: int, step: "Node | InputGroup", error: IndexError) -> str:
+    modules = list(step.meta.get("nn_module_stack", {}).values()) if isinstance(step, Node) else []
+    return (
+        f"Calibration batch {batch}: {error} (at {modules[-1][0] if modules else step}). Are there token ids beyond the "
+        "vocabulary, or sequences longer than the model's context?"
+    )

@@ -1,0 +1,195 @@
+"""What the command shows: tables, progress bars and errors, on the terminal that is there."""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from statprune.report import PruningReport
+from statprune.selection import Selection
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Advance = Callable[[int, int, str], None]
+
+
+def say(text: str) -> None:
+    """A step in words."""
+    errors.print(f"[dim]·[/] {escape(text)}")
+
+
+def show_error(error: Exception) -> None:
+    """An error that explains itself needs no traceback."""
+    errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+
+
+def show_json(data: object) -> None:
+    """One JSON object on standard output, and nothing else."""
+    print(json.dumps(data, indent=1))
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Advance]:
+    """A progress bar on standard error; the function it gives takes (done, in all, what was done)."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[what]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(title, total=None, what="")
+
+        def advance(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, what=escape(what))
+
+        yield advance
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time inside to a report's seconds."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def show_plan(model: Any, selection: Selection, recipe: Any) -> None:
+    """What will be pruned, what stays dense and why, and what to expect of the result."""
+    pattern = recipe.build_pattern()
+    num_pruned = sum(site.shape[0] * site.shape[1] for site in selection.sites)
+    num_all = sum(parameter.numel() for parameter in model.parameters())
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    title = f"{recipe.method} at {pattern}, schedule {recipe.schedule}"
+    _show_sites(title, selection)
+    console.print(
+        f"{num_pruned:,} of {num_all:,} parameters ({100 * num_pruned / num_all:.1f} %) are in the weights to prune. "
+        f"The file stays as large as it is, {num_bytes / 1e6:,.1f} MB: zeros are stored, which every runtime can read. "
+        "A dense runtime is not faster for them either.\n",
+        soft_wrap=True,
+    )
+
+
+def show_survey(model: str, selection: Selection) -> None:
+    """The tables of `statprune inspect`."""
+    _show_sites(model, selection)
+    console.print(
+        f"{len(selection.sites)} linear layers in {len(selection.groups)} input groups: layers that read the same tensor share "
+        "one set of statistics.",
+        soft_wrap=True,
+    )
+
+
+def survey_data(selection: Selection) -> dict[str, Any]:
+    """`statprune inspect --json`."""
+    return {
+        "groups": [
+            [{"name": s.name, "parameter": s.parameter, "shape": s.shape, "stored": s.layout} for s in group.sites]
+            for group in selection.groups
+        ],
+        "left_out": [{"name": one.name, "shape": one.shape, "reason": one.reason} for one in selection.left_out],
+    }
+
+
+def _show_sites(title: str, selection: Selection) -> None:
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    for column in ("prune", "out x in", "layers"):
+        table.add_column(column, justify="left" if column == "prune" else "right")
+    groups = [(_without_numbers([site.name for site in g.sites]), [site.shape for site in g.sites]) for g in selection.groups]
+    for names, shapes in _distinct(groups):
+        table.add_section()
+        count = groups.count((names, shapes))
+        for name, (rows, columns) in zip(names, shapes, strict=True):
+            table.add_row(escape(name), f"{rows} x {columns}", str(count))
+    console.print(table)
+    if selection.left_out:
+        table = Table(header_style="bold")
+        for column in ("stays dense", "shape", "layers", "why"):
+            table.add_column(column, justify="right" if column in ("shape", "layers") else "left")
+        rows = [(_without_numbers([one.name])[0], one.shape, one.reason) for one in selection.left_out]
+        for name, shape, reason in _distinct(rows):
+            table.add_row(escape(name), " x ".join(map(str, shape)), str(rows.count((name, shape, reason))), escape(reason))
+        console.print(table)
+
+
+def _without_numbers(names: Sequence[str]) -> list[str]:
+    """Layer numbers as `*`: what differs in nothing else is one row."""
+    return [re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names]
+
+
+def _distinct(rows: Sequence[Any]) -> list[Any]:
+    return [row for index, row in enumerate(rows) if row not in rows[:index]]
+
+
+def show_report(report: PruningReport, output: str) -> None:
+    """The end of `statprune prune`."""
+    if report.fallback_reason:
+        console.print(f"[yellow]{escape(report.fallback_reason)}[/]", soft_wrap=True)
+    for name in ("trace", "check", "walk", "prune", "save"):
+        if name in report.seconds:
+            console.print(f"{_STEPS[name]:<58}{report.seconds[name]:8.1f} s")
+    console.print(
+        f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
+        f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
+        f"[bold green]saved and verified:[/] {escape(output)}",
+        soft_wrap=True,
+    )
+
+
+_STEPS = {
+    "trace": "export to a graph",
+    "check": "first batch through the dense model, before any change",
+    "walk": "walk: the calibration set through the graph, once",
+    "prune": "scores, masks and compensation",
+    "save": "save and verify",
+}
+
+
+def show_evaluation(result: dict[str, Any]) -> None:
+    """The end of `statprune evaluate`."""
+    console.print(f"perplexity [bold]{result['perplexity']:.4f}[/]")
+    console.print(
+        f"[dim]{result['windows']} windows of {result['seqlen']} tokens, {result['dtype']}, {result['tokenizer']} "
+        f"({result['vocabulary']} tokens), {escape(', '.join(result['text']))}[/]",
+        soft_wrap=True,
+    )
+
+
+def show_verified(folder: str, record: dict[str, Any]) -> None:
+    """The end of `statprune verify`."""
+    console.print(
+        f"[bold green]verified:[/] {escape(folder)}: {len(record['sites'])} weights, "
+        f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds",
+        soft_wrap=True,
+    )
+
+
+def show_walk_cost(cost: Any, num_tokens: int, *, as_json: bool) -> None:
+    """The end of `statprune benchmark`."""
+    if as_json:
+        show_json(
+            {"export": cost.export, "forward": cost.forward, "walk": cost.walk, "ratio": cost.ratio, "tokens": num_tokens}
+        )
+        return
+    console.print(
+        f"walk / plain forward pass over {num_tokens:,} tokens: [bold]{cost.ratio:.2f}[/] "
+        f"(median of {len(cost.ratios)}, {min(cost.ratios):.2f} to {max(cost.ratios):.2f}); export {cost.export:.1f} s",
+        soft_wrap=True,
+    )
+
+
+def show_next_steps(output: str) -> None:
+    """What to try after the quickstart."""
+    console.print(
+        f"\nThe models are in {output}/dense and {output}/sparse. Next:\n"
+        f"  statprune inspect {output}/dense\n"
+        f"  statprune verify {output}/sparse\n"
+        f"  statprune evaluate {output}/sparse --text {output}/texts/held-out.txt --seqlen 128",
+        soft_wrap=True,
+    )

@@ -1,0 +1,113 @@
+"""Perplexity, as a torchmetrics Metric that stays right on long runs, low precision and bad models."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import Metric
+
+from statprune.errors import CalibrationError
+from statprune.tracing import eval_mode
+
+TOKENS_PER_CHUNK = 1024
+"""Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""
+
+
+class Perplexity(Metric):
+    """`exp` of the mean negative log-likelihood per token.
+
+    Equal to `torchmetrics.text.Perplexity` in float32 on ordinary logits, and unlike it: log-sum-exp in float32 instead of
+    `softmax().log()`, which is infinite where the cross-entropy is 200; a float64 sum and an int64 count, where float32
+    stops counting at 2**24 tokens. Ranks add up.
+
+    Args:
+        ignore_index: targets with this value do not count.
+        kwargs: see `torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    negative_log_likelihood: Tensor
+    num_tokens: Tensor
+
+    def __init__(self, ignore_index: int = -100, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.ignore_index = ignore_index
+        self.add_state("negative_log_likelihood", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            preds: [..., vocabulary], logits of any float dtype.
+            target: [...], int64: the token that each logit vector should have predicted, or `ignore_index`.
+
+        Raises:
+            ValueError: the leading shapes differ.
+        """
+        if preds.shape[:-1] != target.shape:
+            raise ValueError(
+                f"Perplexity.update(preds {tuple(preds.shape)}, target {tuple(target.shape)}): "
+                f"expected a target of shape {tuple(preds.shape[:-1])}, one for each logit vector."
+            )
+        logits_TV, target_T = preds.flatten(0, -2), target.flatten()
+        for logits, targets in zip(logits_TV.split(TOKENS_PER_CHUNK), target_T.split(TOKENS_PER_CHUNK), strict=True):
+            losses = cross_entropy(logits.float(), targets, ignore_index=self.ignore_index, reduction="none")
+            self.negative_log_likelihood += losses.sum(dtype=torch.float64)
+        self.num_tokens += (target_T != self.ignore_index).sum()
+
+    def update_next_token(self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Add a causal model's predictions: logits [batch, length, vocabulary] at a position are for the next token.
+
+        Args:
+            logits: [batch, length, vocabulary].
+            tokens: [batch, length], int: the model's input, or its labels, where `ignore_index` does not count.
+            attention_mask: [batch, length], 0 where the token is padding.
+        """
+        target = tokens.long()
+        if attention_mask is not None:
+            target = target.masked_fill(attention_mask == 0, self.ignore_index)
+        self.update(logits[:, :-1], target[:, 1:])
+
+    def compute(self) -> Tensor:
+        """The perplexity of everything added, float64; NaN where nothing was."""
+        return (self.negative_log_likelihood / self.num_tokens).exp()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Perplexity of a causal language model on token windows.
+
+    Args:
+        model: returns an object with `logits` for tokens.
+        windows: [windows, length], int: each is scored on its own; every token but a window's first counts.
+        batch_size: windows in one forward pass.
+        forward: logits for tokens [batch, length]; default: the model's. A pruned twin is evaluated with it.
+        progress: called with (windows done, windows in all) after each batch.
+
+    Raises:
+        CalibrationError: there is no window, or windows of one token.
+    """
+    if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise CalibrationError(f"evaluate(windows of shape {tuple(windows.shape)}): expected [windows, at least 2 tokens].")
+    device = next(model.parameters()).device
+    metric = Perplexity().to(device)
+    with eval_mode(model):
+        for start in range(0, len(windows), batch_size):
+            tokens = windows[start : start + batch_size].to(device).long()
+            logits = forward(tokens) if forward is not None else model(tokens).logits
+            metric.update_next_token(logits, tokens)
+            if progress is not None:
+                progress(min(start + batch_size, len(windows)), len(windows))
+    return float(metric.compute())

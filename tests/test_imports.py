@@ -1,0 +1,79 @@
+"""Imports point one way: a module may use only those before it in ORDER."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import statprune
+
+ORDER = [
+    "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "recipe", "sites", "selection", "batches",
+    "tracing", "walk", "hooks", "transform", "report", "compress", "perplexity", "data", "modules", "checkpoint",
+    "callback", "compare", "quickstart", "benchmark", "cli",
+]  # fmt: skip
+PURE = ["statistics", "criteria", "patterns", "compensation", "pruning"]
+
+PACKAGE = Path(statprune.__file__).parent
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of everything that a module of statprune imports, wherever in it the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join((["statprune"] if node.level else []) + ([node.module] if node.module else []))
+            # `from statprune import recipe` imports a module, `from statprune.recipe import Recipe` a name of one
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "statprune" else {module}
+    return names
+
+
+def own_modules(names: set[str]) -> set[str]:
+    """Which modules of statprune are among them; the package itself counts as one that comes last."""
+    inside = [name.split(".") for name in names if name.split(".")[0] == "statprune"]
+    modules = {*ORDER, *(path.stem for path in PACKAGE.glob("*.py"))}
+    return {parts[1] if len(parts) > 1 and parts[1] in modules else "__init__" for parts in inside}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from statprune.recipe import Recipe", {"recipe"}),
+        ("def f():\n    import statprune.recipe as r", {"recipe"}),
+        ("from statprune import recipe, Recipe", {"recipe", "__init__"}),
+        ("import statprune", {"__init__"}),
+        ("from .recipe import Recipe", {"recipe"}),
+        ("from . import recipe", {"recipe"}),
+        ("import torch, statprune_other", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(source, expected):
+    assert own_modules(imported(source)) == expected
+
+
+def test_every_module_has_its_place_in_the_order():
+    modules = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
+    assert modules - {"__init__"} <= set(ORDER)
+
+
+@pytest.mark.parametrize("module", [name for name in ORDER if (PACKAGE / f"{name}.py").exists()])
+def test_a_module_imports_only_from_those_before_it(module):
+    used = own_modules(imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+    assert used <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_the_mathematics_imports_torch_and_nothing_else(module):
+    used = {name.split(".")[0] for name in imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))}
+    assert used - sys.stdlib_module_names <= {"torch", "statprune"}
+    assert "torch" in used
+
+
+def test_importing_statprune_does_not_import_datasets():
+    code = "import sys, statprune; print(*sorted({'datasets', 'statprune'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["statprune"]

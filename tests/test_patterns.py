@@ -1,0 +1,220 @@
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from statprune.patterns import NM, Unstructured, parse_shorthand
+
+FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+stacks = st.lists(st.integers(1, 3), max_size=2).map(tuple)
+per_mille = st.integers(0, 999)
+
+
+@st.composite
+def scores(draw, widths):
+    """Scores of any float dtype under any leading stack: ordinary ones, integers with many ties, all equal, and zeros."""
+    shape = (*draw(stacks), draw(st.integers(1, 6)), draw(widths))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["normal", "ties", "equal", "zero", "sparse"]))
+    score = torch.randn(shape, generator=generator).abs()
+    if kind == "ties":
+        score = torch.randint(0, 3, shape, generator=generator).float()
+    elif kind == "equal":
+        score = torch.full(shape, 0.3)
+    elif kind == "zero":
+        score = torch.zeros(shape)
+    elif kind == "sparse":
+        score = score * (torch.rand(shape, generator=generator) < 0.3)
+    return score.to(draw(st.sampled_from(FLOAT_DTYPES)))
+
+
+def assert_keeps_the_highest(score, keep, ranked_shape):
+    """No pruned score is above a kept one of the same ranking group."""
+    score, keep = score.float().reshape(ranked_shape), keep.reshape(ranked_shape)
+    lowest_kept = score.masked_fill(~keep, float("inf")).amin(-1)
+    highest_pruned = score.masked_fill(keep, float("-inf")).amax(-1)
+    assert (highest_pruned <= lowest_kept).all()
+
+
+def test_two_of_four_by_hand():
+    # two stay in each four consecutive inputs; N:M as "N pruned" could not be told apart here, see the next test
+    score = torch.tensor([[9.0, 1.0, 3.0, 4.0, 0.1, 0.4, 0.2, 0.3]])
+    assert NM(keep=2, of=4)(score).int().tolist() == [[1, 0, 0, 1, 0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, [[0, 0, 1, 0]]), (3, [[1, 0, 1, 1]]), (4, [[1, 1, 1, 1]])])
+def test_the_first_number_is_what_stays(keep, expected):
+    assert NM(keep=keep, of=4)(torch.tensor([[2.0, 1.0, 4.0, 3.0]])).int().tolist() == expected
+
+
+def test_unstructured_rows_compete_within_themselves_by_hand():
+    score = torch.tensor([[1.0, 2.0, 3.0, 4.0], [50.0, 80.0, 70.0, 60.0]])
+    assert Unstructured(0.5)(score).int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]
+    assert Unstructured(0.25)(score).int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 1]]
+
+
+def test_unstructured_layer_competes_as_a_whole_by_hand():
+    score = torch.tensor([[1.0, 2.0, 3.0, 60.0], [50.0, 80.0, 70.0, 4.0]])
+    assert Unstructured(0.5, rank_over="layer")(score).int().tolist() == [[0, 0, 0, 1], [1, 1, 1, 0]]
+    assert Unstructured(0.25, rank_over="layer")(score).int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+@quick
+@given(scores(st.integers(1, 40)), per_mille)
+def test_a_row_loses_exactly_the_asked_number(score, sparsity):
+    keep = Unstructured(sparsity / 1000)(score)
+    assert (keep.shape, keep.dtype) == (score.shape, torch.bool)
+    assert ((~keep).sum(-1) == sparsity * score.shape[-1] // 1000).all()
+    assert keep.any(-1).all()
+    assert_keeps_the_highest(score, keep, score.shape)
+
+
+@quick
+@given(scores(st.integers(1, 40)), per_mille)
+def test_a_layer_loses_exactly_the_asked_number(score, sparsity):
+    keep = Unstructured(sparsity / 1000, rank_over="layer")(score)
+    assert (keep.shape, keep.dtype) == (score.shape, torch.bool)
+    num_weights = score.shape[-2] * score.shape[-1]
+    assert ((~keep).sum((-2, -1)) == sparsity * num_weights // 1000).all()
+    assert_keeps_the_highest(score, keep, (*score.shape[:-2], num_weights))
+
+
+@quick
+@given(st.data(), st.integers(1, 9), st.integers(1, 5))
+def test_every_group_of_nm_keeps_exactly_its_number(data, of, num_groups):
+    keep_count = data.draw(st.integers(1, of))
+    score = data.draw(scores(st.just(of * num_groups)))
+    keep = NM(keep=keep_count, of=of)(score)
+    assert (keep.shape, keep.dtype) == (score.shape, torch.bool)
+    groups = keep.reshape(*score.shape[:-1], num_groups, of)
+    assert (groups.sum(-1) == keep_count).all()
+    assert_keeps_the_highest(score, keep, groups.shape)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "weight", "holds"),
+    [
+        (NM(2, 4), [[1, 0, 0, 2, 0, 3, 4, 0]], True),
+        (NM(2, 4), [[1, 0, 0, 0, 0, 0, 0, 0]], True),  # a kept weight may be zero by itself
+        (NM(2, 4), [[1, 0, 0, 2, 0, 3, 4, 5]], False),
+        (NM(2, 4), [[1, 0, 3, 2, 0, 0, 4, 0]], False),  # half of the row is zero, but not half of each group
+        (NM(2, 4), [[1, 0, 2, 0, 0, 0]], False),  # no whole groups
+        (Unstructured(0.5), [[1, 0, 0, 2], [0, 0, 3, 4]], True),
+        (Unstructured(0.5), [[1, 0, 3, 2], [0, 0, 0, 4]], False),
+        (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 0, 4]], True),
+        (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 5, 4]], False),
+        (Unstructured(0.5), [[1, 0, 2], [0, 3, 4]], True),  # one of three: rounded down
+    ],
+)
+def test_whether_a_weight_holds_a_pattern_by_hand(pattern, weight, holds):
+    assert pattern.holds(torch.tensor(weight, dtype=torch.float32)) is holds
+
+
+@quick
+@given(
+    scores(st.sampled_from([4, 8, 12])), st.sampled_from([Unstructured(0.3), Unstructured(0.7, rank_over="layer"), NM(1, 4)])
+)
+def test_what_a_pattern_selects_holds_it(score, pattern):
+    keep = pattern(score)
+    assert pattern.holds(torch.ones_like(score).masked_fill(~keep, 0))
+    one_too_many = torch.ones_like(score).masked_fill(~keep, 0).flatten()
+    pruned_places = (one_too_many == 0).nonzero()
+    assume(len(pruned_places))
+    one_too_many[pruned_places[0]] = 1
+    assert not pattern.holds(one_too_many.view_as(score))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, rank_over="layer"), NM(2, 4)])
+def test_patterns_do_not_change_the_scores(pattern):
+    score = torch.rand(4, 8)
+    before = score.clone()
+    pattern(score)
+    assert torch.equal(score, before)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.3), Unstructured(0.3, rank_over="layer"), NM(2, 4)])
+def test_scores_may_be_transposed_views(pattern):
+    score = torch.rand(8, 6)
+    assert torch.equal(pattern(score.t()), pattern(score.t().contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "width", "pruned"),
+    [
+        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996
+        (0.57, 100, 57),  # 0.57 * 100 is 56.99999999999999
+        (0.5, 7, 3),
+        (0.999, 100, 99),
+        (0.9999999999, 10, 9),  # rounding to a full row is no reason to empty it
+        (0.5, 1, 0),
+        (0.0, 10, 0),
+    ],
+)
+def test_the_number_pruned_is_rounded_down_as_in_decimal(sparsity, width, pruned):
+    assert (~Unstructured(sparsity)(torch.rand(3, width))).sum(-1).tolist() == [pruned] * 3
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 50, float("nan")])
+def test_a_sparsity_outside_zero_to_one_is_refused(sparsity):
+    with pytest.raises(ValueError, match=rf"Unstructured\(sparsity={sparsity}\): expected a fraction in \[0, 1\)"):
+        Unstructured(sparsity)
+
+
+def test_an_unknown_ranking_group_is_refused():
+    with pytest.raises(ValueError, match=r"Unstructured\(rank_over='column'\): expected 'row' or 'layer'"):
+        Unstructured(0.5, rank_over="column")
+
+
+@pytest.mark.parametrize(("keep", "of"), [(5, 4), (0, 4), (-1, 4), (0, 0)])
+def test_impossible_nm_is_refused(keep, of):
+    with pytest.raises(ValueError, match=rf"NM\(keep={keep}, of={of}\): expected 0 < keep <= of"):
+        NM(keep=keep, of=of)
+
+
+@pytest.mark.parametrize("width", [3, 6, 9])
+def test_a_width_that_does_not_divide_is_refused(width):
+    assert not NM(2, 4).fits(width)
+    with pytest.raises(ValueError, match=rf"2:4 on rows of {width} inputs: expected a width that 4 divides"):
+        NM(2, 4)(torch.rand(2, width))
+
+
+@pytest.mark.parametrize(("pattern", "width"), [(NM(2, 4), 8), (NM(1, 3), 9), (Unstructured(0.5), 7)])
+def test_widths_that_fit(pattern, width):
+    assert pattern.fits(width)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("50%", Unstructured(0.5)),
+        (" 62.5 % ", Unstructured(0.625)),
+        ("0%", Unstructured(0.0)),
+        ("2:4", NM(keep=2, of=4)),
+        (" 4 : 8 ", NM(keep=4, of=8)),
+        ("1:4", NM(keep=1, of=4)),
+        ("50", None),
+        ("2:4:8", None),
+        ("-5%", None),
+        ("half", None),
+        ("", None),
+    ],
+)
+def test_shorthands(text, pattern):
+    assert parse_shorthand(text) == pattern
+
+
+@quick
+@given(st.one_of(per_mille.map(lambda n: Unstructured(n / 1000)), st.integers(1, 32).map(lambda n: NM(keep=n, of=32))))
+def test_a_pattern_prints_as_its_shorthand(pattern):
+    parsed = parse_shorthand(str(pattern))
+    assert type(parsed) is type(pattern)
+    assert vars(parsed) == pytest.approx(vars(pattern))
+
+
+@pytest.mark.parametrize(("text", "message"), [("100%", r"sparsity=1.0"), ("250%", r"sparsity=2.5"), ("4:2", r"keep=4, of=2")])
+def test_shorthands_out_of_range_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_shorthand(text)

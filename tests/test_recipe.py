@@ -1,0 +1,417 @@
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from statprune.errors import RecipeError, SiteError, StatpruneError
+from statprune.patterns import NM, Unstructured
+from statprune.recipe import Recipe
+from statprune.selection import select
+from statprune.sites import InputGroup, LeftOut, LinearSite
+from statprune.statistics import InputMoments, Statistic
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+positive = st.floats(1e-12, 1e3)
+globs = st.lists(st.text("abc*.0123", min_size=1), max_size=3)
+recipes = st.builds(
+    Recipe,
+    criterion=st.one_of(
+        st.sampled_from(["magnitude", "wanda", "cvr"]),
+        st.fixed_dictionaries({"name": st.just("cvr")}, optional={"alpha": st.floats(0, 4), "eps": positive}),
+    ),
+    pattern=st.one_of(
+        st.sampled_from(["2:4", "4:8", "50%", "62.5%"]),
+        st.fixed_dictionaries(
+            {"name": st.just("unstructured"), "sparsity": st.floats(0, 0.999)},
+            optional={"rank_over": st.sampled_from(["row", "layer"])},
+        ),
+        st.fixed_dictionaries({"name": st.just("nm"), "keep": st.integers(1, 4), "of": st.integers(4, 16)}),
+    ),
+    compensation=st.one_of(
+        st.sampled_from(["none", "energy"]),
+        st.fixed_dictionaries(
+            {"name": st.just("energy")},
+            optional={
+                "column": st.booleans(),
+                "row": st.booleans(),
+                "eps": positive,
+                "clamp": st.tuples(st.floats(0.01, 1), st.floats(1, 100)),
+                "strength": st.floats(0, 1),
+            },
+        ),
+    ),
+    schedule=st.sampled_from(["walk", "one-shot"]),
+    targets=st.none() | globs,
+    ignore=globs,
+    on_indivisible=st.sampled_from(["error", "skip"]),
+)
+
+
+@quick
+@given(recipes)
+def test_a_recipe_survives_plain_data_json_and_yaml(recipe):
+    data = recipe.to_dict()
+    assert Recipe.from_dict(data) == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(data))) == recipe
+    assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(data))) == recipe
+    assert Recipe.from_dict(data).to_dict() == data
+
+
+def test_a_recipe_survives_a_yaml_file(tmp_path):
+    recipe = Recipe(
+        "wanda", {"name": "nm", "keep": 1, "of": 4}, {"name": "energy", "eps": 1e-7}, "one-shot", ["*.mlp.*"], ["a"]
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
+    assert Recipe.from_yaml(path) == recipe
+    assert Recipe.from_yaml(str(path)) == recipe
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_written_by_hand(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        criterion: {name: cvr, alpha: 0.25, eps: 1e-6}   # no dot: text to YAML 1.1, a number to people
+        pattern: 50%
+        compensation:
+          name: energy
+          clamp: [0.8, 1.25]
+          eps: 2E-4
+        ignore: ["*.down_proj"]
+        """,
+    )
+    assert Recipe.from_yaml(path).to_dict() == {
+        "criterion": {"name": "cvr", "alpha": 0.25, "eps": 1e-6},
+        "pattern": {"name": "unstructured", "sparsity": 0.5, "rank_over": "row"},
+        "compensation": {
+            "name": "energy", "column": True, "row": True, "eps": 2e-4, "clamp": [0.8, 1.25], "strength": 1.0,
+        },
+        "schedule": "walk",
+        "targets": None,
+        "ignore": ["*.down_proj"],
+        "on_indivisible": "error",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({"pattern": "2:4"}, {"pattern": {"name": "nm", "keep": 2, "of": 4}}),
+        ({"pattern": "50%"}, {"pattern": {"name": "unstructured", "sparsity": 0.5}}),
+        ({"criterion": "cvr"}, {"criterion": {"name": "cvr"}}),
+        ({"compensation": "none"}, {"compensation": {"name": "none"}}),
+        (
+            {"compensation": {"name": "energy", "clamp": (0.5, 3.0)}},
+            {"compensation": {"name": "energy", "clamp": [0.5, 3.0]}},
+        ),
+        ({"targets": ["a"], "ignore": ["b"]}, {"targets": ("a",), "ignore": ("b",)}),
+    ],
+)
+def test_two_ways_to_write_a_recipe_are_one_recipe(short, long):
+    assert Recipe(**short) == Recipe(**long)
+    assert Recipe(**short).to_dict() == Recipe(**long).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("method", "criterion", "compensation", "name"),
+    [
+        ("wanda", "wanda", "none", "wanda"),
+        ("cvr+energy", "cvr", "energy", "cvr+energy"),
+        ("magnitude+none", "magnitude", "none", "magnitude"),
+    ],
+)
+def test_methods_have_short_names(method, criterion, compensation, name):
+    recipe = Recipe.parse(method, pattern="4:8")
+    assert recipe == Recipe(criterion=criterion, compensation=compensation, pattern="4:8")
+    assert recipe.method == name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "built"),
+    [
+        ("2:4", NM(keep=2, of=4)),
+        ("62.5%", Unstructured(0.625)),
+        ({"name": "unstructured", "sparsity": 0.2, "rank_over": "layer"}, Unstructured(0.2, "layer")),
+    ],
+)
+def test_a_recipe_builds_its_pattern(pattern, built):
+    assert Recipe(pattern=pattern).build_pattern() == built
+
+
+def test_a_recipe_passes_its_settings_on():
+    # Scores of the one row: magnitude 2, 4, 2, 0; Wanda, with root mean squares 1, 1, 3, 3, 2, 4, 6, 0.
+    tokens = torch.tensor([[1.0, 1.0, 3.0, 3.0], [1.0, 1.0, -3.0, -3.0]])
+    moments, weight = InputMoments.zeros(4).add(tokens), torch.tensor([[2.0, 4.0, -2.0, 0.0]])
+    assert Recipe.parse("magnitude", pattern="1:2").pruner()(weight, None).weight.tolist() == [[0, 4, -2, 0]]
+    assert Recipe.parse("wanda", pattern="1:4").pruner()(weight, moments).weight.tolist() == [[0, 0, -2, 0]]
+    assert Recipe.parse("magnitude", pattern="1:4").pruner()(weight, None).weight.tolist() == [[0, 4, 0, 0]]
+    # Row mean 1 and s held at 3: 3w - 2.
+    energy = {"name": "energy", "column": False, "clamp": [3.0, 3.0]}
+    assert Recipe("magnitude", "1:4", energy).pruner()(weight, None).weight.tolist() == [[0, 10, 0, 0]]
+    # Column variances 1 and 36. Scores of the first row: 1 and 12 for alpha = 0, 1 and 12 / 36^2 for alpha = 4.
+    weight, moments = (
+        torch.tensor([[1.0, 12.0], [3.0, 0.0]]),
+        InputMoments.zeros(2).add(torch.tensor([[1.0, 1.0], [-1.0, -1.0]])),
+    )
+    for alpha, kept in ((0.0, [0, 1]), (4.0, [1, 0])):
+        recipe = Recipe({"name": "cvr", "alpha": alpha}, "1:2", "none")
+        assert recipe.pruner()(weight, moments).keep[0].int().tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("method", "needed"),
+    [("magnitude+energy", Statistic.NONE), ("wanda", Statistic.MOMENTS), ("cvr+energy", Statistic.MOMENTS)],
+)
+def test_a_recipe_collects_no_more_than_it_needs(method, needed):
+    assert Recipe.parse(method).pruner().needs is needed
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"critereon": "cvr"}, "Recipe has no key 'critereon'. Did you mean 'criterion'? The keys are criterion, pattern,"),
+        ({7: "cvr"}, "Recipe has no key 7. The keys are"),
+        ({"criterion": "wnada"}, "Recipe(criterion='wnada') does not exist. Did you mean 'wanda'? Known: magnitude, wanda"),
+        ({"criterion": "zzz"}, "Recipe(criterion='zzz') does not exist. Known:"),
+        ({"compensation": "enrgy"}, "Recipe(compensation='enrgy') does not exist. Did you mean 'energy'?"),
+        ({"schedule": "oneshot"}, "Recipe(schedule='oneshot') does not exist. Did you mean 'one-shot'? Known: walk, one-shot"),
+        ({"on_indivisible": "skp"}, "Recipe(on_indivisible='skp') does not exist. Did you mean 'skip'? Known: error, skip"),
+        ({"pattern": {"name": "unstructred", "sparsity": 0.5}}, "Did you mean 'unstructured'? Known: unstructured, nm"),
+        (
+            {"criterion": {"name": "cvr", "alhpa": 1.0}},
+            "The criterion 'cvr' has no setting 'alhpa'. Did you mean 'alpha'? Its settings are alpha, eps.",
+        ),
+        ({"criterion": {"name": "cvr", 1: 1.0}}, "The criterion 'cvr' has no setting 1. Its settings are"),
+        ({"criterion": {"name": "wanda", "alpha": 1.0}}, "has no setting 'alpha'. Its settings are none."),
+        ({"criterion": {"name": "cvr", "weight": 1.0}}, "The criterion 'cvr' has no setting 'weight'."),
+        ({"pattern": {"name": "nm", "kep": 2, "of": 4}}, "has no setting 'kep'. Did you mean 'keep'? Its settings are keep"),
+        ({"compensation": {"name": "energy", "clmp": [1, 2]}}, "has no setting 'clmp'. Did you mean 'clamp'?"),
+        ({"criterion": {"alpha": 1.0}}, "expected a name or a mapping with a 'name'. Known: magnitude, wanda, cvr"),
+        ({"criterion": ["cvr"]}, "Recipe(criterion=['cvr']): expected a name or a mapping"),
+        ({"criterion": None}, "Recipe(criterion=None): expected a name or a mapping"),
+        ({"criterion": {"name": 5}}, "expected a name or a mapping"),
+        ({"pattern": {"name": "nm", "keep": 2}}, "The pattern 'nm' needs of."),
+        ({"pattern": {"name": "nm"}}, "The pattern 'nm' needs keep, of."),
+        ({"pattern": {"name": "unstructured"}}, "The pattern 'unstructured' needs sparsity."),
+        ({"pattern": "nm"}, "Recipe(pattern='nm') needs numbers: '50%' for half of the weights anywhere, '2:4' for two of"),
+        ({"pattern": "half"}, "Recipe(pattern='half'): expected '50%' for half of the weights anywhere, '2:4' for two of"),
+        ({"pattern": 0.5}, "Recipe(pattern=0.5): expected '50%'"),
+        ({"pattern": "100%"}, "Unstructured(sparsity=1.0): expected a fraction in [0, 1)"),
+        ({"pattern": {"name": "unstructured", "sparsity": 50}}, "Unstructured(sparsity=50): expected a fraction in [0, 1)"),
+        ({"pattern": {"name": "unstructured", "sparsity": -0.5}}, "Unstructured(sparsity=-0.5): expected a fraction in [0, 1)"),
+        ({"pattern": {"name": "unstructured", "sparsity": 0.5, "rank_over": "col"}}, "rank_over='col'): expected 'row' or"),
+        ({"pattern": "4:2"}, "NM(keep=4, of=2): expected 0 < keep <= of"),
+        ({"pattern": {"name": "nm", "keep": 5, "of": 4}}, "NM(keep=5, of=4): expected 0 < keep <= of"),
+        ({"criterion": {"name": "cvr", "alpha": -1}}, "cvr(alpha=-1): expected alpha >= 0"),
+        ({"criterion": {"name": "cvr", "eps": 0}}, "cvr(eps=0): expected eps > 0"),
+        ({"compensation": {"name": "energy", "clamp": [2, 0.5]}}, "energy(clamp=[2, 0.5]): expected [low, high]"),
+        ({"compensation": {"name": "energy", "strength": 2}}, "energy(strength=2): expected a number in [0, 1]"),
+        ({"compensation": {"name": "energy", "clamp": 2.0}}, "'clamp': 2.0"),
+        ({"criterion": {"name": "cvr", "alpha": "much"}}, "'alpha': 'much'"),
+        ({"targets": "*.mlp.*"}, "Recipe(targets='*.mlp.*', ignore=()): expected lists of names, such as ['*.mlp.*']"),
+        ({"ignore": "lm_head"}, "ignore='lm_head'): expected lists of names"),
+        ({"ignore": None}, "ignore=None): expected lists of names"),
+        ({"targets": 5}, "Recipe(targets=5, ignore=()): expected lists of names"),
+        ({"targets": [5]}, "Recipe(targets=[5], ignore=()): expected lists of names"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_makes_no_sense_is_refused(data, message):
+    with pytest.raises(RecipeError, match=re.escape(message)) as caught:
+        Recipe.from_dict(data)
+    assert isinstance(caught.value, StatpruneError)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("method", ["wnada", "cvr+enrgy", "cvr+energy+energy", ""])
+def test_a_method_that_does_not_exist_is_refused(method):
+    with pytest.raises(RecipeError, match="does not exist"):
+        Recipe.parse(method)
+
+
+@pytest.mark.parametrize("text", ["pattern: 2:4", "pattern: 1:2", "pattern: 0.5", "pattern: 50"])
+def test_a_pattern_that_yaml_reads_as_a_number_says_to_quote_it(tmp_path, text):
+    with pytest.raises(RecipeError, match="In YAML, quote it: an unquoted 2:4 is a number to YAML"):
+        Recipe.from_yaml(write(tmp_path, text))
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path):
+    path = write(tmp_path, "criterion: wnada")
+    with pytest.raises(RecipeError, match=re.escape(f"In the recipe {path}: Recipe(criterion='wnada') does not exist.")):
+        Recipe.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: .*No such file"),
+        (b"pattern: [2", "cannot be read: .*expected ',' or ']'"),
+        (b"criterion: \xff\xfe", "cannot be read: 'utf-8' codec"),
+        (b"", "holds NoneType; expected keys such as 'pattern: \"2:4\"'"),
+        (b"- cvr", "holds list; expected keys"),
+        (b"cvr", "holds str; expected keys"),
+        (b"pattern: !!python/object/apply:os.getcwd []", "cannot be read: could not determine a constructor"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"(?s)The recipe {re.escape(str(path))} {message}"):
+        Recipe.from_yaml(path)
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+def site(name, width=8, **facts):
+    return LinearSite(name=name, parameter=f"{name}.weight", layout="out_in", shape=(16, width), **facts)
+
+
+GROUPS = [
+    InputGroup((site("layers.1.attn.q"), site("layers.1.attn.k"))),
+    InputGroup((site("layers.1.mlp.up"),)),
+    InputGroup((site("layers.10.attn.q"), site("layers.10.attn.k"))),
+    InputGroup((site("layers.10.mlp.up"),)),
+    InputGroup((site("lm_head", feeds_output=True),)),
+]
+EMBEDDING = LeftOut("embed", (50, 8), "embedding")
+INNER = [one.name for group in GROUPS[:-1] for one in group.sites]
+
+
+def selected(groups=tuple(GROUPS), **choices):
+    return [one.name for one in select(groups, [EMBEDDING], Recipe(**choices)).sites]
+
+
+def reasons(groups=tuple(GROUPS), **choices):
+    return {one.name: one.reason for one in select(groups, [EMBEDDING], Recipe(**choices)).left_out}
+
+
+def test_without_targets_everything_but_the_output_layer_is_selected():
+    assert selected() == INNER
+    assert reasons() == {"embed": "embedding", "lm_head": "feeds the output"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ({"targets": ["layers.1.attn.q"]}, ["layers.1.attn.q"]),
+        ({"targets": ["layers.1.attn.q.weight"]}, ["layers.1.attn.q"]),
+        ({"targets": ["layers.1.*"]}, ["layers.1.attn.q", "layers.1.attn.k", "layers.1.mlp.up"]),
+        ({"targets": ["*.mlp.*"]}, ["layers.1.mlp.up", "layers.10.mlp.up"]),
+        ({"targets": ["*.mlp.*", "layers.10.*.q"]}, ["layers.1.mlp.up", "layers.10.attn.q", "layers.10.mlp.up"]),
+        ({"targets": ["layers.??.attn.[qk]"]}, ["layers.10.attn.q", "layers.10.attn.k"]),
+        ({"targets": ["lm_head"]}, ["lm_head"]),
+        ({"targets": ["*"]}, [*INNER, "lm_head"]),
+        ({"targets": ["*"], "ignore": ["layers.1*"]}, ["lm_head"]),
+        ({"ignore": ["layers.1.*"]}, ["layers.10.attn.q", "layers.10.attn.k", "layers.10.mlp.up"]),
+        ({"ignore": ["*.k"]}, ["layers.1.attn.q", "layers.1.mlp.up", "layers.10.attn.q", "layers.10.mlp.up"]),
+        ({"ignore": ["*.attn.*", "lm_head"]}, ["layers.1.mlp.up", "layers.10.mlp.up"]),
+        ({"ignore": ["embed"]}, INNER),  # left out anyway, so asking for it is no mistake
+        ({"ignore": ["embed.weight"]}, INNER),
+    ],
+)  # fmt: skip
+def test_globs_select_whole_names(choices, expected):
+    assert selected(**choices) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "glob", "message"),
+    [
+        ("targets", "layers.1", "Recipe(targets=['layers.1']) matches no weight of this model."),
+        ("targets", "layers.1.atn.q", "Did you mean 'layers.1.attn.q'? `statprune inspect` lists the names"),
+        ("targets", "LAYERS.1.*", "Recipe(targets=['LAYERS.1.*']) matches no weight"),
+        ("targets", "attn", "Recipe(targets=['attn']) matches no weight"),
+        ("ignore", "lm_hed", "Recipe(ignore=['lm_hed']) matches no weight of this model. Did you mean 'lm_head'?"),
+        ("ignore", "*.mpl.*", "Recipe(ignore=['*.mpl.*']) matches no weight"),
+        ("targets", "embed", "Recipe(targets=['embed']): embed cannot be pruned: embedding."),
+    ],
+)
+def test_a_glob_that_matches_nothing_is_an_error(key, glob, message):
+    good = "layers.1.mlp.up"
+    with pytest.raises(SiteError, match=re.escape(message)):
+        select(GROUPS, [EMBEDDING], Recipe(**{key: [good, glob]}))
+
+
+def test_what_was_left_out_is_told_with_its_reason():
+    assert reasons(targets=["*.attn.*"], ignore=["layers.1.*"]) == {
+        "embed": "embedding",
+        "layers.1.attn.q": "ignored by the recipe",
+        "layers.1.attn.k": "ignored by the recipe",
+        "layers.1.mlp.up": "ignored by the recipe",
+        "layers.10.mlp.up": "not among the recipe's targets",
+        "lm_head": "not among the recipe's targets",
+    }
+
+
+def test_groups_keep_their_order_and_only_the_selected_sites():
+    groups = select(GROUPS, [], Recipe(targets=["layers.10.mlp.up", "*.k"])).groups
+    assert [[one.name for one in group.sites] for group in groups] == [
+        ["layers.1.attn.k"],
+        ["layers.10.attn.k"],
+        ["layers.10.mlp.up"],
+    ]
+    assert [len(group.sites) for group in GROUPS] == [2, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"feeds_output": True}, "feeds the output"),
+        ({"aliases": ("embed.weight", "other.weight"), "num_reads": 2}, "tied to embed.weight, other.weight"),
+        ({"num_reads": 3}, "read in 3 places"),
+        ({"feeds_output": True, "aliases": ("embed.weight",)}, "feeds the output, tied to embed.weight"),
+    ],
+)
+def test_shared_and_output_weights_stay_dense_unless_named(facts, reason):
+    groups = (InputGroup((site("plain"), site("special", **facts))),)
+    assert selected(groups) == ["plain"]
+    assert reasons(groups)["special"] == reason
+    assert selected(groups, targets=["special"]) == ["special"]
+
+
+def test_a_tied_weight_is_ignored_by_any_of_its_names_and_targeted_by_its_own_only():
+    groups = (InputGroup((site("plain"), site("head", aliases=("model.tokens.weight",)))),)
+    assert reasons(groups, targets=["plain", "head"], ignore=["model.tokens"])["head"] == "ignored by the recipe"
+    with pytest.raises(
+        SiteError, match=r"Recipe\(targets=\['model.\*'\]\): this is head, tied to model.tokens.*Name it by that name"
+    ):
+        selected(groups, targets=["model.*"])
+
+
+def test_a_width_that_does_not_divide_is_an_error_that_names_the_layer():
+    groups = (InputGroup((site("fine"),)), InputGroup((site("odd", width=6),)))
+    with pytest.raises(
+        SiteError, match=r"odd: 2:4 does not divide its width of 6\..*on_indivisible: skip.*Nothing was changed"
+    ):
+        select(groups, [], Recipe(pattern="2:4"))
+    assert selected(groups, pattern="2:4", on_indivisible="skip") == ["fine"]
+    assert reasons(groups, pattern="2:4", on_indivisible="skip")["odd"] == "2:4 does not divide its width of 6"
+    assert selected(groups, pattern="2:4", ignore=["odd"]) == ["fine"]
+    assert selected(groups, pattern="1:3", targets=["odd"]) == ["odd"]
+    assert selected(groups, pattern="50%") == ["fine", "odd"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "choices", "message"),
+    [
+        ((), {}, "(it has no weight matrices)"),
+        (GROUPS[-1:], {}, "(lm_head: feeds the output). Name layers in `targets` to prune them anyway."),
+        ((InputGroup((site("odd", width=6),)),), {"on_indivisible": "skip"}, "(odd: 2:4 does not divide its width of 6)"),
+        (GROUPS, {"ignore": ["*"]}, "ignored by the recipe"),
+        (GROUPS, {"targets": []}, "not among the recipe's targets"),
+    ],
+)
+def test_nothing_left_to_prune_is_an_error_with_the_reasons(groups, choices, message):
+    with pytest.raises(SiteError, match=r"Nothing in this model is left to prune .*" + re.escape(message)):
+        select(groups, [], Recipe(**choices))

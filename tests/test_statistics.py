@@ -1,0 +1,187 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from statprune.statistics import InputMoments, Statistic, needs
+
+FLOAT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def random_tokens(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+
+
+def moments_of(tokens: torch.Tensor) -> InputMoments:
+    return InputMoments.zeros(tokens.shape[-1]).add(tokens)
+
+
+def assert_same(one: InputMoments, other: InputMoments, rtol: float = 0.0) -> None:
+    assert torch.equal(one.num_tokens, other.num_tokens)
+    torch.testing.assert_close(one.sum, other.sum, rtol=rtol, atol=rtol * 100)
+    torch.testing.assert_close(one.sum_sq, other.sum_sq, rtol=rtol, atol=0)
+
+
+def two_pass(tokens: list[list[float]]) -> tuple[list[float], list[float], list[float]]:
+    """Mean, second moment and population variance of each channel, by the definitions."""
+    means, second_moments, variances = [], [], []
+    for channel in zip(*tokens, strict=True):
+        mean = sum(channel) / len(channel)
+        means.append(mean)
+        second_moments.append(sum(x * x for x in channel) / len(channel))
+        variances.append(sum((x - mean) ** 2 for x in channel) / len(channel))
+    return means, second_moments, variances
+
+
+def test_moments_by_hand():
+    moments = moments_of(torch.tensor([[1.0, 10.0], [3.0, -10.0], [8.0, 3.0]]))
+    # channel 0: 1 + 3 + 8 = 12, 1 + 9 + 64 = 74; channel 1: 10 - 10 + 3 = 3, 100 + 100 + 9 = 209
+    assert moments.num_tokens.item() == 3
+    assert moments.sum.tolist() == [12, 3]
+    assert moments.sum_sq.tolist() == [74, 209]
+    assert moments.mean.tolist() == [4, 1]
+    assert moments.second_moment.tolist() == pytest.approx([74 / 3, 209 / 3])
+    # population: 74/3 - 16 and 209/3 - 1; the sample variances would be 13 and 103
+    assert moments.variance.tolist() == pytest.approx([26 / 3, 206 / 3])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (40, 5), (3, 4, 6), (2, 3, 4, 5)])
+def test_moments_equal_a_two_pass_reference(shape):
+    tokens = random_tokens(0, *shape)
+    moments = moments_of(tokens)
+    mean, second_moment, variance = two_pass(tokens.reshape(-1, shape[-1]).tolist())
+    assert moments.mean.tolist() == pytest.approx(mean)
+    assert moments.second_moment.tolist() == pytest.approx(second_moment)
+    assert moments.variance.tolist() == pytest.approx(variance)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_sums_are_wide_whatever_the_dtype_of_the_inputs(dtype):
+    moments = moments_of(torch.full((100, 1), 300.0, dtype=dtype))  # 300 ** 2 is infinite in float16
+    assert (moments.num_tokens.dtype, moments.sum.dtype, moments.sum_sq.dtype) == (torch.int64, torch.float64, torch.float64)
+    assert moments.sum.item() == 100 * 300
+    assert moments.sum_sq.item() == 100 * 300**2
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 6), st.data(), st.integers(0, 2**32))
+def test_merging_two_halves_is_adding_everything(num_tokens, in_features, data, seed):
+    tokens = random_tokens(seed, num_tokens, in_features)
+    cut = data.draw(st.integers(0, num_tokens))
+    first, second, everything = moments_of(tokens[:cut]), moments_of(tokens[cut:]), moments_of(tokens)
+    merged = first.merge(second)
+    assert_same(merged, everything, rtol=1e-12)
+    assert_same(merged, second.merge(first))
+    assert_same(merged, moments_of(tokens[:cut]).add(tokens[cut:]))
+
+
+def test_merging_changes_neither_half():
+    first, second = moments_of(torch.ones(2, 3)), moments_of(torch.ones(4, 3))
+    first.merge(second).add(torch.ones(1, 3))
+    assert_same(first, moments_of(torch.ones(2, 3)))
+    assert_same(second, moments_of(torch.ones(4, 3)))
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 9), st.integers(0, 2**32))
+def test_order_and_batching_do_not_matter(num_tokens, in_features, batch_size, seed):
+    tokens = random_tokens(seed, num_tokens, in_features)
+    shuffled = tokens[torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))]
+    batched = InputMoments.zeros(in_features)
+    for batch in shuffled.split(batch_size):
+        assert batched.add(batch) is batched
+    assert_same(batched, moments_of(tokens), rtol=1e-12)
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(0, 2**32), st.sampled_from([torch.bool, torch.int64, torch.float32]))
+def test_padding_never_counts(batch, length, seed, mask_dtype):
+    tokens = random_tokens(seed, batch, length, 3)
+    keep = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.6
+    padded = tokens.masked_fill(~keep[..., None], float("nan"))  # one look at padding would spoil the sums
+    assert_same(InputMoments.zeros(3).add(padded, keep.to(mask_dtype)), moments_of(tokens[keep]))
+
+
+def test_a_mask_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"inputs \(2, 5, 3\), keep_token \(2, 4\)\): expected 10 mask elements.*got 8"):
+        InputMoments.zeros(3).add(torch.ones(2, 5, 3), torch.ones(2, 4))
+
+
+def test_one_token_has_no_variance():
+    moments = moments_of(torch.tensor([[0.1, -7.3, 1e4]], dtype=torch.float64))
+    assert moments.mean.tolist() == [0.1, -7.3, 1e4]
+    assert moments.variance.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "accuracy"), [(1e4, 1.0, 1e-6), (-1e4, 1.0, 1e-6), (1.0, 1e-5, 1e-4), (0.0, 1e-12, 1e-6)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_variance_survives_a_large_mean(mean, std, accuracy, dtype):
+    noise = torch.randn(8, 512, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = (noise * std + mean).to(dtype)
+    moments = InputMoments.zeros(4)
+    for batch in tokens:
+        moments.add(batch)
+    expected = tokens.double().reshape(-1, 4).var(dim=0, correction=0)
+    torch.testing.assert_close(moments.variance, expected, rtol=accuracy, atol=0)
+
+
+@quick
+@given(
+    st.floats(-1e6, 1e6, width=32),
+    st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    st.sampled_from(FLOAT_DTYPES),
+)
+def test_a_constant_channel_has_exactly_no_variance(value, batches, dtype):
+    moments = InputMoments.zeros(1)
+    for num_tokens in batches:
+        moments.add(torch.full((num_tokens, 1), value / 100).to(dtype))
+    assert moments.variance.item() == 0
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_adding_does_not_change_the_inputs(dtype):
+    tokens = torch.full((4, 3), 3.0, dtype=dtype)
+    moments_of(tokens)
+    assert torch.equal(tokens, torch.full((4, 3), 3.0, dtype=dtype))
+
+
+def test_sums_hold_no_graph():
+    assert not moments_of(torch.ones(4, 3, requires_grad=True) * 2).sum_sq.requires_grad
+
+
+def test_moments_started_in_inference_mode_go_on_after_it():
+    with torch.inference_mode():
+        moments = moments_of(torch.ones(2, 3))
+    assert_same(moments.add(torch.ones(5, 3)), moments_of(torch.ones(7, 3)))
+
+
+def test_a_stack_has_statistics_of_its_own_for_each_matrix():
+    few, many = random_tokens(1, 2, 3), random_tokens(2, 9, 3)
+    alone = [moments_of(few), moments_of(many)]
+    stacked = InputMoments(*(torch.stack([getattr(one, key) for one in alone]) for key in ("num_tokens", "sum", "sum_sq")))
+    for key in ("mean", "second_moment", "variance"):
+        assert torch.equal(getattr(stacked, key), torch.stack([getattr(one, key) for one in alone])), key
+    empty = InputMoments.zeros(3, stack=(2,))
+    assert [tuple(part.shape) for part in (empty.num_tokens, empty.sum, empty.sum_sq)] == [(2,), (2, 3), (2, 3)]
+    assert_same(empty.merge(stacked), stacked)
+
+
+@pytest.mark.parametrize(
+    ("value", "finite"), [(1e30, True), (float("inf"), False), (float("-inf"), False), (float("nan"), False)]
+)
+def test_one_value_that_is_not_finite_is_noticed(value, finite):
+    tokens = torch.ones(5, 3)
+    tokens[2, 1] = value
+    assert moments_of(tokens).add(torch.ones(5, 3)).is_finite() is finite
+
+
+def test_needs_marks_a_function_and_leaves_it_as_it_is():
+    @needs(Statistic.NONE)
+    def double(x: int) -> int:
+        return 2 * x
+
+    assert (double.needs, double(4)) == (Statistic.NONE, 8)
