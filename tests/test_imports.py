@@ -11,8 +11,8 @@ import statprune
 
 ORDER = [
     "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "recipe", "sites", "selection", "batches",
-    "tracing", "walk", "hooks", "transform", "report", "compress", "perplexity", "data", "modules", "checkpoint",
-    "callback", "compare", "quickstart", "benchmark", "cli",
+    "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
+    "callback", "compare", "quickstart", "benchmark", "display", "cli",
 ]  # fmt: skip
 PURE = ["statistics", "criteria", "patterns", "compensation", "pruning"]
 

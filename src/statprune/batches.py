@@ -182,12 +182,12 @@ def _check(model: nn.Module, inputs: ModelInputs, index: int) -> None:
                 _check_tensor(str(name), tensor, index)
         if name not in ("input_ids", "decoder_input_ids") or not isinstance(value, Tensor) or value.is_meta:
             continue
-        if isinstance(vocabulary, int) and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+        if vocabulary is not None and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
             raise CalibrationError(
                 f"Calibration batch {index}: token ids from {int(value.min())} to {int(value.max())} in {name!r}, but the "
                 f"model's vocabulary has {vocabulary}. Was the text tokenized with another model's tokenizer?"
             )
-        if isinstance(context, int) and value.shape[-1] > context:
+        if context is not None and value.shape[-1] > context:
             raise CalibrationError(
                 f"Calibration batch {index}: sequences of {value.shape[-1]} tokens in {name!r}, longer than the model's "
                 f"context of {context}. Cut them, or use a --seqlen of at most {context}."
@@ -205,9 +205,13 @@ def _check_tensor(name: str, tensor: Tensor, index: int) -> None:
         raise NonFiniteError(f"Calibration batch {index}: NaN or infinity in the input {name!r}. Nothing was changed.")
 
 
-def _limits(model: nn.Module) -> tuple[Any, Any]:
+def _limits(model: nn.Module) -> tuple[int | None, int | None]:
     """Vocabulary and context of the transformers model that this is, or that is somewhere inside it; None where not known."""
+
+    def positive(limit: Any) -> int | None:
+        return limit if isinstance(limit, int) and limit > 0 else None  # XLNet's context is -1: no limit
+
     config: Any = next((module.config for module in model.modules() if is_transformers_model(module)), None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    return getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    return positive(getattr(config, "vocab_size", None)), positive(getattr(config, "max_position_embeddings", None))

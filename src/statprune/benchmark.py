@@ -56,7 +56,7 @@ def measure_walk(
     times: list[tuple[float, float]] = []
     with eval_mode(model):
         for index in range(rounds + 1):
-            forward = _seconds(lambda: [model(**batch.kwargs, use_cache=False) for batch in inputs] and None)
+            forward = _seconds(lambda: [model(**batch.kwargs, use_cache=False) for batch in inputs])
             walked = _seconds(lambda: walk(traced, groups, inputs, lambda group, moments: None))
             times += [(forward, walked)] if index else []
             if progress is not None:
@@ -64,7 +64,7 @@ def measure_walk(
     return WalkCost(export, tuple(forward for forward, _ in times), tuple(walked for _, walked in times))
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     _synchronize()
     started = time.perf_counter()
     work()

@@ -10,12 +10,14 @@ and checkpoints see the training run that they would have seen without it.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -81,7 +83,7 @@ class StatisticalPruning(Callback):
     @property
     def state_key(self) -> str:
         """One state for each combination of recipe and module, so that several can run side by side."""
-        return self._generate_state_key(recipe=self.recipe.to_dict(), module=self.module)
+        return str(self._generate_state_key(recipe=self.recipe.to_dict(), module=self.module))
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the weights were pruned, and a summary; the zeros themselves are in the weights."""
@@ -99,13 +101,14 @@ class StatisticalPruning(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate; in `validate` prune in place, in `fit` a twin."""
         self._measuring = None
-        if trainer.sanity_checking or not (self.probe or trainer.validating):
+        in_place = _is_validate(trainer)
+        if trainer.sanity_checking or not (self.probe or in_place):
             return
         target = self._target(pl_module)
         measuring = _Measurement(pl_module, target, trainer)
         with isolate_rng():
             batches = self._calibration(trainer, pl_module, target)
-            if trainer.validating:
+            if in_place:
                 for batch in _validation_batches(trainer):
                     measuring.add(batch, dense=True)
                 self._land(trainer, pl_module, batches)
@@ -120,7 +123,7 @@ class StatisticalPruning(Callback):
         """Measure the pruned model, and in a probe the dense one, on this batch."""
         if self._measuring is not None:
             with isolate_rng():
-                self._measuring.add(batch, dense=not trainer.validating, pruned=True)
+                self._measuring.add(batch, dense=not _is_validate(trainer), pruned=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and let the twin go."""
@@ -160,14 +163,16 @@ class StatisticalPruning(Callback):
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self.module is not None:
             try:
-                return pl_module.get_submodule(self.module)
+                named: nn.Module = pl_module.get_submodule(self.module)
+                return named
             except AttributeError as e:
                 raise CalibrationError(
                     f"StatisticalPruning(module={self.module!r}): {type(pl_module).__name__} has no such module; "
                     f"it has {', '.join(name for name, _ in pl_module.named_children())}."
                 ) from e
         held = [child for child in pl_module.children() if is_transformers_model(child)]
-        return held[0] if len(held) == 1 else pl_module
+        chosen: nn.Module = held[0] if len(held) == 1 else pl_module
+        return chosen
 
     def _calibration(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> list[Any]:
         """The calibration batches as inputs; the same ones at every probe."""
@@ -177,21 +182,20 @@ class StatisticalPruning(Callback):
             self._batches = [model_inputs(pl_module, target, batch) for batch in batches]
         return self._batches
 
-    def _calibration_source(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:
+    def _calibration_source(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+        owners = (getattr(trainer, "datamodule", None), pl_module)
+        own_loader = next((owner.calibration_dataloader for owner in owners if hasattr(owner, "calibration_dataloader")), None)
+        training_loader = next(
+            (owner.train_dataloader for owner in owners if owner and is_overridden("train_dataloader", owner)), None
+        )
         if self.dataloader is not None:
-            source: Iterable[Any] = self.dataloader
-            return source
-        datamodule = getattr(trainer, "datamodule", None)
-        for owner in (datamodule, pl_module):
-            if hasattr(owner, "calibration_dataloader"):
-                source = owner.calibration_dataloader()
-                return source
+            return iter(self.dataloader)
+        if own_loader is not None:
+            return iter(own_loader())
         if trainer.train_dataloader is not None:
             return iter(trainer.train_dataloader)
-        for owner in (datamodule, pl_module):
-            if owner is not None and _overrides(owner, "train_dataloader"):
-                source = owner.train_dataloader()
-                return source
+        if training_loader is not None:
+            return iter(training_loader())
         raise CalibrationError(
             "StatisticalPruning has no calibration data: give it a `dataloader`, define `calibration_dataloader` in the "
             "DataModule or the LightningModule, or have training data. It does not take the validation data by itself."
@@ -289,10 +293,16 @@ def _predictions(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
+def _is_validate(trainer: Trainer) -> bool:
+    """Whether this is `trainer.validate`; `trainer.validating` is also true while `fit` validates."""
+    return bool(trainer.state.fn == TrainerFn.VALIDATING)
+
+
 def _is_causal(model: nn.Module) -> bool:
     """Whether logits at a position are for the next token."""
-    config = getattr(model, "config", None)
-    return is_transformers_model(model) and model.can_generate() and not config.is_encoder_decoder  # type: ignore[operator,union-attr]
+    if not is_transformers_model(model):
+        return False
+    return bool(model.can_generate() and not model.config.is_encoder_decoder)  # type: ignore[operator,union-attr]
 
 
 def _validation_batches(trainer: Trainer) -> Iterator[Any]:
@@ -305,9 +315,3 @@ def _validation_batches(trainer: Trainer) -> Iterator[Any]:
             if index >= limit:
                 break
             yield batch
-
-
-def _overrides(owner: object, hook: str) -> bool:
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
-    return is_overridden(hook, owner)

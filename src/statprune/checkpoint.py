@@ -198,9 +198,9 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
         ):
             if not _close(found, promised):
                 raise _broken(folder, "all weights together", name, promised, found)
-        for file, promised in record["files"].items():
-            if (found := _digest(folder / file)) != promised:
-                raise _broken(folder, file, "SHA-256", promised, found)
+        for file, digest in record["files"].items():
+            if (found_digest := _digest(folder / file)) != digest:
+                raise _broken(folder, file, "SHA-256", digest, found_digest)
     except (KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder / RECORD} is damaged: {type(e).__name__}: {e}.") from e
     return record

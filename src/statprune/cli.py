@@ -47,8 +47,8 @@ def prune(
         targets: Globs on layer names to prune, such as '*.mlp.*'. Default: all but the output layer and tied weights.
         ignore: Globs on layer names to leave dense.
         on_indivisible: Refuse (error) or leave dense (skip) layers whose width an N:M pattern does not divide. Default: error.
-        calibration: Text files, a token file (FILE.safetensors:KEY), a data set's name such as c4, or 'generated' for the model's
-            own samples, which needs no data. Default: generated.
+        calibration: Text files, a token file (FILE.safetensors:KEY), a data set's name such as c4, or 'generated' for the
+            model's own samples, which needs no data. Default: generated.
         samples: Calibration windows.
         seqlen: Tokens in each window. Default: 2048, or the model's context if that is shorter.
         batch_size: Windows in one forward pass.
@@ -325,7 +325,8 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> Non
     helps = {parameter.arg_name: parameter.description for parameter in parse_docstring(function.__doc__ or "").params}
     types = get_type_hints(function)
     for name, parameter in inspect_signature(function).parameters.items():
-        option, settings = f"--{name.replace('_', '-')}", {"help": helps[name]}
+        option = f"--{name.replace('_', '-')}"
+        settings: dict[str, Any] = {"help": helps[name]}
         if name in ("model", "folder"):
             parser.add_argument(name, metavar=name.upper(), type=str, **settings)
         elif types[name] is bool:

@@ -156,7 +156,8 @@ def token_file_windows(source: str, samples: int | None, seqlen: int) -> Tensor:
             f"The tokens in {source} have shape {tuple(windows.shape)} and dtype {windows.dtype}: expected whole numbers, "
             f"at least {samples or 1} windows of at least {seqlen} tokens. Choose a smaller --samples or --seqlen."
         )
-    return windows[:samples, :seqlen].long()
+    chosen: Tensor = windows[:samples, :seqlen].long()
+    return chosen
 
 
 def dataset_windows(
@@ -279,6 +280,6 @@ def standard_library_text(max_characters: int | None = None) -> tuple[str, str]:
 
 def _looks_like_file(source: str) -> bool:
     path = Path(source)
-    if path.is_dir():
-        return False
+    if Path(source.partition(":")[0]).is_dir():
+        return False  # a data set's folder
     return path.exists() or path.suffix != "" or source.startswith(("/", "./", "../"))

@@ -59,9 +59,8 @@ def quickstart(
     files = {name: output / "texts" / f"{name}.txt" for name in texts}
     for name, text in texts.items():
         files[name].write_text(text, encoding="utf-8")
-    say(
-        f"Python's standard library: {len(training) / 1e6:.1f} MB of source to train on, {len(texts['held-out']) / 1e6:.1f} MB held out"
-    )
+    megabytes = {name: f"{len(text) / 1e6:.1f} MB" for name, text in texts.items()}
+    say(f"source text of Python's standard library: {megabytes['training']} to train on, {megabytes['held-out']} held out")
     tokenizer = _train_tokenizer(training[:2_000_000])
     with isolate_rng():
         torch.manual_seed(seed)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from statprune.errors import TracingError
+
 Layout = Literal["out_in", "in_out"]
 
 
@@ -114,7 +116,11 @@ class TracedModel:
 
 
 def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedModel:
-    """Every linear layer of an exported graph, grouped by the tensor it reads, and every weight that is none."""
+    """Every linear layer of an exported graph, grouped by the tensor it reads, and every weight that is none.
+
+    Raises:
+        TracingError: the graph writes to a parameter; each batch would, and not once as the model does.
+    """
     nodes = list(graph_module.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
     names_of: dict[int, list[str]] = defaultdict(list)
@@ -129,6 +135,9 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedMod
             constants.add(node)
 
     written = written_to(nodes)
+    for node in written:
+        if node.op == "get_attr" and id(attribute(graph_module, node.target)) in names_of:
+            raise TracingError(f"{type(model).__name__}.forward writes to its parameter {node.target}")
     members: dict[Node, list[tuple[Node, LinearSite]]] = defaultdict(list)
     site_ids = set()
     for parameter_id, reads in reads_of.items():
@@ -211,7 +220,7 @@ _LINEARS: dict[Any, tuple[int, int]] = {
 }  # fmt: skip
 """Ops that multiply tokens by a weight, and where the tokens and the weight stand among the arguments."""
 
-_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
+_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default}
 
 _CASTS = {
     aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default,
@@ -258,12 +267,14 @@ def _product(read: _Read) -> tuple[Node, Layout] | None:
 
 def _transposed(node: Any) -> Node | None:
     """What the node is the transpose of, last two dimensions swapped."""
-    if not isinstance(node, Node) or node.target not in (aten.transpose.int, aten.t.default):
+    if not isinstance(node, Node):
         return None
-    ndim = len(_shape(node))
-    if node.target is aten.transpose.int and {dim % ndim for dim in node.args[1:]} != {ndim - 2, ndim - 1}:  # type: ignore[operator]
-        return None
-    return node.args[0] if isinstance(node.args[0], Node) else None
+    is_swap = node.target in (aten.t.default, aten.mT.default)
+    if node.target is aten.transpose.int:
+        ndim = len(_shape(node))
+        is_swap = {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}  # type: ignore[operator]
+    source = node.args[0] if is_swap else None
+    return source if isinstance(source, Node) else None
 
 
 def _shape(node: Node) -> tuple[Any, ...]:
@@ -307,8 +318,11 @@ def _is_constant(node: Node, constants: set[Node]) -> bool:
     """A number (a size, a scale) or a tensor made of buffers: neither a parameter nor a value of the batch."""
     if node.op == "get_attr":
         return True
-    is_number = not isinstance(node.meta.get("val"), Tensor | tuple | list)
-    return node.op == "call_function" and (is_number or all(source in constants for source in node.all_input_nodes))
+    return _is_number(node) or (node.op == "call_function" and all(source in constants for source in node.all_input_nodes))
+
+
+def _is_number(node: Node) -> bool:
+    return node.op == "call_function" and not isinstance(node.meta.get("val"), Tensor | tuple | list)
 
 
 def _why_no_site(parameter: Tensor, reads: Sequence[_Read]) -> str:
@@ -342,7 +356,9 @@ class _TokenMasks:
         self.sources: dict[Node, frozenset[str]] = {}
         for node in nodes:
             own = {str(node.target)} if node.op == "placeholder" else set()
-            self.sources[node] = frozenset(own).union(*(self.sources[source] for source in node.all_input_nodes))
+            # Sizes do not count: a traced encoder may well read its batch size from a decoder input.
+            read = [] if _is_number(node) else node.all_input_nodes
+            self.sources[node] = frozenset(own).union(*(self.sources[source] for source in read))
         placeholders = {str(node.target): _shape(node) for node in nodes if node.op == "placeholder"}
         self.companions = {
             mask: {

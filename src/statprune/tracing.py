@@ -133,7 +133,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of the error, and the next one where that is the one with the reason."""
+    """The line of the error that says why: the first, or the second where the first only announces it."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    lines = lines[:2] if lines and "Constraints violated" in lines[0] else lines[:1]
-    return f"{type(error).__name__}: {' '.join(lines)}".rstrip(".")
+    is_preface = len(lines) > 1 and "Constraints violated" in lines[0]
+    line = lines[1].split(". ")[0] if is_preface else "".join(lines[:1])
+    return f"{type(error).__name__}: {line}".rstrip(".")
