@@ -15,7 +15,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 torch.set_num_threads(1)
 
 # What torch.export traces by the thousand lines would hide what a failed test has to say.
-logging.getLogger("torch.__trace").addFilter(lambda record: False)
+logging.getLogger("torch.__trace").addFilter(lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import statprune
 ORDER = [
     "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "recipe", "sites", "selection", "batches",
     "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
-    "callback", "compare", "quickstart", "benchmark", "display", "cli",
+    "callback", "compare", "quickstart", "benchmark", "display", "commands", "cli",
 ]  # fmt: skip
 PURE = ["statistics", "criteria", "patterns", "compensation", "pruning"]
 

@@ -366,7 +366,7 @@ class TestTracing:
                  {"xs": {"a": [torch.randn(1, 8), torch.randn(8)]}, "scale": 2.0}],
                 id="nested, and a number",
             ),
-            pytest.param(lambda self, x, y=None: self.run(x if y is None else y), [{"x": torch.randn(2, 8), "y": None}], id="None"),
+            pytest.param(lambda self, x, y: self.run(x if y is None else y), [(torch.randn(2, 8), None)], id="None"),
         ],
     )  # fmt: skip
     def test_any_signature_of_forward(self, forward, batches):

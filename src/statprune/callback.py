@@ -183,7 +183,7 @@ class StatisticalPruning(Callback):
         return self._batches
 
     def _calibration_source(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
-        owners = (getattr(trainer, "datamodule", None), pl_module)
+        owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
         own_loader = next((owner.calibration_dataloader for owner in owners if hasattr(owner, "calibration_dataloader")), None)
         training_loader = next(
             (owner.train_dataloader for owner in owners if owner and is_overridden("train_dataloader", owner)), None

@@ -40,7 +40,7 @@ class PruningPlan:
     """The model's graph; None where it could not be exported."""
 
     def graph_module(self) -> GraphModule:
-        """The model's graph, reading the pruned weights.
+        """The model's graph, reading the pruned weights. It takes the inputs by name.
 
         Raises:
             TracingError: the model could not be exported.

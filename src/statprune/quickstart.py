@@ -3,11 +3,12 @@
 Uses the package as its users would: a Lightning Trainer trains `CausalLM`, and the callback prunes it in `trainer.validate`.
 """
 
+import contextlib
 import copy
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,6 @@ def quickstart(
     megabytes = {name: f"{len(text) / 1e6:.1f} MB" for name, text in texts.items()}
     say(f"source text of Python's standard library: {megabytes['training']} to train on, {megabytes['held-out']} held out")
     tokenizer = _train_tokenizer(training[:2_000_000])
-    with isolate_rng():
-        torch.manual_seed(seed)
-        module = CausalLM(_small_llama(tokenizer), learning_rate=5e-3)
     data = TextData(
         tokenizer,
         train=[str(files["training"])],
@@ -75,9 +73,12 @@ def quickstart(
         calibration_samples=64,
         seed=seed,
     )
-    num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    say(f"training a LLaMA of {num_parameters / 1e6:.1f} M parameters for {steps} steps with a Lightning Trainer")
-    _trainer(progress_bar, max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0).fit(module, datamodule=data)
+    with isolate_rng(), _quiet_lightning():
+        torch.manual_seed(seed)
+        module = CausalLM(_small_llama(tokenizer), learning_rate=5e-3)
+        num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        say(f"training a LLaMA of {num_parameters / 1e6:.1f} M parameters for {steps} steps with a Lightning Trainer")
+        _trainer(progress_bar, max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0).fit(module, datamodule=data)
     module.model.save_pretrained(output / "dense")
     tokenizer.save_pretrained(output / "dense")
 
@@ -90,7 +91,8 @@ def quickstart(
             is_last = (pattern, method) == (PATTERNS[-1], METHODS[-1])
             pruning = StatisticalPruning(recipe, output=str(output / "sparse") if is_last else None)
             started = time.perf_counter()
-            measured = _trainer(False, callbacks=[pruning]).validate(module, datamodule=data, verbose=False)[0]
+            with _quiet_lightning():
+                measured = _trainer(False, callbacks=[pruning]).validate(module, datamodule=data, verbose=False)[0]
             cells[0] = Cell("dense", "", measured["dense_perplexity"], 0.0, {})
             cells.append(Cell(method, pattern, measured["pruned_perplexity"], time.perf_counter() - started, recipe.to_dict()))
             say(f"{method} at {pattern}: perplexity {cells[-1].perplexity:.2f} (dense {cells[0].perplexity:.2f})")
@@ -133,10 +135,21 @@ def _small_llama(tokenizer: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's remarks about hardware, workers and its own future, which drown what the command has to say."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*LeafSpec")
+        yield
+    logger.setLevel(level)
+
+
 def _trainer(progress_bar: bool, **settings: Any) -> Trainer:
     """A Trainer that writes no files and leaves the terminal to us."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     return Trainer(
         accelerator="cpu",
         logger=False,

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -119,14 +120,14 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines about untested version pairs, nor a stack trace for what is raised and reported anyway."""
-    levels = {"transformers.exporters": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
-    loggers = {logging.getLogger(name): level for name, level in levels.items()}
-    before = {logger: logger.level for logger in loggers}
-    for logger, level in loggers.items():
+    """No log lines about untested version pairs, and no dump of half a graph where torch.export raises: we report that."""
+    levels = {logging.getLogger("transformers.exporters"): logging.ERROR, logging.getLogger("torch"): logging.CRITICAL}
+    before = {logger: logger.level for logger in levels}
+    for logger, level in levels.items():
         logger.setLevel(level)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in before.items():
             logger.setLevel(level)
