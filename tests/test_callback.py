@@ -274,6 +274,7 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question\n" * 40)
     (tmp_path / "config.yaml").write_text(YAML % {"model": tiny_model_folder, "text": text})
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own use of jsonargparse
     monkeypatch.setattr(sys, "argv", ["train.py", "validate", "--config", str(tmp_path / "config.yaml")])
     cli = LightningCLI(CausalLM, TextData, save_config_callback=None)
     weights = dict(cli.model.named_parameters())

@@ -189,9 +189,29 @@ def test_names_are_checked_as_with_a_graph():
         statprune.prune(model, [torch.randn(4, 8)], statprune.Recipe(targets=["model.7"]))
 
 
+def test_a_graph_that_holds_for_some_lengths_only_is_not_used_for_others():
+    class Chunks(nn.Module):
+        """Works on chunks of 4 positions and pads to that, as Mamba2 does; a graph without padding is for multiples of 4."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = classifier()
+
+        def forward(self, x):
+            if (missing := -x.shape[1] % 4) > 0:
+                x = nn.functional.pad(x, (0, 0, 0, missing))
+            return self.inner(x.unflatten(1, (-1, 4)).mean(2))
+
+    model = Chunks()
+    report = statprune.prune(model, [torch.randn(2, 8, 8), torch.randn(1, 12, 8)], ONE_SHOT)
+    assert report.schedule == "one-shot"
+    match = r"cannot trace Chunks for the shapes of calibration batch 1: AssertionError: Guard failed: .*x\.size.* Falling back"
+    with pytest.warns(UserWarning, match=match):
+        report = statprune.prune(model, [torch.randn(2, 12, 8), torch.randn(2, 6, 8)], ONE_SHOT)
+    assert report.num_tokens == 2 * 3 + 2 * 2
+
+
 def test_a_batch_that_the_model_cannot_run_is_the_error_and_not_a_fallback():
     model = Net(branching=False)
-    with refused(
-        model, CalibrationError, r"Net cannot run the first calibration batch: mat1 and mat2 shapes cannot be multiplied"
-    ):
+    with refused(model, CalibrationError, r"Net cannot run calibration batch 0: mat1 and mat2 shapes cannot be multiplied"):
         statprune.prune(model, [torch.randn(4, 7)])

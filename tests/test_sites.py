@@ -151,21 +151,6 @@ def test_casts_views_and_dropout_on_the_way_to_a_linear_do_not_split_a_group():
     assert site_names(traced(Model(), torch.randn(2, 3, 8))) == [["a", "b"], ["c"], ["head"]]
 
 
-def test_a_copy_made_before_its_source_is_written_to_is_a_tensor_of_its_own():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.head = nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            x = x * 2
-            before = x.clone()
-            x.add_(1)
-            return self.head(self.a(before) + self.b(x))
-
-    assert site_names(traced(Model(), torch.randn(2, 8))) == [["a"], ["b"], ["head"]]
-
-
 def test_the_output_layer_is_found_behind_slices_casts_soft_caps_and_buffers():
     class Model(nn.Module):
         def __init__(self, finish):

@@ -85,12 +85,23 @@ def test_a_plan_and_a_commit_agree_on_a_tied_weight_that_is_asked_for():
     model, batches = gpt2(n_layer=1), [tokens(2, 6)]
     recipe = statprune.Recipe(pattern="2:4", targets=["*"])
     plan = statprune.plan(model, batches, recipe)
-    twin = plan.graph_module()
+    from_twin = plan.graph_module()(input_ids=batches[0]).logits
     statprune.prune(model, batches, recipe)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert torch.equal(plan.weights["lm_head.weight"], model.transformer.wte.weight)
-    # The embedding too reads the pruned weight.
-    assert torch.equal(twin(input_ids=batches[0]).logits, model(batches[0], use_cache=False).logits)
+    assert torch.equal(from_twin, model(batches[0], use_cache=False).logits)  # the embedding reads the pruned weight too
+
+
+def test_a_plan_and_a_commit_agree_on_what_comes_after_a_second_use_of_a_tied_weight():
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)], nn.LayerNorm(8))
+    model[1].weight = model[0].weight
+    batches, recipe = [torch.randn(16, 8)], statprune.Recipe(criterion="wanda", targets=["*"])
+    plan = statprune.plan(model, batches, recipe)
+    from_twin = plan.graph_module()(input=batches[0])
+    statprune.prune(model, batches, recipe)
+    assert plan.weights.keys() == {"0.weight", "2.weight"}
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in plan.weights.items())
+    assert torch.equal(from_twin, model(batches[0]))
 
 
 def test_weights_of_another_model_are_refused():

@@ -255,6 +255,23 @@ def test_a_value_that_is_written_to_is_never_shared_between_batches():
     torch.testing.assert_close(observe(Model(), batches)["body"].sum, 4 * x)
 
 
+def test_a_copy_made_before_its_source_is_written_to_has_statistics_of_its_own():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = x * 2
+            before = x.clone()
+            x.add_(1)
+            return self.head(self.a(before) + self.b(x))
+
+    found = observe(Model(), [torch.ones(3, 8)])
+    assert found["a"].mean.tolist() == [2.0] * 8
+    assert found["b"].mean.tolist() == [3.0] * 8
+
+
 def test_inputs_and_buffers_that_a_model_writes_to_are_left_as_they_were():
     class Model(nn.Module):
         def __init__(self):

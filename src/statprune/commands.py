@@ -262,7 +262,7 @@ def benchmark(
     display.show_walk_cost(cost, windows.numel(), as_json=json)
 
 
-def quickstart(output: str = "statprune-quickstart", steps: int = 600, seed: int = 0) -> None:
+def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int = 0) -> None:
     """Train a small LLaMA on Python's own source, prune it, and compare methods. Needs no network and no file.
 
     Args:

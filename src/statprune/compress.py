@@ -171,7 +171,7 @@ def _look(
     """The model's linear layers and what the recipe makes of them: by its graph, or by module hooks where it has none."""
     with _timed(report, "trace"):
         try:
-            traced = trace(model, example_batch(inputs), dynamic_dims(inputs))
+            traced = trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
         except TracingError as e:
             found = find_linear_modules(model, inputs[0], forward_context=forward_context)
             hint = " Batches of one shape may do." if any(dynamic_dims(inputs)) else ""
@@ -203,8 +203,9 @@ def _calibrate(
         if traced is None:
             observe_modules(model, groups, inputs, prune_group, forward_context=forward_context)
         else:
-            with _timed(report, "check"):
-                walk(traced, groups, inputs[:1], lambda *_: None, forward_context=forward_context)
+            if isinstance(prune_group.landing, _Commit) and not one_shot:  # else no weight changes before the last batch
+                with _timed(report, "check"):
+                    walk(traced, groups, inputs[:1], lambda *_: None, forward_context=forward_context)
             started = time.perf_counter()
             walk(
                 traced, groups, inputs, prune_group,

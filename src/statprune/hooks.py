@@ -31,10 +31,7 @@ def find_linear_modules(
     names_of_module = {module: name for name, module in _linear_modules(model).items()}
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     with _hooked(names_of_module, lambda *call: calls.append(call)), forward_context():
-        try:
-            result = model(*example.args, **example.kwargs)
-        except Exception as e:
-            raise CalibrationError(f"{type(model).__name__} cannot run the first calibration batch: {e}") from e
+        result = _run(model, example, 0)
     # An output model of transformers is a mapping; a cache in it is an object that tree_leaves leaves whole.
     outputs = [leaf for leaf in tree_leaves(dict(result) if hasattr(result, "items") else result) if isinstance(leaf, Tensor)]
     transformers_models: list[Any] = [module for module in model.modules() if is_transformers_model(module)]
@@ -90,7 +87,7 @@ def observe_modules(
 
     Raises:
         NonFiniteError: a group's input holds NaN or infinity; names the first such layer, before anything is pruned.
-        CalibrationError: padding in the batches of an encoder-decoder.
+        CalibrationError: padding in the batches of an encoder-decoder; the model cannot run a batch.
     """
     leaders = {model.get_submodule(group.sites[0].parameter.rpartition(".")[0]): group for group in groups}
     device = next(model.parameters()).device
@@ -102,10 +99,17 @@ def observe_modules(
             moments[leaders[module].name].add(tensor, fit_mask(mask, tensor))
 
         with _hooked(leaders, add), forward_context():
-            model(*batch.args, **batch.kwargs)
+            _run(model, batch, number)
     totals = [complete(group, moments[group.name]) for group in groups]
     for group, total in zip(groups, totals, strict=True):
         on_group(group, total)
+
+
+def _run(model: nn.Module, batch: ModelInputs, number: int) -> Any:
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except Exception as e:
+        raise CalibrationError(f"{type(model).__name__} cannot run calibration batch {number}: {e}.") from e
 
 
 def _padding_mask(batch: ModelInputs, number: int) -> Tensor | None:

@@ -16,7 +16,12 @@ from statprune.errors import TracingError
 from statprune.sites import TracedModel, find_linear_layers
 
 
-def trace(model: nn.Module, example: ModelInputs, dynamic_dims: Sequence[set[int]] | None = None) -> TracedModel:
+def trace(
+    model: nn.Module,
+    example: ModelInputs,
+    dynamic_dims: Sequence[set[int]] | None = None,
+    batches: Sequence[ModelInputs] = (),
+) -> TracedModel:
     """Export one forward pass and find its linear layers.
 
     Runs on fake tensors, so it costs seconds for a model of any size, and works on the meta device too.
@@ -25,18 +30,23 @@ def trace(model: nn.Module, example: ModelInputs, dynamic_dims: Sequence[set[int
         model: any module that `torch.export` takes. Traced in eval mode and left in the modes it had.
         example: one forward pass's inputs.
         dynamic_dims: for each of `example.tensors()`, the dimensions whose size differs between batches.
+        batches: what the graph is to run; it must hold for all of their shapes.
 
     Raises:
-        TracingError: `torch.export` refused the model; the message carries its reason.
+        TracingError: `torch.export` refused the model, or its graph does not hold for a batch; the message carries the reason.
     """
     with eval_mode(model), torch.no_grad(), without_cache(model), _named_inputs(model, example), _quiet():
         try:
             program = _export(model, example, dynamic_dims or [set() for _ in example.tensors()])
-            # The graph also runs at sizes that torch.export did not see; its guards would refuse a batch of one.
-            graph_module = program.module(check_guards=False)
+            graph_module = program.module()
         except Exception as e:  # whatever the model's own code, or a guard of torch.export, raises
             raise TracingError(f"torch.export cannot trace {type(model).__name__}: {_reason(e)}") from e
     assert isinstance(graph_module, torch.fx.GraphModule)
+    for number, batch in enumerate(batches):
+        if broken := _broken_guard(graph_module, batch):
+            raise TracingError(
+                f"torch.export cannot trace {type(model).__name__} for the shapes of calibration batch {number}: {broken}"
+            )
     return find_linear_layers(model, graph_module)
 
 
@@ -131,6 +141,20 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in before.items():
             logger.setLevel(level)
+
+
+def _broken_guard(graph_module: torch.fx.GraphModule, batch: ModelInputs) -> str | None:
+    """What the tracer took for granted about sizes (such as a length that 4 divides) and this batch breaks."""
+    guards = getattr(graph_module, "_guards_fn", None)
+    if guards is None:
+        return None
+    tensors = iter(batch.tensors())
+    values = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    try:
+        guards(*(next(tensors) if isinstance(value, Tensor) else value for value in values))
+    except AssertionError as e:
+        return _reason(e)[:200]
+    return None
 
 
 def _reason(error: Exception) -> str:
