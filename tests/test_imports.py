@@ -10,7 +10,8 @@ import pytest
 import statprune
 
 ORDER = [
-    "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "recipe", "sites", "selection", "batches",
+    "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "recipe", "graph",
+    "token_masks", "sites", "selection", "batches",
     "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
     "callback", "compare", "quickstart", "benchmark", "display", "commands", "cli",
 ]  # fmt: skip

@@ -8,7 +8,6 @@ sites read, and names of modules matter to people only.
              +-- linear v_proj        for three sites
 """
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from statprune.errors import TracingError
+from statprune.graph import attribute, is_mutable, is_number, shape_of, written_to
+from statprune.token_masks import TokenMasks
 
 Layout = Literal["out_in", "in_out"]
 
@@ -161,7 +162,7 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedMod
         members[_same_tokens(tensor, site.shape[1], written)].append((reader, site))
         site_ids.add(parameter_id)
 
-    masks = _TokenMasks(nodes)
+    masks = TokenMasks(nodes)
     groups = []
     for tensor, sites in members.items():
         sites.sort(key=lambda member: position[member[0]])
@@ -173,45 +174,6 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedMod
         if parameter.ndim >= 2 and id(parameter) not in site_ids
     )
     return TracedModel(graph_module, tuple(group for _, group in groups), left_out)
-
-
-def attribute(graph_module: GraphModule, target: Any) -> Any:
-    """What a `get_attr` node reads."""
-    value: Any = graph_module
-    for part in str(target).split("."):
-        value = getattr(value, part)
-    return value
-
-
-def is_mutable(node: Node) -> bool:
-    """Whether the node writes to one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
-
-
-def written_to(nodes: Sequence[Node]) -> set[Node]:
-    """The nodes whose values some node writes to in place, be it through a view."""
-    owner: dict[Node, Node] = {}
-    for node in nodes:
-        source = _same_memory(node)
-        owner[node] = node if source is None else owner[source]
-    written = {
-        owner[value]
-        for node in nodes
-        if is_mutable(node)
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
-    }
-    return {node for node in nodes if owner[node] in written}
-
-
-def _same_memory(node: Node) -> Node | None:
-    """The argument whose memory the result may share."""
-    schema = getattr(node.target, "_schema", None)
-    is_view = schema is not None and any(result.alias_info is not None for result in schema.returns)
-    # Their schemas promise a fresh tensor, and they hand back what came in where there is nothing to do.
-    is_view = is_view or node.target in (aten.dropout.default, aten.type_as.default, operator.getitem)
-    return next(iter(node.all_input_nodes), None) if is_view else None
 
 
 aten = torch.ops.aten
@@ -252,7 +214,7 @@ def _reads(node: Node, is_transposed: bool = False) -> Iterator[_Read]:
 def _product(read: _Read) -> tuple[Node, Layout] | None:
     """The tokens that the reader multiplies by this 2-D weight, and how the parameter lies; None where there are none."""
     reader = read.reader
-    if reader.target not in _LINEARS or len(_shape(read.weight)) != 2:
+    if reader.target not in _LINEARS or len(shape_of(read.weight)) != 2:
         return None
     tokens_at, weight_at = _LINEARS[reader.target]
     tokens, is_out_in = reader.args[tokens_at], reader.target is aten.linear.default
@@ -271,15 +233,10 @@ def _transposed(node: Any) -> Node | None:
         return None
     is_swap = node.target in (aten.t.default, aten.mT.default)
     if node.target is aten.transpose.int:
-        ndim = len(_shape(node))
+        ndim = len(shape_of(node))
         is_swap = {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}  # type: ignore[operator]
     source = node.args[0] if is_swap else None
     return source if isinstance(source, Node) else None
-
-
-def _shape(node: Node) -> tuple[Any, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _same_tokens(tensor: Node, in_features: int, written: set[Node]) -> Node:
@@ -288,7 +245,7 @@ def _same_tokens(tensor: Node, in_features: int, written: set[Node]) -> Node:
         source = tensor.args[0]
         assert isinstance(source, Node)
         # What was copied before somebody wrote to the source is no longer what the source holds.
-        if _shape(source)[-1:] != (in_features,) or source in written:
+        if shape_of(source)[-1:] != (in_features,) or source in written:
             break
         tensor = source
     return tensor
@@ -318,11 +275,7 @@ def _is_constant(node: Node, constants: set[Node]) -> bool:
     """A number (a size, a scale) or a tensor made of buffers: neither a parameter nor a value of the batch."""
     if node.op == "get_attr":
         return True
-    return _is_number(node) or (node.op == "call_function" and all(source in constants for source in node.all_input_nodes))
-
-
-def _is_number(node: Node) -> bool:
-    return node.op == "call_function" and not isinstance(node.meta.get("val"), Tensor | tuple | list)
+    return is_number(node) or (node.op == "call_function" and all(source in constants for source in node.all_input_nodes))
 
 
 def _why_no_site(parameter: Tensor, reads: Sequence[_Read]) -> str:
@@ -343,43 +296,3 @@ def _op_name(node: Node) -> str:
     """`linear` for `aten.linear.default`, `grouped_mm` for `transformers.grouped_mm.default`."""
     schema = getattr(node.target, "_schema", None)
     return str(schema.name).rpartition("::")[2] if schema else str(getattr(node.target, "__name__", node.target))
-
-
-class _TokenMasks:
-    """Which attention mask, if any, marks the padding of a tensor.
-
-    A mask [batch, length] speaks for the tensors that depend on an input of the same batch and length; in an
-    encoder-decoder, what depends on a decoder input has the decoder's mask.
-    """
-
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self.sources: dict[Node, frozenset[str]] = {}
-        for node in nodes:
-            own = {str(node.target)} if node.op == "placeholder" else set()
-            # Sizes do not count: a traced encoder may well read its batch size from a decoder input.
-            read = [] if _is_number(node) else node.all_input_nodes
-            self.sources[node] = frozenset(own).union(*(self.sources[source] for source in read))
-        placeholders = {str(node.target): _shape(node) for node in nodes if node.op == "placeholder"}
-        self.companions = {
-            mask: {
-                name
-                for name, other in placeholders.items()
-                # Tokens are [batch, length] or [batch, length, channels]; an image of 4 dimensions has no such mask.
-                if len(other) <= 3 and other[:2] == shape and name != mask and _is_decoders(name) == _is_decoders(mask)
-            }
-            for mask, shape in placeholders.items()
-            if mask.endswith("attention_mask") and len(shape) == 2
-        }
-
-    def of(self, tensor: Node) -> str | None:
-        """The name of the mask."""
-        sources = self.sources[tensor]
-        in_decoder = any(_is_decoders(name) for name in sources)
-        for mask, companions in self.companions.items():
-            if _is_decoders(mask) == in_decoder and companions & sources:
-                return mask
-        return None
-
-
-def _is_decoders(name: str) -> bool:
-    return name.startswith("decoder_")

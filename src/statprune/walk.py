@@ -26,7 +26,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from statprune.batches import ModelInputs
 from statprune.errors import CalibrationError, NonFiniteError
-from statprune.sites import InputGroup, TracedModel, attribute, is_mutable, written_to
+from statprune.graph import attribute, is_mutable, written_to
+from statprune.sites import InputGroup, TracedModel
 from statprune.statistics import InputMoments
 
 OnGroup = Callable[[InputGroup, InputMoments], None]

@@ -1,0 +1,59 @@
+"""Questions about the nodes of an exported graph."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+
+def attribute(graph_module: GraphModule, target: Any) -> Any:
+    """What a `get_attr` node reads."""
+    value: Any = graph_module
+    for part in str(target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def is_mutable(node: Node) -> bool:
+    """Whether the node writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def written_to(nodes: Sequence[Node]) -> set[Node]:
+    """The nodes whose values some node writes to in place, be it through a view."""
+    owner: dict[Node, Node] = {}
+    for node in nodes:
+        source = _same_memory(node)
+        owner[node] = node if source is None else owner[source]
+    written = {
+        owner[value]
+        for node in nodes
+        if is_mutable(node)
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
+    }
+    return {node for node in nodes if owner[node] in written}
+
+
+def _same_memory(node: Node) -> Node | None:
+    """The argument whose memory the result may share."""
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    # Their schemas promise a fresh tensor, and they hand back what came in where there is nothing to do.
+    is_view = is_view or node.target in (torch.ops.aten.dropout.default, torch.ops.aten.type_as.default, operator.getitem)
+    return next(iter(node.all_input_nodes), None) if is_view else None
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """The shape of a node's value; empty where that is no tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def is_number(node: Node) -> bool:
+    """Whether the value is a size or another number, and no tensor."""
+    return node.op == "call_function" and not isinstance(node.meta.get("val"), Tensor | tuple | list)
