@@ -1,5 +1,6 @@
 """The walk on a trained model, against the numbers that an independent block-sequential prototype gave on the same tokens."""
 
+import copy
 import json
 
 import pytest
@@ -9,12 +10,16 @@ from torch.func import functional_call
 
 import statprune
 from statprune import Recipe
+from statprune.batches import bind_batches
 from statprune.checkpoint import load_model
 from statprune.cli import main
 from statprune.perplexity import evaluate
+from statprune.selection import select
+from statprune.tracing import trace
+from statprune.transform import apply_
+from statprune.walk import walk
 
 PROTOTYPE = {
-    ("magnitude", "50%"): 25.31,
     ("wanda", "50%"): 25.21,
     ("cvr+energy", "50%"): 24.90,
     ("cvr+energy", "2:4"): 26.09,
@@ -43,8 +48,26 @@ def test_pruned_perplexity_is_the_prototypes_within_a_few_hundredths(model, toke
         model, tokens["evaluation"], batch_size=4,
         forward=lambda batch: functional_call(model, twin.weights, (batch,)).logits,
     )  # fmt: skip
-    assert twin.report.schedule == ("no statistics" if method == "magnitude" else "walk")
+    assert twin.report.schedule == "walk"
     assert perplexity == pytest.approx(PROTOTYPE[method, pattern], abs=A_FEW_HUNDREDTHS)
+
+
+def test_statistics_taken_block_by_block_give_the_perplexity_that_a_peer_measured(model, tokens):
+    """llm-compressor 0.14: Wanda, 50 %, on the same tokens, each block pruned with the statistics of its dense self: 25.213."""
+    pruned = copy.deepcopy(model)
+    inputs = bind_batches(pruned, tokens["calibration"].split(4))
+    traced, recipe = trace(pruned, inputs[0]), Recipe.parse("wanda", pattern="50%")
+    pruner = recipe.pruner()
+
+    def prune_group(group, moments):
+        for site in group.sites:
+            apply_(pruned, site, pruner(site.view(pruned.get_parameter(site.parameter).detach()), moments))
+
+    groups = select(traced.groups, traced.left_out, recipe).groups
+    for block in range(pruned.config.num_hidden_layers):
+        own = [group for group in groups if f".layers.{block}." in group.name]
+        walk(traced, own, inputs, prune_group, one_shot=True)
+    assert evaluate(pruned, tokens["evaluation"], batch_size=4) == pytest.approx(25.213, abs=2e-3)
 
 
 def test_the_command_compresses_the_model_from_disk_to_disk(shared, tmp_path, capsys):
