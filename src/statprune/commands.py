@@ -60,10 +60,7 @@ def prune(
         targets=targets, ignore=ignore, on_indivisible=on_indivisible,
     )  # fmt: skip
     checkpoint.refuse_existing(output)
-    config = checkpoint.load_config(model)
-    seqlen = _seqlen(config, seqlen)
-    _check_positive(samples=samples, seqlen=seqlen, batch_size=batch_size)
-    loaded = _load_causal(model, dtype, device)
+    loaded, seqlen = _open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
     tokenizer = checkpoint.load_tokenizer(model)
     display.show_plan(loaded, _survey(loaded, chosen), chosen)
     sources = calibration or ["generated"]
@@ -105,10 +102,7 @@ def evaluate(
     from statprune.perplexity import evaluate as evaluate_model
     from statprune.report import versions
 
-    config = checkpoint.load_config(model)
-    seqlen = _seqlen(config, seqlen)
-    _check_positive(seqlen=seqlen, batch_size=batch_size)
-    loaded = _load_causal(model, dtype, device)
+    loaded, seqlen = _open_causal(model, dtype, device, seqlen, batch_size=batch_size)
     tokenizer = checkpoint.load_tokenizer(model)
     windows = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
     with display.progress("evaluating") as progress:
@@ -196,10 +190,7 @@ def compare(
     import statprune.compare as comparison
     from statprune.data import evaluation_windows
 
-    config = checkpoint.load_config(model)
-    seqlen = _seqlen(config, seqlen)
-    _check_positive(samples=samples, seqlen=seqlen, batch_size=batch_size)
-    loaded = _load_causal(model, dtype, device)
+    loaded, seqlen = _open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
     tokenizer = checkpoint.load_tokenizer(model)
     windows = _calibration(loaded, tokenizer, calibration, samples, seqlen, seed)
     held_out = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
@@ -246,13 +237,10 @@ def benchmark(
     import statprune.checkpoint as checkpoint
     from statprune.benchmark import measure_walk
 
-    config = checkpoint.load_config(model)
-    seqlen = _seqlen(config, seqlen)
-    _check_positive(samples=samples, seqlen=seqlen, batch_size=batch_size, rounds=rounds)
-    loaded = _load_causal(model, dtype, device)
+    loaded, seqlen = _open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size, rounds=rounds)
     if calibration is None:
         generator = torch.Generator().manual_seed(seed)
-        windows = torch.randint(config.get_text_config().vocab_size, (samples, seqlen), generator=generator)
+        windows = torch.randint(loaded.config.get_text_config().vocab_size, (samples, seqlen), generator=generator)
     else:
         windows = _calibration(loaded, checkpoint.load_tokenizer(model), calibration, samples, seqlen, seed)
     with display.progress("measuring") as progress:
@@ -289,6 +277,15 @@ def _recipe(path: str | None, **options: Any) -> Any:
             f"--recipe {path} and --{', --'.join(given)} were both given: expected a recipe file or single options."
         )
     return Recipe.from_yaml(path)
+
+
+def _open_causal(model: str, dtype: str, device: str, seqlen: int | None, **numbers: int) -> tuple[Any, int]:
+    """(the model, tokens in a window); numbers that cannot be are refused before any weight is read."""
+    from statprune.checkpoint import load_config
+
+    length = _seqlen(load_config(model), seqlen)
+    _check_positive(seqlen=length, **numbers)
+    return _load_causal(model, dtype, device), length
 
 
 def _seqlen(config: Any, seqlen: int | None) -> int:
