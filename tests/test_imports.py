@@ -10,12 +10,15 @@ import pytest
 import statprune
 
 ORDER = [
-    "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "recipe", "graph",
-    "token_masks", "sites", "selection", "batches",
+    "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt", "methods", "recipe", "graph",
+    "token_masks", "sites", "selection", "batches", "segments",
     "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
-    "callback", "compare", "quickstart", "benchmark", "display", "commands", "cli",
+    "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
+    "experiments.results", "experiments.published", "experiments.tables", "experiments.plots",
+    "experiments.zero_shot", "experiments.runtime", "experiments.grid", "experiments.running",
+    "display", "commands", "cli",
 ]  # fmt: skip
-PURE = ["statistics", "criteria", "patterns", "compensation", "pruning"]
+PURE = ["statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt"]
 
 PACKAGE = Path(statprune.__file__).parent
 
@@ -29,15 +32,22 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             module = ".".join((["statprune"] if node.level else []) + ([node.module] if node.module else []))
             # `from statprune import recipe` imports a module, `from statprune.recipe import Recipe` a name of one
-            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "statprune" else {module}
+            is_package = module in ("statprune", "statprune.experiments")
+            names |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
     return names
 
 
 def own_modules(names: set[str]) -> set[str]:
     """Which modules of statprune are among them; the package itself counts as one that comes last."""
-    inside = [name.split(".") for name in names if name.split(".")[0] == "statprune"]
-    modules = {*ORDER, *(path.stem for path in PACKAGE.glob("*.py"))}
-    return {parts[1] if len(parts) > 1 and parts[1] in modules else "__init__" for parts in inside}
+    inside = [name.removeprefix("statprune").removeprefix(".") for name in names if name.split(".")[0] == "statprune"]
+    known = {*ORDER, *all_modules()}
+    return {next((name for name in (whole, whole.rpartition(".")[0]) if name in known), "__init__") for whole in inside}
+
+
+def all_modules() -> set[str]:
+    """Every module of the package by its dotted name, but for the packages' own files."""
+    paths = [path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")]
+    return {".".join(parts) for parts in paths if parts[-1] != "__init__"}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +60,8 @@ def own_modules(names: set[str]) -> set[str]:
         ("from .recipe import Recipe", {"recipe"}),
         ("from . import recipe", {"recipe"}),
         ("import torch, statprune_other", set()),
+        ("from statprune.experiments.grid import Experiment", {"experiments.grid"}),
+        ("from statprune.experiments import grid", {"experiments.grid"}),
     ],
 )
 def test_every_form_of_import_is_seen(source, expected):
@@ -57,13 +69,13 @@ def test_every_form_of_import_is_seen(source, expected):
 
 
 def test_every_module_has_its_place_in_the_order():
-    modules = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
-    assert modules - {"__init__"} <= set(ORDER)
+    assert all_modules() == set(ORDER)
 
 
-@pytest.mark.parametrize("module", [name for name in ORDER if (PACKAGE / f"{name}.py").exists()])
+@pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_only_from_those_before_it(module):
-    used = own_modules(imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    used = own_modules(imported(path.read_text(encoding="utf-8")))
     assert used <= set(ORDER[: ORDER.index(module)])
 
 

@@ -66,7 +66,7 @@ def test_statistics_taken_block_by_block_give_the_perplexity_that_a_peer_measure
     groups = select(traced.groups, traced.left_out, recipe).groups
     for block in range(pruned.config.num_hidden_layers):
         own = [group for group in groups if f".layers.{block}." in group.name]
-        walk(traced, own, inputs, prune_group, one_shot=True)
+        walk(traced, own, inputs, prune_group, schedule="one-shot")
     assert evaluate(pruned, tokens["evaluation"], batch_size=4) == pytest.approx(25.213, abs=2e-3)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import statprune
 from statprune.batches import bind_batches, dynamic_dims, example_batch
+from statprune.segments import batch_independent
 from statprune.statistics import InputMoments
 from statprune.tracing import trace
-from statprune.walk import _batch_independent, _Executor, fit_mask, walk
+from statprune.walk import _Executor, fit_mask, walk
 from tiny_models import llama, t5, tokens
 
 RECIPE = statprune.Recipe(criterion="cvr", pattern="50%", compensation="energy")
@@ -221,7 +222,7 @@ def test_every_node_runs_once_for_each_batch_and_what_no_group_needs_never(monke
     groups = traced.groups[:-1]  # without lm_head
     walk(traced, groups, inputs, lambda *_: None)
 
-    shared = _batch_independent(traced)
+    shared = batch_independent(traced)
     assert {node for node in runs if node in shared}, "rotary tables and causal masks"
     assert all(count == (3 if node in shared else 4) for node, count in runs.items())  # four batches of three shapes
     products = {node.args[1].target for node in runs if node.target is torch.ops.aten.linear.default}
@@ -230,7 +231,7 @@ def test_every_node_runs_once_for_each_batch_and_what_no_group_needs_never(monke
 
 def test_values_that_depend_on_the_batch_are_never_shared(traced_llama):
     _, _, traced, _ = traced_llama
-    shared = _batch_independent(traced)
+    shared = batch_independent(traced)
     batch_values = {node for node in traced.graph_module.graph.nodes if node.op == "placeholder"}
     for node in traced.graph_module.graph.nodes:
         is_size = not isinstance(node.meta.get("val"), Tensor)

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from statprune import display
-from statprune.errors import CalibrationError, ModelError, RecipeError
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-DEFAULT_SEQLEN = 2048
+from statprune.errors import RecipeError
+from statprune.opening import DType, open_causal
+from statprune.recipe import Schedule
 
 
 def prune(
@@ -17,7 +16,7 @@ def prune(
     criterion: dict[str, Any] | str | None = None,
     pattern: dict[str, Any] | str | None = None,
     compensation: dict[str, Any] | str | None = None,
-    schedule: Literal["walk", "one-shot"] | None = None,
+    schedule: Schedule | None = None,
     targets: list[str] | None = None,
     ignore: list[str] | None = None,
     on_indivisible: Literal["error", "skip"] | None = None,
@@ -60,7 +59,7 @@ def prune(
         targets=targets, ignore=ignore, on_indivisible=on_indivisible,
     )  # fmt: skip
     checkpoint.refuse_existing(output)
-    loaded, seqlen = _open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
+    loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
     tokenizer = checkpoint.load_tokenizer(model)
     display.show_plan(loaded, _survey(loaded, chosen), chosen)
     sources = calibration or ["generated"]
@@ -102,7 +101,7 @@ def evaluate(
     from statprune.perplexity import evaluate as evaluate_model
     from statprune.report import versions
 
-    loaded, seqlen = _open_causal(model, dtype, device, seqlen, batch_size=batch_size)
+    loaded, seqlen = open_causal(model, dtype, device, seqlen, batch_size=batch_size)
     tokenizer = checkpoint.load_tokenizer(model)
     windows = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
     with display.progress("evaluating") as progress:
@@ -157,7 +156,7 @@ def compare(
     text: list[str],
     methods: list[dict[str, Any] | str] | None = None,
     patterns: list[str] | None = None,
-    schedule: Literal["walk", "one-shot"] = "walk",
+    schedule: Schedule = "walk",
     samples: int = 128,
     seqlen: int | None = None,
     batch_size: int = 1,
@@ -190,7 +189,7 @@ def compare(
     import statprune.compare as comparison
     from statprune.data import evaluation_windows
 
-    loaded, seqlen = _open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
+    loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
     tokenizer = checkpoint.load_tokenizer(model)
     windows = _calibration(loaded, tokenizer, calibration, samples, seqlen, seed)
     held_out = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
@@ -237,7 +236,7 @@ def benchmark(
     import statprune.checkpoint as checkpoint
     from statprune.benchmark import measure_walk
 
-    loaded, seqlen = _open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size, rounds=rounds)
+    loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size, rounds=rounds)
     if calibration is None:
         generator = torch.Generator().manual_seed(seed)
         windows = torch.randint(loaded.config.get_text_config().vocab_size, (samples, seqlen), generator=generator)
@@ -277,49 +276,6 @@ def _recipe(path: str | None, **options: Any) -> Any:
             f"--recipe {path} and --{', --'.join(given)} were both given: expected a recipe file or single options."
         )
     return Recipe.from_yaml(path)
-
-
-def _open_causal(model: str, dtype: str, device: str, seqlen: int | None, **numbers: int) -> tuple[Any, int]:
-    """(the model, tokens in a window); numbers that cannot be are refused before any weight is read."""
-    from statprune.checkpoint import load_config
-
-    length = _seqlen(load_config(model), seqlen)
-    _check_positive(seqlen=length, **numbers)
-    return _load_causal(model, dtype, device), length
-
-
-def _seqlen(config: Any, seqlen: int | None) -> int:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if seqlen is None:
-        return min(DEFAULT_SEQLEN, context) if isinstance(context, int) else DEFAULT_SEQLEN
-    if isinstance(context, int) and seqlen > context:
-        raise CalibrationError(f"--seqlen {seqlen} is longer than the model's context: expected at most {context}.")
-    return seqlen
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise CalibrationError(f"--{name} {number}: expected at least 1.")
-
-
-def _load_causal(model: str, dtype: str, device: str) -> Any:
-    import torch
-
-    from statprune.checkpoint import load_model
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        loaded = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ModelError(f"--device {device}: {str(e).splitlines()[0]}") from e
-    if loaded.config.is_encoder_decoder or not loaded.can_generate():
-        raise ModelError(
-            f"{model} is a {type(loaded).__name__}, not a causal language model, and text alone does not calibrate it: "
-            "use statprune.prune(model, batches, recipe) in Python, with batches of its own inputs."
-        )
-    return loaded
 
 
 def _survey(model: Any, recipe: Any) -> Any:

@@ -15,12 +15,12 @@ from statprune.batches import ModelInputs, bind_batches, dynamic_dims, example_b
 from statprune.errors import NonFiniteError, SiteError, StatpruneError, TracingError
 from statprune.hooks import find_linear_modules, observe_modules
 from statprune.pruning import PrunedWeight, WeightPruner, energy_sq
-from statprune.recipe import Recipe
+from statprune.recipe import Recipe, Schedule
 from statprune.report import PruningReport, SiteReport
 from statprune.selection import Selection, select
 from statprune.sites import InputGroup, LinearSite, TracedModel
 from statprune.statistics import InputMoments, Statistic
-from statprune.tracing import eval_mode, trace, without_cache
+from statprune.tracing import check_guards, eval_mode, trace, without_cache
 from statprune.transform import PruneLinears, apply_
 from statprune.walk import ForwardContext, walk
 
@@ -87,14 +87,25 @@ def plan(
     batches: Iterable[Any],
     recipe: Recipe | None = None,
     *,
+    traced: TracedModel | None = None,
     progress: Progress | None = None,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> PruningPlan:
     """What `prune` would do, with the model unchanged; costs a second copy of the pruned weights.
 
-    The arguments and errors are those of `prune`.
+    Args:
+        model: as for `prune`; so are the other arguments and the errors.
+        batches: calibration data.
+        recipe: how.
+        traced: the graph from an earlier plan for this model (`PruningPlan.traced`), which saves the export; batches must have
+            the shapes it was traced with.
+        progress: called after each input group.
+        forward_context: entered around model code.
+
+    Raises:
+        TracingError: `traced` does not hold for the shape of a batch.
     """
-    return _run(model, batches, recipe or Recipe(), _Twin(), progress, forward_context)
+    return _run(model, batches, recipe or Recipe(), _Twin(), progress, forward_context, traced)
 
 
 class _Commit:
@@ -126,15 +137,20 @@ def _run(
     landing: "_Commit | _Twin",
     progress: Progress | None,
     forward_context: ForwardContext,
+    traced: TracedModel | None = None,
 ) -> PruningPlan:
     report = PruningReport(recipe.to_dict(), recipe.schedule)
     inputs = bind_batches(model, batches)
     check_weights(model)
     # Lightning validates in inference mode; parameters and statistics that outlive it must be ordinary tensors.
     with torch.inference_mode(False), torch.no_grad(), eval_mode(model), without_cache(model), _buffers_kept(model):
-        traced, selection = _look(model, inputs, recipe, report, forward_context)
+        if traced is None:
+            traced, selection = _look(model, inputs, recipe, report, forward_context)
+        else:
+            check_guards(model, traced.graph_module, inputs)
+            selection = select(traced.groups, traced.left_out, recipe)
         prune_group = _GroupPruner(model, recipe.pruner(), landing, report, len(selection.groups), progress)
-        _calibrate(model, traced, selection, inputs, prune_group, forward_context)
+        _calibrate(model, traced, selection, inputs, prune_group, recipe.schedule, forward_context)
     report.left_out = list(selection.left_out)
     report.num_batches = len(inputs)
     return PruningPlan(landing.replaced, report, traced)
@@ -188,6 +204,7 @@ def _calibrate(
     selection: Selection,
     inputs: list[ModelInputs],
     prune_group: "_GroupPruner",
+    schedule: Schedule,
     forward_context: ForwardContext,
 ) -> None:
     """Collect what the pruner needs, at the price of one forward pass, and prune group by group."""
@@ -197,19 +214,22 @@ def _calibrate(
         for group in groups:
             prune_group(group, None)
         return
-    one_shot = report.schedule == "one-shot"
     started = time.perf_counter()
     try:
         if traced is None:
-            observe_modules(model, groups, inputs, prune_group, forward_context=forward_context)
+            needs = prune_group.pruner.needs
+            observe_modules(model, groups, inputs, prune_group, needs=needs, forward_context=forward_context)
         else:
-            if isinstance(prune_group.landing, _Commit) and not one_shot:  # else no weight changes before the last batch
+            if (
+                isinstance(prune_group.landing, _Commit) and schedule != "one-shot"
+            ):  # else no weight changes before the last batch
                 with _timed(report, "check"):
                     walk(traced, groups, inputs[:1], lambda *_: None, forward_context=forward_context)
             started = time.perf_counter()
             walk(
                 traced, groups, inputs, prune_group,
-                one_shot=one_shot, replaced=prune_group.landing.replaced, forward_context=forward_context,
+                schedule=schedule, needs=prune_group.pruner.needs,
+                replaced=prune_group.landing.replaced, forward_context=forward_context,
             )  # fmt: skip
     except StatpruneError as e:
         num_pruned = len(report.sites) if isinstance(prune_group.landing, _Commit) else 0
@@ -240,7 +260,10 @@ class _GroupPruner:
         with _timed(self.report, "prune"):
             for site in group.sites:
                 weight = site.view(self.model.get_parameter(site.parameter).detach())
-                pruned = self.pruner(weight, moments)
+                try:
+                    pruned = self.pruner(weight, moments)
+                except ValueError as e:
+                    raise SiteError(f"{site.name}: {e}") from e
                 self.report.sites.append(_site_report(site, weight, pruned))
                 self.landing(site, pruned)
         if moments is not None and not self.report.num_tokens:

@@ -41,6 +41,14 @@ class CheckpointError(StatpruneError, RuntimeError):
     """A checkpoint cannot be written, or does not keep a promise of its `pruning.json`."""
 
 
+class ResultsError(StatpruneError, ValueError):
+    """A file of results cannot be read, or holds numbers that do not compare with this run."""
+
+
+class ExperimentError(StatpruneError, RuntimeError):
+    """An experiment cannot run, or some of its cells failed."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'cvr'?"` for the closest known name, or an empty string where nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1)

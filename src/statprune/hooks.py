@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from statprune.batches import ModelInputs, is_transformers_model
 from statprune.errors import CalibrationError
 from statprune.sites import InputGroup, LeftOut, LinearSite
-from statprune.statistics import InputMoments
+from statprune.statistics import InputMoments, Statistic
 from statprune.walk import ForwardContext, OnGroup, complete, fit_mask
 
 
@@ -81,6 +81,7 @@ def observe_modules(
     batches: Sequence[ModelInputs],
     on_group: OnGroup,
     *,
+    needs: Statistic = Statistic.MOMENTS,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> None:
     """Run all batches through the dense model once, and hand every group its statistics afterwards.
@@ -91,7 +92,9 @@ def observe_modules(
     """
     leaders = {model.get_submodule(group.sites[0].parameter.rpartition(".")[0]): group for group in groups}
     device = next(model.parameters()).device
-    moments = {group.name: InputMoments.zeros(group.in_features, device=device) for group in groups}
+    moments = {
+        group.name: InputMoments.zeros(group.in_features, gram=needs is Statistic.GRAM, device=device) for group in groups
+    }
     for number, batch in enumerate(batches):
         mask = _padding_mask(batch, number)
 

@@ -22,6 +22,12 @@ class Pattern(Protocol):
     def __call__(self, score: Tensor) -> Tensor:
         """The keep mask."""
 
+    def slice(self, score: Tensor, start: int) -> Tensor:
+        """The keep mask of some columns [..., out, width] chosen on their own, `start` being the first one's number.
+
+        Chosen slice after slice from column 0 on, the whole matrix has the pattern.
+        """
+
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can have the pattern."""
 
@@ -58,10 +64,17 @@ class Unstructured:
         ranked = score if self.rank_over == "row" else score.flatten(-2)
         return keep_highest(ranked, ranked.shape[-1] - self.num_pruned(ranked.shape[-1])).view_as(score)
 
+    def slice(self, score: Tensor, start: int) -> Tensor:
+        """[..., out, width] scores to a keep mask; weights compete within the slice, by row or all together."""
+        ranked, num_rows = (score, 1) if self.rank_over == "row" else (score.flatten(-2), score.shape[-2])
+        # Counted from column 0, so that what one slice rounds off the next makes up for.
+        num_pruned = self.num_pruned(num_rows * (start + score.shape[-1])) - self.num_pruned(num_rows * start)
+        return keep_highest(ranked, ranked.shape[-1] - num_pruned).view_as(score)
+
     def num_pruned(self, group_size: int) -> int:
         """How many of `group_size` competing weights go."""
         # 0.29 * 100 is 28.999999999999996 in floating point; nobody who asks for 29 % means 28.
-        return min(math.floor(self.sparsity * group_size + 1e-6), group_size - 1)
+        return max(0, min(math.floor(self.sparsity * group_size + 1e-6), group_size - 1))
 
     def fits(self, in_features: int) -> bool:
         """Any width will do."""
@@ -102,6 +115,10 @@ class NM:
         if not self.fits(score.shape[-1]):
             raise ValueError(f"{self} on rows of {score.shape[-1]} inputs: expected a width that {self.of} divides.")
         return keep_highest(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
+
+    def slice(self, score: Tensor, start: int) -> Tensor:
+        """As the whole: `start` and the width are multiples of `of`."""
+        return self(score)
 
     def fits(self, in_features: int) -> bool:
         """Whether `of` divides the width."""

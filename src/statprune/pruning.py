@@ -1,12 +1,12 @@
 """WeightPruner: one weight and the moments of its inputs in, one pruned weight out.
 
 This is the wide seam. Most methods are a criterion, a pattern and a compensation in a row (`compose`); a method that
-chooses and updates at once implements the protocol itself.
+chooses and updates at once implements the protocol itself (`sparsegpt`), and a compensation may follow it as well.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,37 +41,63 @@ class WeightPruner(Protocol):
 
 
 @dataclass(frozen=True)
-class ComposedPruner:
-    """Criterion, pattern, compensation, in this order."""
+class MaskPruner:
+    """A criterion and a pattern: what stays is as it was."""
 
     criterion: Callable[..., Tensor]
     pattern: Pattern
-    compensation: Callable[..., Tensor]
-    needs: Statistic
+
+    @property
+    def needs(self) -> Statistic:
+        """What the criterion needs."""
+        return needs_of(self.criterion)
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
-        """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
-        original = weight.float()
-        keep = self.pattern(self.criterion(original, moments))
-        pruned = original.masked_fill(~keep, 0.0)
-        corrected = self.compensation(original, pruned, keep, moments)
-        # The mask again, after the cast: what the file promises as zeros are zeros whatever the compensation did.
-        # Not in place: a compensation that hands back `original` hands back the caller's own weight.
-        return PrunedWeight(corrected.to(weight.dtype).masked_fill(~keep, 0.0), keep)
+        """Prune [..., out, in]."""
+        keep = self.pattern(self.criterion(weight, moments))
+        return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
 
     def fits(self, in_features: int) -> bool:
         """Whether the pattern fits rows of this width."""
         return self.pattern.fits(in_features)
 
 
-def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Callable[..., Tensor]) -> ComposedPruner:
-    """A WeightPruner from its three parts; it needs what its criterion or its compensation needs."""
+@dataclass(frozen=True)
+class CompensatedPruner:
+    """Any pruner, and a compensation of what it left, against the original weight."""
+
+    pruner: WeightPruner
+    compensation: Callable[..., Tensor]
+
+    @property
+    def needs(self) -> Statistic:
+        """What the pruner and the compensation need."""
+        return Statistic.most(self.pruner.needs, needs_of(self.compensation))
+
+    def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
+        original = weight.float()
+        pruned = self.pruner(original, moments)
+        corrected = self.compensation(original, pruned.weight, pruned.keep, moments)
+        # The mask again, after the cast: what the file promises as zeros are zeros whatever the compensation did.
+        # Not in place: a compensation that hands back `original` hands back the caller's own weight.
+        return PrunedWeight(corrected.to(weight.dtype).masked_fill(~pruned.keep, 0.0), pruned.keep)
+
+    def fits(self, in_features: int) -> bool:
+        """Whether rows of this width can be pruned."""
+        return self.pruner.fits(in_features)
+
+
+def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Callable[..., Tensor]) -> CompensatedPruner:
+    """A WeightPruner from a criterion, a pattern and a compensation, in this order."""
+    return CompensatedPruner(MaskPruner(criterion, pattern), compensation)
+
+
+def needs_of(function: Callable[..., Any]) -> Statistic:
+    """What a criterion or a compensation declares to need; the moments where it declares nothing."""
     # A functools.partial, which is how a recipe fixes settings, does not show its function's attributes.
-    functions = [getattr(part, "func", part) for part in (criterion, compensation)]
-    declared = [getattr(function, "needs", Statistic.MOMENTS) for function in functions]
-    return ComposedPruner(
-        criterion, pattern, compensation, Statistic.MOMENTS if Statistic.MOMENTS in declared else Statistic.NONE
-    )
+    declared: Statistic = getattr(getattr(function, "func", function), "needs", Statistic.MOMENTS)
+    return declared
 
 
 def energy_sq(weight: Tensor) -> float:

@@ -4,10 +4,7 @@ A recipe is plain data, the same in Python, in YAML and in `pruning.json`. Each 
 name and its settings; the settings are the keyword arguments of the function that the name stands for.
 """
 
-import functools
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,17 +12,27 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from statprune.compensation import COMPENSATIONS
-from statprune.criteria import CRITERIA
 from statprune.errors import RecipeError, nearest
-from statprune.patterns import PATTERNS, SHORTHAND_HELP, Pattern, parse_shorthand
-from statprune.pruning import WeightPruner, compose
+from statprune.methods import (
+    Part,
+    YamlLoader,
+    build_pruner,
+    complete,
+    format_method,
+    known_compensations,
+    known_criteria,
+    one_of,
+    parse,
+    split,
+    usual_ranking,
+)
+from statprune.patterns import PATTERNS, SHORTHAND_HELP, Pattern, Unstructured, parse_shorthand
+from statprune.pruning import WeightPruner
 from statprune.statistics import InputMoments
 
-SCHEDULES = ("walk", "one-shot")
+Schedule = Literal["walk", "block", "one-shot"]
+SCHEDULES = ("walk", "block", "one-shot")
 ON_INDIVISIBLE = ("error", "skip")
-
-Part = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,21 @@ class Recipe:
     """
 
     criterion: Part = "cvr"
-    """`"magnitude"`, `"wanda"`, `"cvr"`, or a mapping such as `{"name": "cvr", "alpha": 0.5, "eps": 1e-8}`."""
+    """`"magnitude"`, `"wanda"`, `"ria"`, `"z-pruner"`, `"cvr"`, or `"sparsegpt"`, which also updates what it keeps. With
+    settings `"cvr:alpha=0.25"`, or a mapping such as `{"name": "cvr", "alpha": 0.25}`."""
 
     pattern: Part = "2:4"
     """`"50%"`, `"2:4"`, or a mapping such as `{"name": "unstructured", "sparsity": 0.5, "rank_over": "row"}` or
-    `{"name": "nm", "keep": 2, "of": 4}`."""
+    `{"name": "nm", "keep": 2, "of": 4}`. Unstructured weights compete within their output row where `rank_over` does not say
+    otherwise, and with sparsegpt within a block of columns."""
 
     compensation: Part = "energy"
-    """`"none"`, `"energy"`, or a mapping such as `{"name": "energy", "clamp": [0.5, 2.0], "strength": 1.0}`."""
+    """`"none"`, `"energy"`, with settings `"energy:column"`, or a mapping such as `{"name": "energy", "clamp": [0.5, 2.0]}`."""
 
-    schedule: Literal["walk", "one-shot"] = "walk"
-    """`"walk"`: each layer's statistics already see the pruned layers before it. `"one-shot"`: all see the dense model.
-    Both take one forward pass over the calibration batches."""
+    schedule: Schedule = "walk"
+    """`"walk"`: each layer's statistics already see all pruned layers before it. `"block"`: those in the blocks before its own,
+    as Wanda's and SparseGPT's code has it. `"one-shot"`: all see the dense model. `"block"` takes two forward passes over
+    the calibration batches, the others one."""
 
     targets: Sequence[str] | None = None
     """Globs on names, such as `"model.layers.*.mlp.*"`; `*` also crosses dots. None: every linear layer except the
@@ -65,21 +75,25 @@ class Recipe:
             raise RecipeError(
                 f"Recipe(targets={self.targets!r}, ignore={self.ignore!r}): expected lists of names, such as ['*.mlp.*']."
             )
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("on_indivisible", self.on_indivisible, ON_INDIVISIBLE)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("on_indivisible", self.on_indivisible, ON_INDIVISIBLE)
         # Frozen: settings are completed once, so that two ways to write a recipe compare and save as one.
         object.__setattr__(self, "targets", None if self.targets is None else tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        object.__setattr__(self, "criterion", _complete("criterion", self.criterion, CRITERIA))
-        object.__setattr__(self, "pattern", _complete_pattern(self.pattern))
-        object.__setattr__(self, "compensation", _complete("compensation", self.compensation, COMPENSATIONS))
+        object.__setattr__(self, "criterion", complete("criterion", self.criterion, known_criteria()))
+        object.__setattr__(self, "pattern", _complete_pattern(self.pattern, usual_ranking(split(self._criterion)[0])))
+        object.__setattr__(self, "compensation", complete("compensation", self.compensation, known_compensations()))
         self._try_out()
 
     @classmethod
     def parse(cls, method: str, **others: Any) -> "Recipe":
-        """A recipe from a method's short name: `"wanda"`, `"cvr+energy"`; the other fields by keyword."""
-        criterion, _, compensation = method.partition("+")
-        return cls(criterion=criterion, compensation=compensation or "none", **others)
+        """A recipe from a method's short name, such as `"cvr+energy"` or `"cvr:alpha=0.25+energy:column"`; the rest by keyword.
+
+        Raises:
+            RecipeError: as the constructor.
+        """
+        criterion, compensation = parse(method)
+        return cls(criterion=criterion, compensation=compensation, **others)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
@@ -94,7 +108,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> "Recipe":
         """A recipe from a YAML file."""
         try:
-            data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_YamlLoader)
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise RecipeError(f"The recipe {path} cannot be read: {e}") from e
         if not isinstance(data, Mapping):
@@ -110,84 +124,47 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """The short name, `"cvr+energy"`."""
-        criterion, compensation = (_split(part)[0] for part in (self.criterion, self.compensation))
-        return criterion if compensation == "none" else f"{criterion}+{compensation}"
+        """The short name, with what is not a default: `"cvr+energy"`; `Recipe.parse` takes it."""
+        return format_method(self._criterion, self._compensation)
 
     def build_pattern(self) -> Pattern:
         """The pattern object."""
-        name, settings = _split(self.pattern)
+        assert isinstance(self.pattern, Mapping)
+        name, settings = split(self.pattern)
         pattern: Pattern = PATTERNS[name](**settings)
         return pattern
 
     def pruner(self) -> WeightPruner:
         """The function that prunes one weight."""
-        criterion, criterion_settings = _split(self.criterion)
-        compensation, compensation_settings = _split(self.compensation)
-        return compose(
-            functools.partial(CRITERIA[criterion], **criterion_settings),
-            self.build_pattern(),
-            functools.partial(COMPENSATIONS[compensation], **compensation_settings),
-        )
+        return build_pruner(self._criterion, self.build_pattern(), self._compensation)
+
+    @property
+    def _criterion(self) -> Mapping[str, Any]:
+        assert isinstance(self.criterion, Mapping)
+        return self.criterion
+
+    @property
+    def _compensation(self) -> Mapping[str, Any]:
+        assert isinstance(self.compensation, Mapping)
+        return self.compensation
 
     def _try_out(self) -> None:
         """Prune a weight of one row, so that a value out of range is refused now and not in the middle of a model."""
         try:
             width = getattr(self.build_pattern(), "of", 2)
             weight = torch.linspace(1.0, 2.0, width)[None]
-            self.pruner()(weight, InputMoments.zeros(width).add(weight).add(-weight))
+            self.pruner()(weight, InputMoments.zeros(width, gram=True).add(weight).add(-weight))
         except (ValueError, TypeError) as e:
             raise RecipeError(
                 f"Recipe(criterion={self.criterion}, pattern={self.pattern}, compensation={self.compensation}): {e}"
             ) from e
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-8 is a number; YAML 1.1 asks for a dot, 1.0e-8, and reads the rest as text."""
-
-
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
 def _are_names(names: object) -> bool:
     return isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
 
 
-def _one_of(key: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise RecipeError(f"Recipe({key}={value!r}) does not exist.{nearest(str(value), known)} Known: {', '.join(known)}.")
-
-
-def _split(part: Part) -> tuple[str, dict[str, Any]]:
-    """A completed part as its name and its settings."""
-    assert isinstance(part, Mapping)
-    return part["name"], {key: value for key, value in part.items() if key != "name"}
-
-
-def _complete(key: str, part: Part, known: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """A part with its name checked and every setting spelled out, defaults included."""
-    given = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else {}
-    if not isinstance(given.get("name"), str):
-        raise RecipeError(f"Recipe({key}={part!r}): expected a name or a mapping with a 'name'. Known: {', '.join(known)}.")
-    _one_of(key, given["name"], list(known))
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(known[given["name"]]).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY or isinstance(known[given["name"]], type)
-    }
-    for setting in given:
-        if setting != "name" and setting not in defaults:
-            raise RecipeError(
-                f"The {key} {given['name']!r} has no setting {setting!r}.{nearest(str(setting), defaults)} "
-                f"Its settings are {', '.join(defaults) or 'none'}."
-            )
-    complete = {"name": given["name"], **{name: given.get(name, default) for name, default in defaults.items()}}
-    if missing := [name for name, value in complete.items() if value is inspect.Parameter.empty]:
-        raise RecipeError(f"The {key} {given['name']!r} needs {', '.join(missing)}.")
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in complete.items()}
-
-
-def _complete_pattern(part: Part) -> dict[str, Any]:
+def _complete_pattern(part: Part, rank_over: str) -> dict[str, Any]:
     if isinstance(part, int | float):
         raise RecipeError(
             f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}. In YAML, quote it: an unquoted 2:4 is a number to YAML."
@@ -201,8 +178,11 @@ def _complete_pattern(part: Part) -> dict[str, Any]:
             raise RecipeError(f"Recipe(pattern={part!r}): {e}") from e
         if pattern is None:
             raise RecipeError(f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}, or a mapping with a 'name'.")
-        part = {"name": _NAME_OF_PATTERN[type(pattern)], **asdict(pattern)}  # type: ignore[call-overload]
-    return _complete("pattern", part, PATTERNS)
+        settings = {"sparsity": pattern.sparsity} if isinstance(pattern, Unstructured) else asdict(pattern)  # type: ignore[call-overload]
+        part = {"name": _NAME_OF_PATTERN[type(pattern)], **settings}
+    if isinstance(part, Mapping) and part.get("name") == "unstructured":
+        part = {"rank_over": rank_over, **part}
+    return complete("pattern", part, PATTERNS)
 
 
 _NAME_OF_PATTERN: dict[type, str] = {pattern: name for name, pattern in PATTERNS.items()}

@@ -6,8 +6,8 @@ Peers that keep running means get the pooled variance wrong (FLAP, DSnoT) or nor
 neither can happen to a sum.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -24,9 +24,19 @@ class Statistic(StrEnum):
 
     NONE = "none"
     MOMENTS = "moments"
+    """Sums and sums of squares, channel by channel: 2 numbers a channel."""
+
+    GRAM = "gram"
+    """The moments, and the products of all pairs of channels: `in` numbers a channel."""
+
+    @classmethod
+    def most(cls, *statistics: "Statistic") -> "Statistic":
+        """The least that contains all of these."""
+        return max(statistics, key=list(cls).index, default=cls.NONE)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Derived = TypeVar("Derived")
 
 
 def needs(statistic: Statistic) -> Callable[[Function], Function]:
@@ -55,8 +65,15 @@ class InputMoments:
     sum_sq: Tensor
     """[..., in], float64: sum of x**2 over tokens. A sum of squares, not a norm."""
 
+    gram: Tensor | None = None
+    """[..., in, in], float32: sum of x x^T over tokens, padding left out; None where nobody asked for it."""
+
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
     @classmethod
-    def zeros(cls, in_features: int, *, stack: tuple[int, ...] = (), device: torch.device | str = "cpu") -> "InputMoments":
+    def zeros(
+        cls, in_features: int, *, stack: tuple[int, ...] = (), gram: bool = False, device: torch.device | str = "cpu"
+    ) -> "InputMoments":
         """No tokens seen yet, for layers with `in_features` inputs (and `stack` matrices of their own tokens)."""
         # A Lightning validation loop runs in inference mode; sums that outlive it must be ordinary tensors.
         with torch.inference_mode(False):
@@ -64,6 +81,7 @@ class InputMoments:
                 num_tokens=torch.zeros(stack, dtype=torch.int64, device=device),
                 sum=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
                 sum_sq=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
+                gram=torch.zeros(*stack, in_features, in_features, device=device) if gram else None,
             )
 
     def add(self, inputs: Tensor, keep_token: Tensor | None = None) -> "InputMoments":
@@ -84,6 +102,10 @@ class InputMoments:
                     f"expected {tokens_TI.shape[0]} mask elements, one for each token, got {keep_token.numel()}."
                 )
             tokens_TI = tokens_TI[keep_token.reshape(-1).to(device=tokens_TI.device, dtype=torch.bool)]
+        self._derived.clear()
+        if self.gram is not None:
+            narrow_TI = tokens_TI.float()
+            self.gram.addmm_(narrow_TI.t(), narrow_TI)
         wide_TI = tokens_TI.to(torch.float64)
         if wide_TI is tokens_TI:
             wide_TI = wide_TI.clone()  # squared in place below, and the caller's tensor is not ours
@@ -96,7 +118,19 @@ class InputMoments:
 
     def merge(self, other: "InputMoments") -> "InputMoments":
         """The statistics of both token sets together, as a new object."""
-        return InputMoments(self.num_tokens + other.num_tokens, self.sum + other.sum, self.sum_sq + other.sum_sq)
+        gram = self.gram + other.gram if self.gram is not None and other.gram is not None else None
+        return InputMoments(self.num_tokens + other.num_tokens, self.sum + other.sum, self.sum_sq + other.sum_sq, gram)
+
+    def derive(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
+        """What follows from these statistics alone, computed once for all the layers that share them (a factorisation)."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        found: Derived = self._derived[key]
+        return found
+
+    def totals(self) -> list[Tensor]:
+        """The tensors that add up over ranks."""
+        return [self.num_tokens, self.sum, self.sum_sq, *([self.gram] if self.gram is not None else [])]
 
     @property
     def mean(self) -> Tensor:
@@ -116,5 +150,5 @@ class InputMoments:
         return torch.where(variance > RELATIVE_VARIANCE_FLOOR * second_moment, variance, 0.0)
 
     def is_finite(self) -> bool:
-        """Whether every input that was added was finite (a square beyond float64's range counts as infinite)."""
-        return bool(torch.isfinite(self.sum_sq).all() & torch.isfinite(self.sum).all())
+        """Whether every input that was added was finite (a sum beyond the range of its dtype counts as infinite)."""
+        return all(bool(torch.isfinite(total).all()) for total in self.totals())

@@ -42,12 +42,21 @@ def trace(
         except Exception as e:  # whatever the model's own code, or a guard of torch.export, raises
             raise TracingError(f"torch.export cannot trace {type(model).__name__}: {_reason(e)}") from e
     assert isinstance(graph_module, torch.fx.GraphModule)
+    check_guards(model, graph_module, batches)
+    return find_linear_layers(model, graph_module)
+
+
+def check_guards(model: nn.Module, graph_module: torch.fx.GraphModule, batches: Sequence[ModelInputs]) -> None:
+    """Refuse a graph that does not hold for the shapes of all batches.
+
+    Raises:
+        TracingError: names the first such batch, and why.
+    """
     for number, batch in enumerate(batches):
         if broken := _broken_guard(graph_module, batch):
             raise TracingError(
                 f"torch.export cannot trace {type(model).__name__} for the shapes of calibration batch {number}: {broken}"
             )
-    return find_linear_layers(model, graph_module)
 
 
 @contextlib.contextmanager

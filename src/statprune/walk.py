@@ -9,48 +9,36 @@ At a cut the statistics of the next input group are complete for the whole calib
 the pruned layers before it. Every node runs once per batch: sequential calibration for the price of one forward pass.
 Between cuts only the values that a later node reads are kept, so what the walk holds does not grow with the depth.
 
-The one-shot schedule is the same loop with a single segment: every group is observed on the dense model.
+The one-shot schedule is the same loop with a single segment: every group is observed on the dense model. The block schedule
+is the published protocol of Wanda and SparseGPT: a block runs once dense, with all its groups observed and its values thrown
+away (a rehearsal), is pruned, and runs again for the blocks behind it. `segments` draws all three.
 """
 
 import contextlib
+import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from statprune.batches import ModelInputs
 from statprune.errors import CalibrationError, NonFiniteError
-from statprune.graph import attribute, is_mutable, written_to
+from statprune.graph import attribute, written_to
+from statprune.recipe import Schedule
+from statprune.segments import batch_independent, made_of_weights, plan_segments, prunable_names
 from statprune.sites import InputGroup, TracedModel
-from statprune.statistics import InputMoments
+from statprune.statistics import InputMoments, Statistic
 
 OnGroup = Callable[[InputGroup, InputMoments], None]
 """Called once for each input group, in execution order, with its complete statistics."""
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Entered around every stretch of model code: Lightning's precision plugin, or nothing."""
-
-
-@dataclass
-class Segment:
-    """A stretch of the graph that every batch runs through before the next stretch begins."""
-
-    steps: list["Node | InputGroup"] = field(default_factory=list)
-    """A node is executed; a group's tensor is added to the group's statistics."""
-
-    dies_after: dict[int, list[Node]] = field(default_factory=dict)
-    """The values that nothing reads after a step, by the step's index."""
-
-    @property
-    def groups(self) -> list[InputGroup]:
-        """The groups whose statistics are complete when every batch has run through."""
-        return [step for step in self.steps if isinstance(step, InputGroup)]
 
 
 @torch.no_grad()
@@ -60,11 +48,12 @@ def walk(
     batches: Sequence[ModelInputs],
     on_group: OnGroup,
     *,
-    one_shot: bool = False,
+    schedule: Schedule = "walk",
+    needs: Statistic = Statistic.MOMENTS,
     replaced: dict[str, Tensor] | None = None,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> None:
-    """Run all batches through the graph once, and hand every group its statistics.
+    """Run all batches through the graph, and hand every group its statistics.
 
     Args:
         traced: the graph; it must have been traced with inputs of these names.
@@ -72,43 +61,47 @@ def walk(
         batches: on the model's device.
         on_group: prunes the group's weights. What it writes to the model, or puts into `replaced`, is what the rest of the
             graph computes with.
-        one_shot: observe every group on the dense model, and only then call `on_group` for each.
+        schedule: which pruned weights a group's statistics have seen; `Recipe.schedule` tells.
+        needs: what to collect.
         replaced: weights by parameter name that the graph reads in place of the model's own; read at every use.
         forward_context: entered around model code.
 
     Raises:
         NonFiniteError: a group's input holds NaN or infinity; names the first such layer.
         CalibrationError: a batch looks up something that a table of the model does not have.
+        TracingError: schedule "block", and the model writes to a buffer in a block, which would happen twice.
     """
-    segments = plan_segments(traced, groups, one_shot=one_shot)
+    segments = plan_segments(traced, groups, schedule=schedule)
     executor = _Executor(traced, replaced if replaced is not None else {})
     values: list[dict[Node, Any]] = [executor.bind(batch) for batch in batches]
-    shareable = _batch_independent(traced)
+    shareable = batch_independent(traced)
     shared: dict[Any, dict[Node, Any]] = defaultdict(dict)
     for segment in segments:
-        moments = {group.name: _no_moments(group, batches) for group in segment.groups}
+        moments = {group.name: _no_moments(group, batches, needs) for group in segment.groups}
         with forward_context():
             for number, (batch, environment) in enumerate(zip(batches, values, strict=True)):
                 common = shared[tuple(tensor.shape for tensor in batch.tensors())]
+                current = executor.rehearsed(environment) if segment.is_rehearsal else environment
                 for index, step in enumerate(segment.steps):
                     try:
                         if isinstance(step, InputGroup):
-                            inputs = executor.load(step.input_node, environment)
+                            inputs = executor.load(step.input_node, current)
                             moments[step.name].add(inputs, fit_mask(batch.kwargs.get(step.token_mask or ""), inputs))
                         elif step in shareable:
                             if step not in common:
-                                common[step] = executor.run(step, environment)
-                            environment[step] = common[step]
+                                common[step] = executor.run(step, current)
+                            current[step] = common[step]
                         else:
-                            environment[step] = executor.run(step, environment)
+                            current[step] = executor.run(step, current)
                     except IndexError as e:
                         raise CalibrationError(_out_of_range(number, step, e)) from e
                     for dead in segment.dies_after.get(index, ()):
-                        environment.pop(dead, None)
-        for common in shared.values():
-            for dead_values in segment.dies_after.values():
-                for dead in dead_values:
-                    common.pop(dead, None)
+                        current.pop(dead, None)
+                for dead in segment.releases:
+                    environment.pop(dead, None)
+        gone = segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values())
+        for dead, common in itertools.product(gone, shared.values()):
+            common.pop(dead, None)
         totals = [complete(group, moments.pop(group.name)) for group in segment.groups]  # all, before a weight changes
         for group, total in zip(segment.groups, totals, strict=True):
             on_group(group, total)
@@ -121,7 +114,7 @@ def complete(group: InputGroup, moments: InputMoments) -> InputMoments:
         NonFiniteError: NaN or infinity entered the group.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for total in (moments.num_tokens, moments.sum, moments.sum_sq):
+        for total in moments.totals():
             torch.distributed.all_reduce(total)
     if not moments.is_finite():
         raise NonFiniteError(
@@ -131,100 +124,6 @@ def complete(group: InputGroup, moments: InputMoments) -> InputMoments:
     return moments
 
 
-def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, one_shot: bool = False) -> list[Segment]:
-    """Cut the graph just before each group's first reader; only nodes that some group's input needs are in it."""
-    observed_at: dict[Node, list[InputGroup]] = defaultdict(list)
-    for group in groups:
-        observed_at[group.first_reader].append(group)  # type: ignore[index]
-    needed = _needed(traced, groups) - _made_of_weights(traced)
-    segments = [Segment()]
-    for node in traced.graph_module.graph.nodes:
-        for group in observed_at[node]:
-            segments[-1].steps.append(group)
-            if not one_shot:
-                segments.append(Segment())
-        if node in needed and node.op not in ("placeholder", "get_attr", "output"):
-            segments[-1].steps.append(node)
-    last_read: dict[Node, tuple[Segment, int]] = {}
-    for segment in segments:
-        for index, step in enumerate(segment.steps):
-            for read in [step.input_node] if isinstance(step, InputGroup) else [*step.all_input_nodes, step]:
-                last_read[read] = (segment, index)  # type: ignore[index]
-    for node, (segment, index) in last_read.items():
-        segment.dies_after.setdefault(index, []).append(node)
-    return [segment for segment in segments if segment.groups]
-
-
-def _needed(traced: TracedModel, groups: Sequence[InputGroup]) -> set[Node]:
-    """The groups' inputs, whatever writes to a tensor in place, and everything that these read."""
-    nodes = traced.graph_module.graph.nodes
-    frontier = [group.input_node for group in groups if group.input_node] + [node for node in nodes if is_mutable(node)]
-    needed: set[Node] = set()
-    while frontier:
-        node = frontier.pop()
-        if node not in needed:
-            needed.add(node)
-            frontier.extend(node.all_input_nodes)
-    return needed
-
-
-def _made_of_weights(traced: TracedModel) -> set[Node]:
-    """Transposes, casts and the like of prunable weights.
-
-    They may stand in the graph before the cut at which their weight is pruned, so they are made when they are read.
-    """
-    prunable = _prunable_names(traced)
-    made: set[Node] = set()
-    for node in traced.graph_module.graph.nodes:
-        if node.op == "get_attr" and node.target in prunable:
-            made.add(node)
-        elif node.op == "call_function" and not is_mutable(node):
-            sources = node.all_input_nodes
-            if any(read in made for read in sources) and all(read in made or read.op == "get_attr" for read in sources):
-                made.add(node)
-    return made
-
-
-def _prunable_names(traced: TracedModel) -> dict[str, str]:
-    """Every name of every site's parameter, and the name that the site has for it."""
-    sites = [site for group in traced.groups for site in group.sites]
-    return {name: site.parameter for site in sites for name in (site.parameter, *site.aliases)}
-
-
-def _batch_independent(traced: TracedModel) -> set[Node]:
-    """Nodes that read the shapes of a batch and never its values: positions, causal masks, rotary tables.
-
-    They are computed once for all batches of a shape. A causal mask for each of 128 batches of 2048 tokens would take
-    half a gigabyte.
-    """
-    nodes = list(traced.graph_module.graph.nodes)
-    prunable = _prunable_names(traced)
-    written = written_to(nodes)  # what one batch writes to, the next must not read
-    independent: set[Node] = set()
-    for node in nodes:
-        if node in written:
-            continue
-        if node.op == "get_attr":
-            is_independent = node.target not in prunable
-        elif node.op == "call_function":
-            is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            is_region = isinstance(node.target, torch._ops.HigherOrderOperator)
-            is_independent = _is_size(node) or (
-                not is_random and not is_region and all(read in independent for read in node.all_input_nodes)
-            )
-        else:
-            is_independent = False
-        if is_independent:
-            independent.add(node)
-    return independent
-
-
-def _is_size(node: Node) -> bool:
-    """A size that follows from the sizes of the inputs; that of what `nonzero` gives does not."""
-    value = node.meta.get("val")
-    return not isinstance(value, Tensor) and str(node.target).startswith("aten.sym_") and not free_unbacked_symbols(value)
-
-
 class _Executor:
     """Runs one node with the values of one batch."""
 
@@ -232,8 +131,8 @@ class _Executor:
         nodes = list(traced.graph_module.graph.nodes)
         self.graph_module = traced.graph_module
         self.replaced = replaced
-        self.names = _prunable_names(traced)
-        self.made_of_weights = _made_of_weights(traced)
+        self.names = prunable_names(traced)
+        self.made_of_weights = made_of_weights(traced)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         self.placeholders = [node for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
         self.written = written_to(nodes)
@@ -244,6 +143,13 @@ class _Executor:
             node: tensor.clone() if node in self.written else tensor
             for node, tensor in zip(self.placeholders, batch.tensors(), strict=True)
         }
+
+    def rehearsed(self, environment: dict[Node, Any]) -> dict[Node, Any]:
+        """A copy of a batch's values to run a block with and throw away; only what is written to in place is cloned."""
+        written = [node for node in environment if node in self.written]
+        # All at once: deepcopy keeps two views of one memory together.
+        clones = copy.deepcopy([environment[node] for node in written])
+        return {**environment, **dict(zip(written, clones, strict=True))}
 
     def run(self, node: Node, environment: dict[Node, Any]) -> Any:
         """The node's value."""
@@ -263,9 +169,9 @@ class _Executor:
         return self.run(read, environment) if read in self.made_of_weights else environment[read]
 
 
-def _no_moments(group: InputGroup, batches: Sequence[ModelInputs]) -> InputMoments:
+def _no_moments(group: InputGroup, batches: Sequence[ModelInputs], needs: Statistic) -> InputMoments:
     device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
-    return InputMoments.zeros(group.in_features, device=device)
+    return InputMoments.zeros(group.in_features, gram=needs is Statistic.GRAM, device=device)
 
 
 def fit_mask(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
