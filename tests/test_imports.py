@@ -14,9 +14,9 @@ ORDER = [
     "token_masks", "sites", "selection", "batches", "segments",
     "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
     "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
-    "experiments.results", "experiments.published", "experiments.tables", "experiments.plots",
-    "experiments.zero_shot", "experiments.runtime", "experiments.grid", "experiments.running",
-    "display", "commands", "cli",
+    "experiments.results", "experiments.published", "experiments.grid", "experiments.tables", "experiments.plots",
+    "experiments.next_line", "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
+    "display", "commands.shared", "commands.models", "commands.measurements", "cli",
 ]  # fmt: skip
 PURE = ["statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt"]
 
@@ -32,7 +32,7 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             module = ".".join((["statprune"] if node.level else []) + ([node.module] if node.module else []))
             # `from statprune import recipe` imports a module, `from statprune.recipe import Recipe` a name of one
-            is_package = module in ("statprune", "statprune.experiments")
+            is_package = module in ("statprune", "statprune.experiments", "statprune.commands")
             names |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
     return names
 

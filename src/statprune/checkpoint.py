@@ -101,6 +101,14 @@ def load_tokenizer(path: str) -> Any:
         raise ModelError(f"No tokenizer in {path}: {_first_line(e)}") from e
 
 
+def fingerprint(path: str, config: Any) -> str:
+    """What tells one version of a model from another: its commit on the hub, or a digest of the folder's weight files."""
+    if not Path(path).is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    digests = json.dumps(_digests(Path(path)), sort_keys=True)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+
 def refuse_existing(output: str | Path) -> None:
     """Raise CheckpointError where something stands in the place of the output already."""
     if Path(output).exists():

@@ -46,7 +46,7 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> Non
     for name, parameter in signature(function).parameters.items():
         option = f"--{name.replace('_', '-')}"
         settings: dict[str, Any] = {"help": helps[name]}
-        if name in ("model", "folder"):
+        if name in ("model", "folder", "name") and types[name] is str:
             parser.add_argument(name, metavar=name.upper(), type=str, **settings)
         elif types[name] is bool:
             parser.add_argument(option, action="store_true", **settings)

@@ -1,23 +1,18 @@
 """Compare methods: prune a twin for each cell of methods x patterns, and measure its perplexity on held-out windows."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from statprune.compress import plan
-from statprune.errors import RecipeError
 from statprune.perplexity import evaluate
-from statprune.recipe import Recipe
+from statprune.recipe import Method, labelled
 
 METHODS = ("magnitude", "wanda", "cvr", "magnitude+energy", "wanda+energy", "cvr+energy")
 PATTERNS = ("50%", "4:8", "2:4")
-
-Method = str | Mapping[str, Any]
-"""A short name such as `"cvr+energy"`, or a mapping with `criterion`, `compensation` and perhaps a `label`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Cell:
     pattern: str
     perplexity: float
     seconds: float
-    """For calibrating and pruning, tracing included."""
+    """For calibrating and pruning; the first cell's include the export."""
     recipe: dict[str, Any]
 
 
@@ -51,7 +46,7 @@ def compare(
         evaluation: other token windows [windows, length].
         methods: what to compare.
         patterns: at which sparsities.
-        schedule: `"walk"` or `"one-shot"`, for all.
+        schedule: `"walk"`, `"block"` or `"one-shot"`, for all that have none of their own.
         batch_size: windows in one forward pass.
         progress: called with (cells done, cells in all, what was measured).
 
@@ -59,21 +54,16 @@ def compare(
         StatpruneError: as `prune`; recipes are checked before anything runs.
     """
     recipes = [
-        (*_labelled(method, pattern=str(pattern), schedule=schedule), str(pattern))
-        for pattern in patterns
-        for method in methods
+        (*labelled(method, pattern=str(pattern), schedule=schedule), str(pattern)) for pattern in patterns for method in methods
     ]
     cells = [Cell("dense", "", evaluate(model, evaluation, batch_size=batch_size), 0.0, {})]
+    traced = None
     for index, (label, recipe, pattern) in enumerate(recipes):
         started = time.perf_counter()
-        twin = plan(model, calibration.split(batch_size), recipe)
+        twin = plan(model, calibration.split(batch_size), recipe, traced=traced)
+        traced = twin.traced
         seconds = time.perf_counter() - started
-
-        def pruned_logits(tokens: Tensor, weights: dict[str, Tensor] = twin.weights) -> Tensor:
-            logits: Tensor = functional_call(model, weights, (tokens,)).logits
-            return logits
-
-        perplexity = evaluate(model, evaluation, batch_size=batch_size, forward=pruned_logits)
+        perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
         cells.append(Cell(label, pattern, perplexity, seconds, recipe.to_dict()))
         if progress is not None:
             progress(index + 1, len(recipes), f"{label} {pattern}: {perplexity:.3f}")
@@ -99,13 +89,3 @@ def markdown_table(cells: Iterable[Cell]) -> str:
             *(f"| {method} | " + " | ".join(text(method, pattern) for pattern in patterns) + " |" for method in methods),
         ]
     )
-
-
-def _labelled(method: Method, **others: Any) -> tuple[str, Recipe]:
-    if isinstance(method, str):
-        return method, Recipe.parse(method, **others)
-    settings = {key: value for key, value in method.items() if key != "label"}
-    if not set(settings) <= {"criterion", "compensation"}:
-        raise RecipeError(f"The method {dict(method)} has other keys than label, criterion and compensation.")
-    recipe = Recipe(**settings, **others)
-    return str(method.get("label", recipe.method)), recipe

@@ -16,9 +16,10 @@ Progress = Callable[[int, int], None]
 GENERATED = "generated"
 """The calibration source that needs no data: the model's own samples."""
 
+WIKITEXT = "wikitext2"
 DATASET_NAMES = {
     "c4": ("allenai/c4", "en", "train", "text"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+    WIKITEXT: ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
 }
 """Short names of calibration sets: (hub name, configuration, split, column)."""
 
@@ -121,13 +122,35 @@ def calibration_windows(
 def evaluation_windows(sources: Sequence[str], *, tokenizer: Any, model: Any, seqlen: int) -> Tensor:
     """Consecutive windows [windows, seqlen] of text files joined, or a token file's windows as they are.
 
+    The one name `wikitext2` stands for the test split of WikiText-2 from the hub, its lines joined by blank lines.
+
     Raises:
         CalibrationError: as `calibration_windows`.
     """
     if len(sources) == 1 and ".safetensors" in sources[0]:
         return token_file_windows(sources[0], None, seqlen)
-    tokens = tokenize(tokenizer, read_text(sources), model.config.get_text_config().vocab_size)
-    return consecutive_windows(tokens, seqlen)
+    text = "\n\n".join(_wikitext_test()) if list(sources) == [WIKITEXT] else read_text(sources)
+    return consecutive_windows(tokenize(tokenizer, text, model.config.get_text_config().vocab_size), seqlen)
+
+
+def _wikitext_test() -> list[str]:
+    path, configuration, _, column = DATASET_NAMES[WIKITEXT]
+    advice = "Or give --text its test split, or any other text, as a file."
+    try:
+        import datasets
+    except ImportError as e:
+        raise CalibrationError(
+            f"--text {WIKITEXT} needs the package `datasets`: pip install 'statprune[data]'. {advice}"
+        ) from e
+    try:
+        lines: list[str] = datasets.load_dataset(path, configuration, split="test")[column]
+    except Exception as e:  # datasets raises whatever its loaders and the network raise
+        raise CalibrationError(f"--text {WIKITEXT}: the data set {path!r} cannot be had: {_first_line(e)}. {advice}") from e
+    return lines
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def token_file_windows(source: str, samples: int | None, seqlen: int) -> Tensor:

@@ -23,7 +23,7 @@ Advance = Callable[[int, int, str], None]
 
 def say(text: str) -> None:
     """A step in words."""
-    errors.print(f"[dim]·[/] {escape(text)}")
+    errors.print(f"[dim]·[/] {escape(text)}", soft_wrap=True)
 
 
 def show_error(error: Exception) -> None:

@@ -49,8 +49,7 @@ def check_positive(**numbers: int) -> None:
 
 def load_causal(model: str, dtype: str, device: str) -> Any:
     """A causal language model on its device; errors as for `open_causal`."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     try:
         loaded = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError) as e:
@@ -61,3 +60,8 @@ def load_causal(model: str, dtype: str, device: str) -> Any:
             "use statprune.prune(model, batches, recipe) in Python, with batches of its own inputs."
         )
     return loaded
+
+
+def choose_device(device: str) -> str:
+    """`"auto"` as the GPU, or the CPU where there is none; any other name as it is."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -1,10 +1,11 @@
 """Perplexity, as a torchmetrics Metric that stays right on long runs, low precision and bad models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
@@ -84,7 +85,7 @@ def evaluate(
     windows: Tensor,
     *,
     batch_size: int = 1,
-    forward: Callable[[Tensor], Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Perplexity of a causal language model on token windows.
@@ -93,7 +94,7 @@ def evaluate(
         model: returns an object with `logits` for tokens.
         windows: [windows, length], int: each is scored on its own; every token but a window's first counts.
         batch_size: windows in one forward pass.
-        forward: logits for tokens [batch, length]; default: the model's. A pruned twin is evaluated with it.
+        weights: by parameter name, read in place of the model's own: a pruned twin's (`PruningPlan.weights`).
         progress: called with (windows done, windows in all) after each batch.
 
     Raises:
@@ -106,8 +107,7 @@ def evaluate(
     with eval_mode(model):
         for start in range(0, len(windows), batch_size):
             tokens = windows[start : start + batch_size].to(device).long()
-            logits = forward(tokens) if forward is not None else model(tokens).logits
-            metric.update_next_token(logits, tokens)
+            metric.update_next_token(functional_call(model, dict(weights or {}), (tokens,)).logits, tokens)
             if progress is not None:
                 progress(min(start + batch_size, len(windows)), len(windows))
     return float(metric.compute())

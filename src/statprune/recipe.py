@@ -160,6 +160,31 @@ class Recipe:
             ) from e
 
 
+Method = str | Mapping[str, Any]
+"""A short name such as `"cvr+energy"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps a `label`
+to show it by and a `schedule`."""
+
+
+def labelled(method: Method, **others: Any) -> tuple[str, Recipe]:
+    """A method's label and its recipe; the recipe's other fields by keyword, which the method's own win over.
+
+    Raises:
+        RecipeError: the mapping has other keys; or as the recipe.
+    """
+    if isinstance(method, str):
+        return method, Recipe.parse(method, **others)
+    settings = {key: value for key, value in method.items() if key not in ("label", "method")}
+    allowed = {"schedule"} if "method" in method else {"schedule", "criterion", "compensation"}
+    if not set(settings) <= allowed:
+        raise RecipeError(
+            f"The method {dict(method)} has the keys {', '.join(map(str, method))}: expected `method`, or else `criterion` and "
+            "`compensation`; and perhaps `label` and `schedule`."
+        )
+    others = {**others, **settings}
+    recipe = Recipe.parse(method["method"], **others) if "method" in method else Recipe(**others)
+    return str(method.get("label", recipe.method)), recipe
+
+
 def _are_names(names: object) -> bool:
     return isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
 

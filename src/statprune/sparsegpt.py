@@ -104,14 +104,14 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     mean = (diagonal_I.sum(-1, keepdim=True) / (~is_dead_I).sum(-1, keepdim=True).clamp_min(1))[..., None]
     normal_II = gram / torch.where(mean == 0, 1.0, mean)
     normal_II.diagonal(dim1=-2, dim2=-1).masked_fill_(is_dead_I, 1.0)
-    identity_II = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
     for dtype in (torch.float32, torch.float64):
+        identity_II = torch.eye(gram.shape[-1], dtype=dtype, device=gram.device)
         for times in ESCALATION:
-            damped_II = normal_II.to(dtype) + damping * times * identity_II.to(dtype)
+            damped_II = normal_II + damping * times * identity_II
             # The factor of the matrix turned upside down, inverted and turned back, is the upper factor of the inverse.
             lower_II, info = torch.linalg.cholesky_ex(damped_II.flip(-2, -1))
             if not bool(info.any()):
-                inverse_II = torch.linalg.solve_triangular(lower_II, identity_II.to(dtype), upper=False)
+                inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
                 factor_II: Tensor = inverse_II.flip(-2, -1).float()
                 if bool(torch.isfinite(factor_II).all()):
                     return factor_II
@@ -127,16 +127,17 @@ def _prune_block(weight_IO: Tensor, keep_IO: Tensor, factor_II: Tensor, pattern:
     num_columns = weight_IO.shape[-2]
     chosen_together = pattern.of if isinstance(pattern, NM) else num_columns
     diagonal_I = factor_II.diagonal(dim1=-2, dim2=-1)
-    errors_IO = torch.empty_like(weight_IO)
+    errors_IO, scale_IO = torch.empty_like(weight_IO), torch.empty_like(weight_IO)
     for low, high in _ranges(num_columns, _at_most(NARROW, pattern)):
         for column in range(low, high):
             if column % chosen_together == 0:
                 chosen = slice(column, column + chosen_together)
                 score_IO = (weight_IO[..., chosen, :] / diagonal_I[..., chosen, None]).square_()
                 keep_IO[..., chosen, :] = pattern.slice(score_IO.mT, start + column).mT
-            error_O = (weight_IO[..., column, :] / diagonal_I[..., column, None]).masked_fill_(keep_IO[..., column, :], 0.0)
-            errors_IO[..., column, :] = error_O
-            later = slice(column + 1, high)
+                # What turns a column into its errors: 1 / U_jj where a weight goes, 0 where it stays.
+                torch.div(~keep_IO[..., chosen, :], diagonal_I[..., chosen, None], out=scale_IO[..., chosen, :])
+            error_O, later = errors_IO[..., column, :], slice(column + 1, high)
+            torch.mul(weight_IO[..., column, :], scale_IO[..., column, :], out=error_O)
             weight_IO[..., later, :].addcmul_(factor_II[..., column, later, None], error_O[..., None, :], value=-1)
         weight_IO[..., high:, :] -= factor_II[..., low:high, high:].mT @ errors_IO[..., low:high, :]
     weight_IO.masked_fill_(~keep_IO, 0.0)

@@ -1,0 +1,17 @@
+"""What each subcommand of `statprune` does: a function each, thin over the library; its arguments are the options."""
+
+from collections.abc import Callable
+
+from statprune.commands.measurements import benchmark, compare, experiment, quickstart
+from statprune.commands.models import evaluate, inspect, prune, verify
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
+    "prune": prune,
+    "evaluate": evaluate,
+    "inspect": inspect,
+    "verify": verify,
+    "compare": compare,
+    "experiment": experiment,
+    "benchmark": benchmark,
+}

@@ -1,0 +1,190 @@
+"""The commands that compare: methods, costs, the paper's experiments, and the demonstration."""
+
+from typing import Any
+
+from statprune import display
+from statprune.commands.shared import calibrate
+from statprune.errors import ExperimentError
+from statprune.opening import DType, open_causal
+from statprune.recipe import Schedule
+
+
+def compare(
+    model: str,
+    calibration: list[str],
+    text: list[str],
+    methods: list[dict[str, Any] | str] | None = None,
+    patterns: list[str] | None = None,
+    schedule: Schedule = "walk",
+    samples: int = 128,
+    seqlen: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: DType = "auto",
+    json: bool = False,
+) -> None:
+    """Perplexity of methods x patterns on one model; nothing is saved.
+
+    Args:
+        model: Folder or hub name of the model (safetensors only).
+        calibration: Where to calibrate: text files, a token file (FILE.safetensors:KEY), a data set's name, or 'generated'.
+        text: Where to measure: text files, or a token file. Keep it apart from the calibration text.
+        methods: Names such as wanda cvr+energy cvr:alpha=0.25+energy:column, or mappings with label and method.
+            Default: magnitude, wanda and cvr, each without and with energy.
+        patterns: Such as 50% 2:4. Default: 50%, 4:8 and 2:4.
+        schedule: walk, block or one-shot.
+        samples: Calibration windows.
+        seqlen: Tokens in each window. Default: 2048, or the model's context if that is shorter.
+        batch_size: Windows in one forward pass.
+        seed: Of the choice of windows.
+        device: auto, cpu, cuda, cuda:1 ...
+        dtype: To compute in; auto takes the checkpoint's.
+        json: Print one JSON object with every cell instead of a Markdown table.
+    """
+    import dataclasses
+
+    import statprune.checkpoint as checkpoint
+    import statprune.compare as comparison
+    from statprune.data import evaluation_windows
+
+    loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
+    tokenizer = checkpoint.load_tokenizer(model)
+    windows = calibrate(loaded, tokenizer, calibration, samples, seqlen, seed)
+    held_out = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
+    with display.progress("comparing") as progress:
+        cells = comparison.compare(
+            loaded, windows, held_out,
+            methods=methods or comparison.METHODS, patterns=patterns or comparison.PATTERNS,
+            schedule=schedule, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    if json:
+        display.show_json({"seqlen": seqlen, "samples": samples, "cells": [dataclasses.asdict(cell) for cell in cells]})
+    else:
+        print(comparison.markdown_table(cells))
+
+
+def benchmark(
+    model: str,
+    calibration: list[str] | None = None,
+    samples: int = 24,
+    seqlen: int | None = None,
+    batch_size: int = 1,
+    rounds: int = 5,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: DType = "auto",
+    json: bool = False,
+) -> None:
+    """What the walk costs beside a plain forward pass over the same batches, in turns on this machine.
+
+    Args:
+        model: Folder or hub name of the model (safetensors only).
+        calibration: Text files, a token file, a data set's name, or 'generated'. Default: random tokens, which cost the same.
+        samples: Windows.
+        seqlen: Tokens in each window. Default: 2048, or the model's context if that is shorter.
+        batch_size: Windows in one forward pass.
+        rounds: How many times to measure both.
+        seed: Of the choice of windows.
+        device: auto, cpu, cuda, cuda:1 ...
+        dtype: To compute in; auto takes the checkpoint's.
+        json: Print one JSON object instead of text.
+    """
+    import torch
+
+    import statprune.checkpoint as checkpoint
+    from statprune.benchmark import measure_walk
+
+    loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size, rounds=rounds)
+    if calibration is None:
+        generator = torch.Generator().manual_seed(seed)
+        windows = torch.randint(loaded.config.get_text_config().vocab_size, (samples, seqlen), generator=generator)
+    else:
+        windows = calibrate(loaded, checkpoint.load_tokenizer(model), calibration, samples, seqlen, seed)
+    with display.progress("measuring") as progress:
+        cost = measure_walk(
+            loaded, windows.split(batch_size), rounds=rounds, progress=lambda done, total: progress(done, total, "rounds")
+        )
+    display.show_walk_cost(cost, windows.numel(), as_json=json)
+
+
+def experiment(
+    name: str,
+    output: str,
+    model: list[str] | None = None,
+    methods: list[dict[str, Any] | str] | None = None,
+    patterns: list[str] | None = None,
+    schedule: Schedule | None = None,
+    calibration: list[str] | None = None,
+    text: list[str] | None = None,
+    windows: int | None = None,
+    samples: int | None = None,
+    sizes: list[int] | None = None,
+    seeds: list[int] | None = None,
+    tasks: list[str] | None = None,
+    questions: int | None = None,
+    rounds: int | None = None,
+    seqlen: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    dtype: DType | None = None,
+) -> None:
+    """Repeat an experiment of the paper, or all of them, on any models: tables, a picture, and every number in one file.
+
+    What is not given is the paper's: configs/paper/NAME.yaml holds the settings, and is installed with the command. A run
+    that was interrupted goes on where it stopped.
+
+    Args:
+        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation; or all.
+        output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
+            gone on with, if its protocol and versions are the same.
+        model: Folders or hub names (safetensors only). Default: the paper's models.
+        methods: Names such as wanda sparsegpt+energy cvr:alpha=0.25+energy:column, or mappings with label and method.
+        patterns: Such as 50% 4:8 2:4.
+        schedule: walk, block or one-shot. Default: block, the protocol of Wanda and SparseGPT.
+        calibration: Text files, a token file (FILE.safetensors:KEY), a data set's name, or 'generated'. Default: c4.
+        text: Where to measure: text files, a token file, or wikitext2 from the hub. Default: wikitext2.
+        windows: At most this many windows of the text, for a quick look. Default: all.
+        samples: Calibration sequences. Default: 128.
+        sizes: Of the experiment calibration: several numbers of calibration sequences.
+        seeds: Of the choice of calibration sequences.
+        tasks: Of zero-shot: names of lm-evaluation-harness, perhaps with a metric (hellaswag:acc_norm); task files (FILE.yaml);
+            or next-line, which is made from --text and needs no data set.
+        questions: Of zero-shot: at most this many of each task. Default: all.
+        rounds: Of runtime: how often each time is taken; the median counts. Default: 5.
+        seqlen: Tokens in each window. Default: 2048, or the model's context if that is shorter.
+        batch_size: Windows in one forward pass.
+        device: auto, cpu, cuda, cuda:1 ...
+        dtype: To compute in; auto takes the checkpoint's.
+    """
+    given = {key: value for key, value in locals().items() if key not in ("name", "output")}
+    from statprune.experiments.definition import NAMES, OWNER, Experiment
+    from statprune.experiments.running import run
+
+    if name == "all":
+        own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in NAMES}
+        experiments = [Experiment.load(one, settings) for one, settings in own.items()]
+    else:
+        experiments = [Experiment.load(name, given)]
+    with display.progress(name) as progress:
+        outcome = run(experiments, output, progress=progress, say=display.say)
+    for title, table in outcome.tables.items():
+        print(f"\n## {title}\n\n{table}")
+    if outcome.failures:
+        raise ExperimentError("; ".join([f"{len(outcome.failures)} failed, the rest is in {output}", *outcome.failures]))
+
+
+def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int = 0) -> None:
+    """Train a small LLaMA on Python's own source, prune it, and compare methods. Needs no network and no file.
+
+    Args:
+        output: Folder to write: a dense and a pruned model, and the texts, for the other commands.
+        steps: Training steps; the default takes about a minute on two cores.
+        seed: Of the initial weights and of the windows.
+    """
+    from statprune.compare import markdown_table
+    from statprune.quickstart import quickstart as run
+
+    cells = run(output, steps=steps, seed=seed, say=display.say)
+    print(markdown_table(cells))
+    display.show_next_steps(output)

@@ -1,0 +1,115 @@
+"""What one block costs: collecting its statistics, and choosing and correcting its weights (table 3 of the paper).
+
+The forward pass is the same for every method and is not counted. Each time is taken several times, and the median counts.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from statprune.batches import ModelInputs
+from statprune.errors import ExperimentError
+from statprune.measuring import measured, peak_of_tensors
+from statprune.pruning import WeightPruner
+from statprune.segments import blocks
+from statprune.sites import InputGroup
+from statprune.statistics import InputMoments, Statistic
+from statprune.tracing import eval_mode, without_cache
+
+
+@torch.no_grad()
+def measure_block(
+    model: nn.Module, groups: Sequence[InputGroup], batches: Sequence[ModelInputs], pruner: WeightPruner, *, rounds: int
+) -> tuple[dict[str, float], int]:
+    """Time one block with one method; the model is left as it is.
+
+    Args:
+        model: any module whose first block consists of linear modules.
+        groups: what would be pruned, in execution order; the first block of it is measured.
+        batches: calibration data, on the model's device.
+        pruner: the method.
+        rounds: how often each time is taken, after one round that measures the memory.
+
+    Returns:
+        Seconds of `statistics`, `pruning` and their `total`, and bytes: the statistics, and the tensors of pruning at
+        the highest point, beyond the model.
+
+    Raises:
+        ExperimentError: a layer of the block is no module of its own.
+    """
+    block = blocks(groups)[0]
+    device = next(model.parameters()).device
+    weights = {
+        site.parameter: site.view(model.get_parameter(site.parameter).detach()) for group in block for site in group.sites
+    }
+
+    def prune(moments: dict[str, InputMoments]) -> None:
+        for group in block:
+            for site in group.sites:
+                pruner(weights[site.parameter], moments.get(group.name))
+
+    moments, _ = _collect(model, block, batches, pruner.needs, device)
+    size = sum(total.nbytes for one in moments.values() for total in one.totals())
+    peak_memory = size + peak_of_tensors(lambda: prune(moments), device)
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        moments, seconds = _collect(model, block, batches, pruner.needs, device)
+        with measured(device) as cost:
+            prune(moments)
+        times.append((seconds, cost.seconds))
+    collected, pruned = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"statistics": collected, "pruning": pruned, "total": collected + pruned}, peak_memory
+
+
+def _collect(
+    model: nn.Module, block: Sequence[InputGroup], batches: Sequence[ModelInputs], needs: Statistic, device: torch.device
+) -> tuple[dict[str, InputMoments], float]:
+    """The statistics of the block's groups, and the seconds that adding to them took."""
+    if needs is Statistic.NONE:
+        return {}, 0.0
+    moments = {
+        group.name: InputMoments.zeros(group.in_features, gram=needs is Statistic.GRAM, device=device) for group in block
+    }
+    seconds = 0.0
+    missing: set[str] = set()
+
+    def hook_for(group: InputGroup) -> Any:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal seconds
+            with measured(device) as cost:
+                moments[group.name].add(args[0])
+            seconds += cost.seconds
+            missing.discard(group.name)
+            if not missing:
+                raise _BlockDone
+
+        return add
+
+    handles = [_module_of(model, group).register_forward_pre_hook(hook_for(group)) for group in block]
+    try:
+        with eval_mode(model), without_cache(model):
+            for batch in batches:
+                missing |= moments.keys()
+                try:
+                    model(*batch.args, **batch.kwargs)
+                except _BlockDone:
+                    continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments, seconds
+
+
+def _module_of(model: nn.Module, group: InputGroup) -> nn.Module:
+    site = group.sites[0]
+    module = model.get_submodule(site.parameter.rpartition(".")[0])
+    if getattr(module, "weight", None) is not model.get_parameter(site.parameter):
+        raise ExperimentError(f"The experiment 'runtime' times modules, and {site.name} is no linear module of its own.")
+    return module
+
+
+class _BlockDone(Exception):
+    """Every group of the block has seen the batch: no error, but the way out of a forward pass."""
