@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -92,6 +94,64 @@ def test_every_group_of_nm_keeps_exactly_its_number(data, of, num_groups):
     groups = keep.reshape(*score.shape[:-1], num_groups, of)
     assert (groups.sum(-1) == keep_count).all()
     assert_keeps_the_highest(score, keep, groups.shape)
+
+
+def slices(data, width: int, step: int = 1) -> list[int]:
+    """Where to cut a width: from 0 to its end, in multiples of the step."""
+    cuts = data.draw(st.sets(st.integers(1, width // step)))
+    return sorted({0, width} | {step * cut for cut in cuts})
+
+
+def sliced(pattern, score, cuts):
+    parts = [pattern.slice(score[..., start:end], start) for start, end in itertools.pairwise(cuts)]
+    assert all(part.dtype == torch.bool for part in parts)
+    return torch.cat(parts, dim=-1)
+
+
+@quick
+@given(st.data(), scores(st.integers(1, 40)), per_mille)
+def test_rows_pruned_slice_by_slice_lose_exactly_the_asked_number(data, score, sparsity):
+    pattern, cuts = Unstructured(sparsity / 1000), slices(data, score.shape[-1])
+    keep = sliced(pattern, score, cuts)
+    for start, end in itertools.pairwise(cuts):
+        assert ((~keep[..., :end]).sum(-1) == sparsity * end // 1000).all()
+        assert_keeps_the_highest(score[..., start:end], keep[..., start:end], score[..., start:end].shape)
+    assert pattern.holds(torch.ones_like(score).masked_fill(~keep, 0))
+
+
+@quick
+@given(st.data(), scores(st.integers(1, 40)), per_mille)
+def test_a_layer_pruned_slice_by_slice_loses_exactly_the_asked_number(data, score, sparsity):
+    pattern, cuts = Unstructured(sparsity / 1000, rank_over="layer"), slices(data, score.shape[-1])
+    keep = sliced(pattern, score, cuts)
+    for start, end in itertools.pairwise(cuts):
+        assert ((~keep[..., :end]).sum((-2, -1)) == sparsity * score.shape[-2] * end // 1000).all()
+        part, kept = (one[..., start:end].flatten(-2) for one in (score, keep))
+        assert_keeps_the_highest(part, kept, part.shape)
+    assert pattern.holds(torch.ones_like(score).masked_fill(~keep, 0))
+
+
+@quick
+@given(st.data(), st.integers(1, 9), st.integers(1, 5))
+def test_nm_slice_by_slice_is_nm_at_once(data, of, num_groups):
+    pattern = NM(data.draw(st.integers(1, of)), of)
+    score = data.draw(scores(st.just(of * num_groups)))
+    assert torch.equal(sliced(pattern, score, slices(data, of * num_groups, of)), pattern(score))
+
+
+def test_what_one_slice_rounds_off_the_next_makes_up_for():
+    score = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
+    # A third of one column, of two and of three: none, none, one.
+    assert sliced(Unstructured(1 / 3), score, range(7)).int().tolist() == [[1, 1, 0, 1, 1, 0]] * 2
+    # Of two weights, of four and of six: none, one, one; and again.
+    whole = sliced(Unstructured(1 / 3, rank_over="layer"), score, range(7))
+    assert whole.int().tolist() == [[1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("rank_over", ["row", "layer"])
+def test_one_slice_of_everything_is_the_pattern(rank_over):
+    score, pattern = torch.rand(3, 7), Unstructured(0.4, rank_over)
+    assert torch.equal(pattern.slice(score, 0), pattern(score))
 
 
 @pytest.mark.parametrize(

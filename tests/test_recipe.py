@@ -21,8 +21,14 @@ globs = st.lists(st.text("abc*.0123", min_size=1), max_size=3)
 recipes = st.builds(
     Recipe,
     criterion=st.one_of(
-        st.sampled_from(["magnitude", "wanda", "cvr"]),
-        st.fixed_dictionaries({"name": st.just("cvr")}, optional={"alpha": st.floats(0, 4), "eps": positive}),
+        st.sampled_from(["magnitude", "wanda", "ria", "z-pruner", "cvr", "sparsegpt"]),
+        st.fixed_dictionaries(
+            {"name": st.just("cvr")}, optional={"alpha": st.floats(0, 4), "exponent": st.floats(0, 2), "eps": positive}
+        ),
+        st.fixed_dictionaries({"name": st.just("ria")}, optional={"exponent": st.floats(0, 2)}),
+        st.fixed_dictionaries(
+            {"name": st.just("sparsegpt")}, optional={"block_size": st.integers(1, 512), "damping": st.floats(1e-6, 10)}
+        ),
     ),
     pattern=st.one_of(
         st.sampled_from(["2:4", "4:8", "50%", "62.5%"]),
@@ -45,7 +51,7 @@ recipes = st.builds(
             },
         ),
     ),
-    schedule=st.sampled_from(["walk", "one-shot"]),
+    schedule=st.sampled_from(["walk", "block", "one-shot"]),
     targets=st.none() | globs,
     ignore=globs,
     on_indivisible=st.sampled_from(["error", "skip"]),
@@ -92,7 +98,7 @@ def test_a_recipe_written_by_hand(tmp_path):
         """,
     )
     assert Recipe.from_yaml(path).to_dict() == {
-        "criterion": {"name": "cvr", "alpha": 0.25, "eps": 1e-6},
+        "criterion": {"name": "cvr", "alpha": 0.25, "exponent": 0.25, "eps": 1e-6},
         "pattern": {"name": "unstructured", "sparsity": 0.5, "rank_over": "row"},
         "compensation": {
             "name": "energy", "column": True, "row": True, "eps": 2e-4, "clamp": [0.8, 1.25], "strength": 1.0,
@@ -110,6 +116,9 @@ def test_a_recipe_written_by_hand(tmp_path):
         ({"pattern": "2:4"}, {"pattern": {"name": "nm", "keep": 2, "of": 4}}),
         ({"pattern": "50%"}, {"pattern": {"name": "unstructured", "sparsity": 0.5}}),
         ({"criterion": "cvr"}, {"criterion": {"name": "cvr"}}),
+        ({"criterion": "cvr:alpha=0.25"}, {"criterion": {"name": "cvr", "alpha": 0.25}}),
+        ({"criterion": "sparsegpt"}, {"criterion": {"name": "sparsegpt", "block_size": 128, "damping": 0.01}}),
+        ({"compensation": "energy:column"}, {"compensation": {"name": "energy", "column": True, "row": False}}),
         ({"compensation": "none"}, {"compensation": {"name": "none"}}),
         (
             {"compensation": {"name": "energy", "clamp": (0.5, 3.0)}},
@@ -129,6 +138,9 @@ def test_two_ways_to_write_a_recipe_are_one_recipe(short, long):
         ("wanda", "wanda", "none", "wanda"),
         ("cvr+energy", "cvr", "energy", "cvr+energy"),
         ("magnitude+none", "magnitude", "none", "magnitude"),
+        ("ria", "ria", "none", "ria"),
+        ("z-pruner+energy", "z-pruner", "energy", "z-pruner+energy"),
+        ("sparsegpt", "sparsegpt", "none", "sparsegpt"),
     ],
 )
 def test_methods_have_short_names(method, criterion, compensation, name):
@@ -149,6 +161,22 @@ def test_a_recipe_builds_its_pattern(pattern, built):
     assert Recipe(pattern=pattern).build_pattern() == built
 
 
+@pytest.mark.parametrize(
+    ("criterion", "pattern", "rank_over"),
+    [
+        ("wanda", "50%", "row"),
+        ("sparsegpt", "50%", "layer"),
+        ("sparsegpt", {"name": "unstructured", "sparsity": 0.5}, "layer"),
+        ("sparsegpt", {"name": "unstructured", "sparsity": 0.5, "rank_over": "row"}, "row"),
+        ("wanda", {"name": "unstructured", "sparsity": 0.5, "rank_over": "layer"}, "layer"),
+    ],
+)
+def test_weights_compete_as_the_method_has_it_unless_the_pattern_says_otherwise(criterion, pattern, rank_over):
+    recipe = Recipe(criterion, pattern)
+    assert recipe.pattern == {"name": "unstructured", "sparsity": 0.5, "rank_over": rank_over}
+    assert Recipe.from_dict(recipe.to_dict()).build_pattern() == Unstructured(0.5, rank_over)
+
+
 def test_a_recipe_passes_its_settings_on():
     # Scores of the one row: magnitude 2, 4, 2, 0; Wanda, with root mean squares 1, 1, 3, 3, 2, 4, 6, 0.
     tokens = torch.tensor([[1.0, 1.0, 3.0, 3.0], [1.0, 1.0, -3.0, -3.0]])
@@ -167,11 +195,25 @@ def test_a_recipe_passes_its_settings_on():
     for alpha, kept in ((0.0, [0, 1]), (4.0, [1, 0])):
         recipe = Recipe({"name": "cvr", "alpha": alpha}, "1:2", "none")
         assert recipe.pruner()(weight, moments).keep[0].int().tolist() == kept
+    # The optimal brain surgeon on two weights, as in test_sparsegpt; energy holds s at 2 around the row's mean 1.5.
+    moments = InputMoments.zeros(2, gram=True)
+    moments.gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    for compensation, expected in (("none", 2.4), ({"name": "energy", "column": False, "clamp": [2, 2]}, 3.3)):
+        recipe = Recipe({"name": "sparsegpt", "damping": 0.25}, "1:2", compensation)
+        assert recipe.pruner()(torch.tensor([[1.0, 2.0]]), moments).weight[0].tolist() == pytest.approx([0, expected])
 
 
 @pytest.mark.parametrize(
     ("method", "needed"),
-    [("magnitude+energy", Statistic.NONE), ("wanda", Statistic.MOMENTS), ("cvr+energy", Statistic.MOMENTS)],
+    [
+        ("magnitude+energy", Statistic.NONE),
+        ("wanda", Statistic.MOMENTS),
+        ("ria:exponent=0", Statistic.MOMENTS),
+        ("z-pruner", Statistic.MOMENTS),
+        ("cvr+energy", Statistic.MOMENTS),
+        ("sparsegpt", Statistic.GRAM),
+        ("sparsegpt+energy", Statistic.GRAM),
+    ],
 )
 def test_a_recipe_collects_no_more_than_it_needs(method, needed):
     assert Recipe.parse(method).pruner().needs is needed
@@ -185,19 +227,21 @@ def test_a_recipe_collects_no_more_than_it_needs(method, needed):
         ({"criterion": "wnada"}, "Recipe(criterion='wnada') does not exist. Did you mean 'wanda'? Known: magnitude, wanda"),
         ({"criterion": "zzz"}, "Recipe(criterion='zzz') does not exist. Known:"),
         ({"compensation": "enrgy"}, "Recipe(compensation='enrgy') does not exist. Did you mean 'energy'?"),
-        ({"schedule": "oneshot"}, "Recipe(schedule='oneshot') does not exist. Did you mean 'one-shot'? Known: walk, one-shot"),
+        ({"schedule": "oneshot"}, "Recipe(schedule='oneshot') does not exist. Did you mean 'one-shot'? Known: walk, block,"),
+        ({"schedule": "blocks"}, "Recipe(schedule='blocks') does not exist. Did you mean 'block'? Known: walk, block, one"),
+        ({"schedule": None}, "Recipe(schedule=None) does not exist. Known: walk, block, one-shot"),
         ({"on_indivisible": "skp"}, "Recipe(on_indivisible='skp') does not exist. Did you mean 'skip'? Known: error, skip"),
         ({"pattern": {"name": "unstructred", "sparsity": 0.5}}, "Did you mean 'unstructured'? Known: unstructured, nm"),
         (
             {"criterion": {"name": "cvr", "alhpa": 1.0}},
-            "The criterion 'cvr' has no setting 'alhpa'. Did you mean 'alpha'? Its settings are alpha, eps.",
+            "The criterion 'cvr' has no setting 'alhpa'. Did you mean 'alpha'? Its settings are alpha, exponent, eps.",
         ),
         ({"criterion": {"name": "cvr", 1: 1.0}}, "The criterion 'cvr' has no setting 1. Its settings are"),
         ({"criterion": {"name": "wanda", "alpha": 1.0}}, "has no setting 'alpha'. Its settings are none."),
         ({"criterion": {"name": "cvr", "weight": 1.0}}, "The criterion 'cvr' has no setting 'weight'."),
         ({"pattern": {"name": "nm", "kep": 2, "of": 4}}, "has no setting 'kep'. Did you mean 'keep'? Its settings are keep"),
         ({"compensation": {"name": "energy", "clmp": [1, 2]}}, "has no setting 'clmp'. Did you mean 'clamp'?"),
-        ({"criterion": {"alpha": 1.0}}, "expected a name or a mapping with a 'name'. Known: magnitude, wanda, cvr"),
+        ({"criterion": {"alpha": 1.0}}, "expected a name or a mapping with a 'name'. Known: magnitude, wanda, ria, z-pruner,"),
         ({"criterion": ["cvr"]}, "Recipe(criterion=['cvr']): expected a name or a mapping"),
         ({"criterion": None}, "Recipe(criterion=None): expected a name or a mapping"),
         ({"criterion": {"name": 5}}, "expected a name or a mapping"),
@@ -215,6 +259,11 @@ def test_a_recipe_collects_no_more_than_it_needs(method, needed):
         ({"pattern": {"name": "nm", "keep": 5, "of": 4}}, "NM(keep=5, of=4): expected 0 < keep <= of"),
         ({"criterion": {"name": "cvr", "alpha": -1}}, "cvr(alpha=-1): expected alpha >= 0"),
         ({"criterion": {"name": "cvr", "eps": 0}}, "cvr(eps=0): expected eps > 0"),
+        ({"criterion": {"name": "cvr", "exponent": -1}}, "cvr(exponent=-1): expected exponent >= 0"),
+        ({"criterion": {"name": "ria", "exponent": -1}}, "ria(exponent=-1): expected exponent >= 0"),
+        ({"criterion": {"name": "sparsegpt", "damping": 0}}, "sparsegpt(damping=0): expected more than 0"),
+        ({"criterion": {"name": "sparsegpt", "block_size": 0}}, "sparsegpt(block_size=0): expected at least 1"),
+        ({"criterion": {"name": "sparsegpt", "pattern": "2:4"}}, "has no setting 'pattern'. Its settings are block_size,"),
         ({"compensation": {"name": "energy", "clamp": [2, 0.5]}}, "energy(clamp=[2, 0.5]): expected [low, high]"),
         ({"compensation": {"name": "energy", "strength": 2}}, "energy(strength=2): expected a number in [0, 1]"),
         ({"compensation": {"name": "energy", "clamp": 2.0}}, "'clamp': 2.0"),
@@ -233,9 +282,17 @@ def test_a_recipe_that_makes_no_sense_is_refused(data, message):
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("method", ["wnada", "cvr+enrgy", "cvr+energy+energy", ""])
-def test_a_method_that_does_not_exist_is_refused(method):
-    with pytest.raises(RecipeError, match="does not exist"):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("wnada", "Recipe(criterion='wnada') does not exist. Did you mean 'wanda'?"),
+        ("cvr+enrgy", "Recipe(compensation='enrgy') does not exist. Did you mean 'energy'?"),
+        ("cvr+energy+energy", "The method 'cvr+energy+energy' is not understood: expected CRITERION or CRITERION+COMPENSATION"),
+        ("", "The method '' is not understood"),
+    ],
+)
+def test_a_method_that_does_not_exist_is_refused(method, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         Recipe.parse(method)
 
 
@@ -415,3 +472,12 @@ def test_a_width_that_does_not_divide_is_an_error_that_names_the_layer():
 def test_nothing_left_to_prune_is_an_error_with_the_reasons(groups, choices, message):
     with pytest.raises(SiteError, match=r"Nothing in this model is left to prune .*" + re.escape(message)):
         select(groups, [], Recipe(**choices))
+
+
+def test_a_method_stands_for_its_two_parts_in_plain_data(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text('method: cvr:alpha=0.25+energy:column\npattern: "50%"\nschedule: block\n')
+    expected = Recipe.parse("cvr:alpha=0.25+energy:column", pattern="50%", schedule="block")
+    assert Recipe.from_yaml(path) == expected
+    with pytest.raises(RecipeError, match="`method` stands for `criterion` and `compensation`"):
+        Recipe.from_dict({"method": "cvr", "compensation": "energy"})

@@ -1,12 +1,10 @@
-"""The walk on a trained model, against the numbers that an independent block-sequential prototype gave on the same tokens."""
+"""Pruning a trained model, against the numbers that others gave on the same tokens: a prototype, and a peer."""
 
-import copy
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.func import functional_call
 
 import statprune
 from statprune import Recipe
@@ -14,10 +12,7 @@ from statprune.batches import bind_batches
 from statprune.checkpoint import load_model
 from statprune.cli import main
 from statprune.perplexity import evaluate
-from statprune.selection import select
 from statprune.tracing import trace
-from statprune.transform import apply_
-from statprune.walk import walk
 
 PROTOTYPE = {
     ("wanda", "50%"): 25.21,
@@ -37,37 +32,41 @@ def tokens(shared):
     return load_file(shared / "data" / "pycode" / "prototype_tokens.safetensors")
 
 
+@pytest.fixture(scope="module")
+def traced(model, tokens):
+    inputs = bind_batches(model, tokens["calibration"].split(4))
+    return trace(model, inputs[0], batches=inputs)
+
+
 def test_the_dense_model_has_the_perplexity_that_is_known(model, tokens):
     assert evaluate(model, tokens["evaluation"], batch_size=4) == pytest.approx(24.229, abs=2e-3)
 
 
 @pytest.mark.parametrize(("method", "pattern"), PROTOTYPE)
-def test_pruned_perplexity_is_the_prototypes_within_a_few_hundredths(model, tokens, method, pattern):
-    twin = statprune.plan(model, tokens["calibration"].split(4), Recipe.parse(method, pattern=pattern))
-    perplexity = evaluate(
-        model, tokens["evaluation"], batch_size=4,
-        forward=lambda batch: functional_call(model, twin.weights, (batch,)).logits,
-    )  # fmt: skip
+def test_pruned_perplexity_is_the_prototypes_within_a_few_hundredths(model, tokens, traced, method, pattern):
+    twin = statprune.plan(model, tokens["calibration"].split(4), Recipe.parse(method, pattern=pattern), traced=traced)
+    perplexity = evaluate(model, tokens["evaluation"], batch_size=4, weights=twin.weights)
     assert twin.report.schedule == "walk"
     assert perplexity == pytest.approx(PROTOTYPE[method, pattern], abs=A_FEW_HUNDREDTHS)
 
 
-def test_statistics_taken_block_by_block_give_the_perplexity_that_a_peer_measured(model, tokens):
-    """llm-compressor 0.14: Wanda, 50 %, on the same tokens, each block pruned with the statistics of its dense self: 25.213."""
-    pruned = copy.deepcopy(model)
-    inputs = bind_batches(pruned, tokens["calibration"].split(4))
-    traced, recipe = trace(pruned, inputs[0]), Recipe.parse("wanda", pattern="50%")
-    pruner = recipe.pruner()
+PEER = {
+    ("wanda", "50%"): (25.213, 0.01),
+    ("wanda", "2:4"): (27.035, 0.01),
+    ("sparsegpt", "50%"): (24.558, 0.05),
+    ("sparsegpt", "2:4"): (25.196, 0.05),
+}
+"""llm-compressor 0.14 on the same tokens, and how near we must come."""
 
-    def prune_group(group, moments):
-        for site in group.sites:
-            apply_(pruned, site, pruner(site.view(pruned.get_parameter(site.parameter).detach()), moments))
 
-    groups = select(traced.groups, traced.left_out, recipe).groups
-    for block in range(pruned.config.num_hidden_layers):
-        own = [group for group in groups if f".layers.{block}." in group.name]
-        walk(traced, own, inputs, prune_group, schedule="one-shot")
-    assert evaluate(pruned, tokens["evaluation"], batch_size=4) == pytest.approx(25.213, abs=2e-3)
+@pytest.mark.parametrize(("method", "pattern"), PEER)
+def test_block_by_block_pruned_perplexity_is_the_peers(model, tokens, traced, method, pattern):
+    recipe = Recipe.parse(method, pattern=pattern, schedule="block")
+    twin = statprune.plan(model, tokens["calibration"].split(4), recipe, traced=traced)
+    perplexity = evaluate(model, tokens["evaluation"], batch_size=4, weights=twin.weights)
+    assert twin.report.schedule == "block"
+    expected, tolerance = PEER[method, pattern]
+    assert perplexity == pytest.approx(expected, abs=tolerance)
 
 
 def test_the_command_compresses_the_model_from_disk_to_disk(shared, tmp_path, capsys):

@@ -185,3 +185,125 @@ def test_needs_marks_a_function_and_leaves_it_as_it_is():
         return 2 * x
 
     assert (double.needs, double(4)) == (Statistic.NONE, 8)
+
+
+# --- the Gram --------------------------------------------------------------------------------------------------------
+
+
+def gram_moments_of(tokens: torch.Tensor) -> InputMoments:
+    return InputMoments.zeros(tokens.shape[-1], gram=True).add(tokens)
+
+
+def test_a_gram_by_hand():
+    moments = gram_moments_of(torch.tensor([[1.0, 10.0], [3.0, -10.0]]))
+    # 1 + 9, 10 - 30, 100 + 100: sums over tokens, as they are
+    assert moments.gram.tolist() == [[10, -20], [-20, 200]]
+    assert moments.gram.dtype == torch.float32
+    assert moments.sum.tolist() == [4, 0]
+    assert moments.sum_sq.tolist() == [10, 200]
+
+
+def test_nobody_who_does_not_ask_gets_a_gram():
+    assert moments_of(torch.ones(2, 3)).gram is None
+    assert len(moments_of(torch.ones(2, 3)).totals()) == 3
+    assert len(gram_moments_of(torch.ones(2, 3)).totals()) == 4
+
+
+@quick
+@given(
+    st.integers(1, 4), st.integers(1, 8), st.integers(1, 6), st.integers(0, 2**32), st.sampled_from(FLOAT_DTYPES), st.booleans()
+)
+def test_a_gram_is_the_product_of_the_kept_tokens(batch, length, in_features, seed, dtype, has_padding):
+    tokens = random_tokens(seed, batch, length, in_features).to(dtype)
+    keep = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < (0.6 if has_padding else 2)
+    padded = tokens.masked_fill(~keep[..., None], float("nan"))
+    moments = InputMoments.zeros(in_features, gram=True).add(padded, keep)
+    kept = tokens[keep].double()
+    expected = torch.tensor(
+        [[sum(a * b for a, b in kept[:, [i, j]].tolist()) for j in range(in_features)] for i in range(in_features)]
+    )
+    torch.testing.assert_close(moments.gram, expected.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(moments.gram.diagonal().double(), moments.sum_sq, rtol=1e-5, atol=0)
+    torch.testing.assert_close(moments.gram, moments.gram.T)
+    assert_same(moments, moments_of(tokens[keep]))  # the moments are what they are without a Gram
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 6), st.data(), st.integers(0, 2**32))
+def test_grams_merge_by_addition(num_tokens, in_features, data, seed):
+    tokens = random_tokens(seed, num_tokens, in_features)
+    cut = data.draw(st.integers(0, num_tokens))
+    first, second, everything = (gram_moments_of(part) for part in (tokens[:cut], tokens[cut:], tokens))
+    before = first.gram.clone()
+    merged = first.merge(second)
+    torch.testing.assert_close(merged.gram, everything.gram, rtol=1e-5, atol=1e-4)
+    assert torch.equal(merged.gram, second.merge(first).gram)
+    assert torch.equal(first.gram, before)
+    assert_same(merged, everything, rtol=1e-12)
+
+
+def test_what_is_merged_has_a_gram_only_where_both_have_one():
+    with_gram, without = gram_moments_of(torch.ones(2, 3)), moments_of(torch.ones(2, 3))
+    assert with_gram.merge(without).gram is None
+    assert without.merge(with_gram).gram is None
+
+
+def test_a_gram_of_a_stack_and_one_started_in_inference_mode():
+    assert InputMoments.zeros(3, stack=(2,), gram=True).gram.shape == (2, 3, 3)
+    with torch.inference_mode():
+        moments = gram_moments_of(torch.ones(2, 3))
+    assert torch.equal(moments.add(torch.ones(5, 3)).gram, torch.full((3, 3), 7.0))
+
+
+def test_a_gram_does_not_change_the_inputs_and_holds_no_graph():
+    tokens = torch.full((4, 3), 3.0, requires_grad=True)
+    assert not gram_moments_of(tokens).gram.requires_grad
+    assert torch.equal(tokens.detach(), torch.full((4, 3), 3.0))
+
+
+def test_a_gram_beyond_float32_counts_as_infinite():
+    tokens = torch.full((4, 3), 1e20)
+    assert moments_of(tokens).is_finite()
+    assert not gram_moments_of(tokens).is_finite()
+    mixed = gram_moments_of(torch.tensor([[1e20, 0.0], [1e20, 0.0], [0.0, 1.0]]))
+    assert not mixed.is_finite()
+    assert gram_moments_of(torch.full((4, 3), 1e18)).is_finite()
+
+
+def test_what_follows_from_the_statistics_is_computed_once_and_forgotten_when_they_change():
+    moments, computed = gram_moments_of(torch.ones(2, 3)), []
+
+    def total() -> float:
+        computed.append(float(moments.gram.sum()))
+        return computed[-1]
+
+    assert [moments.derive("total", total) for _ in range(3)] == [18, 18, 18]
+    assert moments.derive(("total", 0.5), lambda: "another key") == "another key"
+    assert computed == [18]
+    moments.add(torch.ones(1, 3))
+    assert moments.derive("total", total) == 27
+    assert moments.derive(("total", 0.5), lambda: "anew") == "anew"
+    assert moments.merge(moments).derive("total", lambda: "merged") == "merged"
+    assert computed == [18, 27]
+
+
+def test_a_derived_nothing_is_remembered_too():
+    moments, calls = moments_of(torch.ones(2, 3)), []
+    for _ in range(2):
+        assert moments.derive("nothing", lambda: calls.append(1)) is None
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("statistics", "most"),
+    [
+        ([], Statistic.NONE),
+        ([Statistic.NONE], Statistic.NONE),
+        ([Statistic.NONE, Statistic.MOMENTS], Statistic.MOMENTS),
+        ([Statistic.GRAM, Statistic.MOMENTS, Statistic.NONE], Statistic.GRAM),
+        ([Statistic.MOMENTS, Statistic.GRAM], Statistic.GRAM),
+        ([Statistic.NONE, Statistic.GRAM], Statistic.GRAM),
+    ],
+)
+def test_the_most_of_several_statistics_contains_them_all(statistics, most):
+    assert Statistic.most(*statistics) is most

@@ -183,7 +183,7 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{folder / RECORD} is not of format {FORMAT}, the only one this version of statprune knows.")
     try:
-        pattern = Recipe.from_dict(record["recipe"]).build_pattern()
+        pattern = Recipe(pattern=record["recipe"]["pattern"]).build_pattern()
         zeros, weights, energies = 0, 0, [0.0, 0.0]
         for index, site in enumerate(record["sites"]):
             weight = _read(folder, site)

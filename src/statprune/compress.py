@@ -20,12 +20,12 @@ from statprune.report import PruningReport, SiteReport
 from statprune.selection import Selection, select
 from statprune.sites import InputGroup, LinearSite, TracedModel
 from statprune.statistics import InputMoments, Statistic
-from statprune.tracing import check_guards, eval_mode, trace, without_cache
+from statprune.tracing import check_traced, eval_mode, trace, without_cache
 from statprune.transform import PruneLinears, apply_
 from statprune.walk import ForwardContext, walk
 
 Progress = Callable[[int, int, str], None]
-"""Called with (groups done, groups in all, name of the group just pruned)."""
+"""Called with (layers done, layers in all, name of the last one)."""
 
 
 @dataclass
@@ -147,9 +147,9 @@ def _run(
         if traced is None:
             traced, selection = _look(model, inputs, recipe, report, forward_context)
         else:
-            check_guards(model, traced.graph_module, inputs)
+            check_traced(model, traced, inputs)
             selection = select(traced.groups, traced.left_out, recipe)
-        prune_group = _GroupPruner(model, recipe.pruner(), landing, report, len(selection.groups), progress)
+        prune_group = _GroupPruner(model, recipe.pruner(), landing, report, len(selection.sites), progress)
         _calibrate(model, traced, selection, inputs, prune_group, recipe.schedule, forward_context)
     report.left_out = list(selection.left_out)
     report.num_batches = len(inputs)
@@ -249,11 +249,11 @@ class _GroupPruner:
         pruner: WeightPruner,
         landing: "_Commit | _Twin",
         report: PruningReport,
-        num_groups: int,
+        num_sites: int,
         progress: Progress | None,
     ) -> None:
         self.model, self.pruner, self.landing, self.report = model, pruner, landing, report
-        self.num_groups, self.num_done, self.progress = num_groups, 0, progress
+        self.num_sites, self.progress = num_sites, progress
         report.seconds["prune"] = 0.0
 
     def __call__(self, group: InputGroup, moments: InputMoments | None) -> None:
@@ -268,9 +268,8 @@ class _GroupPruner:
                 self.landing(site, pruned)
         if moments is not None and not self.report.num_tokens:
             self.report.num_tokens = int(moments.num_tokens)
-        self.num_done += 1
         if self.progress is not None:
-            self.progress(self.num_done, self.num_groups, group.name)
+            self.progress(len(self.report.sites), self.num_sites, group.sites[-1].name)
 
 
 def _site_report(site: LinearSite, weight: Tensor, pruned: PrunedWeight) -> SiteReport:

@@ -93,9 +93,10 @@ def z_pruner(weight: Tensor, moments: InputMoments) -> Tensor:
 
 def _z_score(values: Tensor) -> Tensor:
     """Over the whole matrix, with the sample standard deviation."""
-    deviation, mean = torch.std_mean(values, dim=(-2, -1), keepdim=True)
-    # One weight alone has no sample deviation.
-    return (values - mean) / deviation.nan_to_num(0.0).clamp_min(_TINY)
+    centred = values - values.mean(dim=(-2, -1), keepdim=True)
+    # One weight alone has no sample deviation, and is its own mean.
+    others = max(values.shape[-2] * values.shape[-1] - 1, 1)
+    return centred / (centred.square().sum(dim=(-2, -1), keepdim=True) / others).sqrt().clamp_min(_TINY)
 
 
 @needs(Statistic.MOMENTS)

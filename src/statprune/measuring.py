@@ -58,7 +58,8 @@ def peak_of_tensors(work: Callable[[], object], device: torch.device) -> int:
         with measured(device) as cost:
             work()
         return cost.peak_memory or 0
-    with _LiveTensors() as live:
+    live = _LiveTensors()
+    with live:
         work()
     return live.peak
 

@@ -11,9 +11,11 @@ Packages of others add names through entry points, in the groups `statprune.crit
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -36,7 +38,12 @@ class YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-8 is a number; YAML 1.1 asks for a dot, 1.0e-8, and reads the rest as text."""
 
 
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes the text that YamlLoader would take for a number."""
+
+
+for _kind in (YamlLoader, _YamlDumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 @functools.cache
@@ -46,7 +53,7 @@ def known_criteria() -> dict[str, Callable[..., Any]]:
     Raises:
         RecipeError: an installed package takes a name that is taken, or its entry point cannot be loaded.
     """
-    return {**CRITERIA, **PRUNERS, **_installed("statprune.criteria"), **known_pruners()}
+    return {**CRITERIA, **_installed("statprune.criteria", known_pruners()), **known_pruners()}
 
 
 @functools.cache
@@ -61,10 +68,10 @@ def known_compensations() -> dict[str, Callable[..., Any]]:
     return {**COMPENSATIONS, **_installed("statprune.compensations")}
 
 
-def _installed(group: str) -> dict[str, Callable[..., Any]]:
+def _installed(group: str, others: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     for entry in entry_points(group=group):
-        taken = {**CRITERIA, **PRUNERS, **found} if group != "statprune.compensations" else {**COMPENSATIONS, **found}
+        taken = {**CRITERIA, **PRUNERS, **others, **found} if group != "statprune.compensations" else {**COMPENSATIONS, **found}
         origin = f"The entry point {entry.name!r} = {entry.value!r} in {group} (package {entry.dist and entry.dist.name})"
         if entry.name in taken or not re.fullmatch(_NAME, entry.name):
             raise RecipeError(
@@ -74,6 +81,8 @@ def _installed(group: str) -> dict[str, Callable[..., Any]]:
             found[entry.name] = entry.load()
         except Exception as e:  # whatever that package's own code raises
             raise RecipeError(f"{origin} cannot be loaded: {type(e).__name__}: {e}. Repair or uninstall it.") from e
+        if not callable(found[entry.name]):
+            raise RecipeError(f"{origin} is a {type(found[entry.name]).__name__}: expected a function or class.")
     return found
 
 
@@ -147,6 +156,9 @@ def complete(key: str, part: object, known: Mapping[str, Callable[..., Any]]) ->
                 f"The {key} {given['name']!r} has no setting {setting!r}.{nearest(str(setting), defaults)} "
                 f"Its settings are {', '.join(defaults) or 'none'}."
             )
+    for setting, default in defaults.items():
+        if isinstance(default, bool) and not isinstance(given.get(setting, default), bool):
+            raise RecipeError(f"The {key} {given['name']!r} has {setting}={given[setting]!r}: expected true or false.")
     whole = {"name": given["name"], **{name: given.get(name, default) for name, default in defaults.items()}}
     if missing := [name for name, value in whole.items() if value is inspect.Parameter.empty]:
         raise RecipeError(f"The {key} {given['name']!r} needs {', '.join(missing)}.")
@@ -173,8 +185,14 @@ def _read(key: str, text: str, known: Mapping[str, Callable[..., Any]]) -> dict[
     defaults = _settings(known[name])
     switches = [setting for setting, default in defaults.items() if isinstance(default, bool)]
     given: dict[str, Any] = {"name": name}
+    seen: set[str] = set()
     for item in re.split(r",(?![^\[]*\])", rest) if rest else []:  # not at the comma inside of [0.5, 2]
         setting, equals, value = (word.strip() for word in item.partition("="))
+        if setting == "name" and equals:
+            raise RecipeError(f"The {key} {name!r} has no setting 'name'. Its settings are {', '.join(defaults) or 'none'}.")
+        if setting in seen:
+            raise RecipeError(f"Recipe({key}={text!r}): {setting!r} is given twice.")
+        seen.add(setting)
         if equals:
             given[setting] = _value(text, value)
         elif setting in switches:
@@ -201,11 +219,16 @@ def _format(part: Mapping[str, Any], known: Mapping[str, Callable[..., Any]]) ->
     name, settings = split(part)
     usual = complete("part", {"name": name}, known)
     changed = {key: value for key, value in settings.items() if value != usual[key]}
-    switches = [key for key, value in settings.items() if isinstance(value, bool)]
+    switches = [key for key, value in usual.items() if isinstance(value, bool)]
     words = []
     if any(key in changed for key in switches):
         on = [key for key in switches if settings[key]]
         words = on or [f"{key}=false" for key in switches]
         changed = {key: value for key, value in changed.items() if key not in switches}
-    words += [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in changed.items()]
+    words += [f"{key}={_text(value)}" for key, value in changed.items()]
     return f"{name}:{','.join(words)}" if words else name
+
+
+def _text(value: Any) -> str:
+    """YAML on one line; `_value` reads it back."""
+    return yaml.dump(value, Dumper=_YamlDumper, default_flow_style=True, width=math.inf).splitlines()[0]

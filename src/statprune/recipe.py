@@ -97,12 +97,16 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        """A recipe from plain data, as YAML and `pruning.json` hold it."""
-        known = [part.name for part in fields(cls)]
+        """A recipe from plain data, as YAML and `pruning.json` hold it; `method: cvr+energy` may stand for its two parts."""
+        known = [*(part.name for part in fields(cls)), "method"]
         for key in data:
             if key not in known:
                 raise RecipeError(f"Recipe has no key {key!r}.{nearest(str(key), known)} The keys are {', '.join(known)}.")
-        return cls(**data)
+        if "method" not in data:
+            return cls(**data)
+        if {"criterion", "compensation"} & data.keys():
+            raise RecipeError("Recipe: `method` stands for `criterion` and `compensation`; expected the one or the others.")
+        return cls.parse(**data)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":

@@ -5,10 +5,9 @@ block      ──┤q k v───o───gate up───down├ prune, then 
 one-shot   ──q k v───o───gate up───down───...├ prune
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from statprune.errors import TracingError
 from statprune.graph import is_mutable, written_to
 from statprune.recipe import Schedule
-from statprune.sites import InputGroup, TracedModel
+from statprune.sites import InputGroup, LinearSite, TracedModel
 
 
 @dataclass
@@ -33,6 +32,9 @@ class Segment:
 
     is_rehearsal: bool = False
     """Whether the values made here are thrown away, because these steps run again with pruned weights."""
+
+    prunes: list[tuple[InputGroup, InputGroup]] = field(default_factory=list)
+    """(the group that was observed, its sites to prune now), when every batch has run through."""
 
     releases: list[Node] = field(default_factory=list)
     """Values from before a rehearsal that nothing reads after it."""
@@ -58,19 +60,29 @@ def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, schedule
         steps += observed_at[node]
         if node in needed and node.op not in ("placeholder", "get_attr", "output"):
             steps.append(node)
-    stages: dict[Schedule, list[list[InputGroup]]] = {
-        "walk": [[group] for group in groups], "block": blocks(groups), "one-shot": [list(groups)],
-    }  # fmt: skip
+    origin = {group.first_reader: group for group in groups}
+    stages: dict[Schedule, list[list[tuple[InputGroup, InputGroup]]]] = {
+        "walk": [[(group, group)] for group in groups],
+        "block": [[(origin[part.first_reader], part) for part in members] for members in blocks(groups)],
+        "one-shot": [[(group, group) for group in groups]],
+    }
     segments, cut = [], 0
-    for stage in stages[schedule]:
+    seen: set[int] = set()
+    for pairs in stages[schedule]:
+        stage = [group for group, _ in pairs if id(group) not in seen]
+        seen |= {id(group) for group in stage}
+        if not stage:
+            segments.append(Segment(prunes=pairs))
+            continue
         first, last = ([step is group for step in steps].index(True) for group in (stage[0], stage[-1]))
         observed = {id(group) for group in stage}
         if schedule == "block" and first < last:
             segments.append(Segment([step for step in steps[cut:first] if isinstance(step, Node)]))
-            segments.append(Segment(steps[first : last + 1], is_rehearsal=True))
+            segments.append(Segment(steps[first : last + 1], is_rehearsal=True, prunes=pairs))
             cut = first
         else:
-            segments.append(Segment([step for step in steps[cut : last + 1] if isinstance(step, Node) or id(step) in observed]))
+            observing = [step for step in steps[cut : last + 1] if isinstance(step, Node) or id(step) in observed]
+            segments.append(Segment(observing, prunes=pairs))
             cut = last + 1
     _mark_last_reads(segments)
     if any(segment.is_rehearsal for segment in segments):
@@ -81,15 +93,28 @@ def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, schedule
 def blocks(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
     """Neighbouring groups of one block: of one outermost numbered submodule, such as `model.layers.3` or `encoder.block.0`.
 
-    A group outside of any, such as an embedding's projection, is a block of its own.
+    A group outside of any, such as an embedding's projection, is a block of its own. Sites of one group that belong to several
+    blocks (the keys of every decoder block read what the encoder gave) come with their own block, as a group for each.
     """
 
-    def block_of(group: InputGroup) -> str:
-        path = group.sites[0].parameter.split(".")
+    def block_of(site: LinearSite) -> str:
+        path = site.parameter.split(".")
         number = next((index for index, part in enumerate(path) if part.isdecimal()), len(path))
         return ".".join(path[: number + 1])
 
-    return [list(members) for _, members in itertools.groupby(groups, key=block_of)]
+    found: list[tuple[str, list[InputGroup]]] = []
+    waiting: dict[str, list[InputGroup]] = {}
+    for group in groups:
+        of_block: dict[str, list[LinearSite]] = {}
+        for site in group.sites:
+            of_block.setdefault(block_of(site), []).append(site)
+        (block, part), *later = ((block, replace(group, sites=tuple(sites))) for block, sites in of_block.items())
+        if not found or found[-1][0] != block:
+            found.append((block, waiting.pop(block, [])))
+        found[-1][1].append(part)
+        for block, part in later:
+            waiting.setdefault(block, []).append(part)
+    return [*(members for _, members in found), *waiting.values()]
 
 
 def _mark_last_reads(segments: Sequence[Segment]) -> None:

@@ -139,7 +139,8 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedMod
     for node in written:
         if node.op == "get_attr" and id(attribute(graph_module, node.target)) in names_of:
             raise TracingError(f"{type(model).__name__}.forward writes to its parameter {node.target}")
-    members: dict[Node, list[tuple[Node, LinearSite]]] = defaultdict(list)
+    writers = [node for node in nodes if is_mutable(node)]
+    members: dict[tuple[Node, int], list[tuple[Node, LinearSite]]] = defaultdict(list)
     site_ids = set()
     for parameter_id, reads in reads_of.items():
         products = [(read.reader, product) for read in reads if (product := _product(read)) is not None]
@@ -159,12 +160,14 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> TracedMod
             num_reads=len(reads),
             feeds_output=any(_feeds_output(linear, constants) for linear, _ in products),
         )
-        members[_same_tokens(tensor, site.shape[1], written)].append((reader, site))
+        source = _same_tokens(tensor, site.shape[1], written)
+        version = sum(position[node] < position[reader] for node in writers) if source in written else 0
+        members[source, version].append((reader, site))
         site_ids.add(parameter_id)
 
     masks = TokenMasks(nodes)
     groups = []
-    for tensor, sites in members.items():
+    for (tensor, _), sites in members.items():
         sites.sort(key=lambda member: position[member[0]])
         groups.append((sites[0][0], InputGroup(tuple(s for _, s in sites), tensor, sites[0][0], masks.of(tensor))))
     groups.sort(key=lambda group: position[group[0]])

@@ -70,7 +70,11 @@ class SparseGPT:
         """
         if moments is None or moments.gram is None:
             raise ValueError("SparseGPT(weight, moments): expected moments with a Gram, InputMoments.zeros(..., gram=True).")
-        gram = moments.gram
+        # An autocast of the caller's would compute the products in its low precision.
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._prune(weight, moments, moments.gram)
+
+    def _prune(self, weight: Tensor, moments: InputMoments, gram: Tensor) -> PrunedWeight:
         factor_II = moments.derive(("inverse factor", self.damping), lambda: inverse_factor(gram, self.damping))
         # A channel that is always 0 carries nothing: its weights go first, and those that must stay are 0.
         is_dead_I = gram.diagonal(dim1=-2, dim2=-1) == 0
@@ -101,7 +105,9 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """
     diagonal_I = gram.diagonal(dim1=-2, dim2=-1)
     is_dead_I = diagonal_I == 0
-    mean = (diagonal_I.sum(-1, keepdim=True) / (~is_dead_I).sum(-1, keepdim=True).clamp_min(1))[..., None]
+    # In float64: the sum may be beyond float32 where no element is.
+    total = diagonal_I.sum(-1, keepdim=True, dtype=torch.float64)
+    mean = (total / (~is_dead_I).sum(-1, keepdim=True).clamp_min(1)).to(gram.dtype)[..., None]
     normal_II = gram / torch.where(mean == 0, 1.0, mean)
     normal_II.diagonal(dim1=-2, dim2=-1).masked_fill_(is_dead_I, 1.0)
     for dtype in (torch.float32, torch.float64):

@@ -105,7 +105,8 @@ class InputMoments:
         self._derived.clear()
         if self.gram is not None:
             narrow_TI = tokens_TI.float()
-            self.gram.addmm_(narrow_TI.t(), narrow_TI)
+            with torch.autocast(self.gram.device.type, enabled=False):  # the model's autocast is around this call
+                self.gram.addmm_(narrow_TI.t(), narrow_TI)
         wide_TI = tokens_TI.to(torch.float64)
         if wide_TI is tokens_TI:
             wide_TI = wide_TI.clone()  # squared in place below, and the caller's tensor is not ours

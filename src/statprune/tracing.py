@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from statprune.batches import LABELS, ModelInputs, is_transformers_model
 from statprune.errors import TracingError
+from statprune.graph import attribute
 from statprune.sites import TracedModel, find_linear_layers
 
 
@@ -57,6 +58,28 @@ def check_guards(model: nn.Module, graph_module: torch.fx.GraphModule, batches: 
             raise TracingError(
                 f"torch.export cannot trace {type(model).__name__} for the shapes of calibration batch {number}: {broken}"
             )
+
+
+def check_traced(model: nn.Module, traced: TracedModel, batches: Sequence[ModelInputs]) -> None:
+    """Refuse a graph from earlier that is not this model's, or not for these inputs.
+
+    Raises:
+        TracingError: the graph reads another model's parameter, has other inputs, or does not hold for the shapes of a batch.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for site in (site for group in traced.groups for site in group.sites):
+        if parameters.get(site.parameter) is not attribute(traced.graph_module, site.parameter):
+            raise TracingError(f"The graph reads the {site.parameter} of another model: expected a graph of this one.")
+    placeholders = [node for node in traced.graph_module.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
+    first = batches[0]
+    given = [name for name, value in first.kwargs.items() if isinstance(value, Tensor)]
+    if len(first.tensors()) != len(names) or not set(given) <= set(names):
+        raise TracingError(
+            f"The graph of {type(model).__name__} was traced with the inputs {', '.join(names)}, and the calibration batches "
+            f"have {', '.join(given) or len(first.tensors())}: expected the same."
+        )
+    check_guards(model, traced.graph_module, batches)
 
 
 @contextlib.contextmanager

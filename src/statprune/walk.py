@@ -17,7 +17,7 @@ away (a rehearsal), is pruned, and runs again for the blocks behind it. `segment
 import contextlib
 import copy
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -76,8 +76,10 @@ def walk(
     values: list[dict[Node, Any]] = [executor.bind(batch) for batch in batches]
     shareable = batch_independent(traced)
     shared: dict[Any, dict[Node, Any]] = defaultdict(dict)
+    moments: dict[str, InputMoments] = {}
+    still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
     for segment in segments:
-        moments = {group.name: _no_moments(group, batches, needs) for group in segment.groups}
+        moments |= {group.name: _no_moments(group, batches, needs) for group in segment.groups}
         with forward_context():
             for number, (batch, environment) in enumerate(zip(batches, values, strict=True)):
                 common = shared[tuple(tensor.shape for tensor in batch.tensors())]
@@ -102,9 +104,13 @@ def walk(
         gone = segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values())
         for dead, common in itertools.product(gone, shared.values()):
             common.pop(dead, None)
-        totals = [complete(group, moments.pop(group.name)) for group in segment.groups]  # all, before a weight changes
-        for group, total in zip(segment.groups, totals, strict=True):
-            on_group(group, total)
+        for group in segment.groups:  # all, before a weight changes
+            complete(group, moments[group.name])
+        for group, part in segment.prunes:
+            on_group(part, moments[group.name])
+            still_needed[group.name] -= 1
+            if not still_needed[group.name]:
+                del moments[group.name]
 
 
 def complete(group: InputGroup, moments: InputMoments) -> InputMoments:

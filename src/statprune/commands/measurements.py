@@ -170,8 +170,9 @@ def experiment(
         outcome = run(experiments, output, progress=progress, say=display.say)
     for title, table in outcome.tables.items():
         print(f"\n## {title}\n\n{table}")
+    display.say(f"tables, pictures and every measurement are in {output}")
     if outcome.failures:
-        raise ExperimentError("; ".join([f"{len(outcome.failures)} failed, the rest is in {output}", *outcome.failures]))
+        raise ExperimentError("\n  ".join([f"{len(outcome.failures)} failed:", *outcome.failures]))
 
 
 def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int = 0) -> None:

@@ -11,10 +11,8 @@ def read_recipe(path: str | None, **options: Any) -> Any:
     from statprune.recipe import Recipe
 
     given = {key: value for key, value in options.items() if value is not None}
-    if "method" in given and ("criterion" in given or "compensation" in given):
-        raise RecipeError("--method stands for --criterion and --compensation: expected the one or the others.")
     if path is None:
-        return Recipe.parse(**given) if "method" in given else Recipe(**given)
+        return Recipe.from_dict(given)
     if given:
         raise RecipeError(
             f"--recipe {path} and --{', --'.join(given)} were both given: expected a recipe file or single options."

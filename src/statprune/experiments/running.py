@@ -105,7 +105,8 @@ def run(
         elif is_new:
             say(f"{title}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in result.values.items()))
     progress(len(jobs), len(jobs), "")
-    tables: dict[str, str] = {experiment.name: _write(experiment, found[experiment.name], output) for experiment in ready}
+    shown = [experiment for experiment in ready if found[experiment.name]]
+    tables: dict[str, str] = {experiment.name: _write(experiment, found[experiment.name], output) for experiment in shown}
     return Outcome(tables, failures)
 
 

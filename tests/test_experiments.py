@@ -1,0 +1,375 @@
+"""Experiments from their YAML to tables: grids, resuming, failing cells, refused results, and the command itself."""
+
+import csv
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from statprune import Recipe, plan
+from statprune.checkpoint import load_model, load_tokenizer
+from statprune.cli import main
+from statprune.data import calibration_windows, evaluation_windows
+from statprune.errors import ExperimentError, RecipeError, ResultsError
+from statprune.experiments import running
+from statprune.experiments.definition import NAMES, Experiment
+from statprune.experiments.results import Result, ResultsFile
+from statprune.experiments.running import CELLS, run
+from statprune.measuring import measured, peak_of_tensors
+from statprune.perplexity import evaluate
+from test_zero_shot import write_task
+
+WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} {WORDS}" for number in range(60)))
+    return str(path)
+
+
+@pytest.fixture
+def settings(tiny_model_folder, text):
+    """An experiment that takes no time."""
+    return {
+        "model": [tiny_model_folder], "calibration": [text], "text": [text], "windows": 3, "samples": 2, "seqlen": 16,
+        "batch_size": 2, "dtype": "float32", "methods": ["magnitude", "wanda"], "patterns": ["50%"],
+    }  # fmt: skip
+
+
+def options(settings):
+    """The same as options of the command."""
+    words = []
+    for key, value in settings.items():
+        words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / CELLS).read_text().splitlines()[1:]]
+
+
+class TestDefinition:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_papers_settings_are_installed_and_valid(self, name):
+        experiment = Experiment.load(name, {})
+        assert all("/" in model for model in experiment.model)
+        assert (experiment.calibration, experiment.text, experiment.schedule) == (["c4"], ["wikitext2"], "block")
+        assert experiment.cells()
+
+    def test_table_one_has_every_method_at_every_pattern_and_the_dense_model_once(self):
+        experiment = Experiment.load("perplexity", {})
+        cells = experiment.cells()
+        assert [cell.label for cell in cells].count("dense") == 1
+        assert {cell.pattern for cell in cells} == {"", "50%", "4:8", "2:4"}
+        assert len(cells) == 1 + 3 * len(experiment.methods)
+        methods = {
+            "magnitude",
+            "wanda",
+            "sparsegpt",
+            "cvr",
+            "magnitude+energy",
+            "wanda+energy",
+            "sparsegpt+energy",
+            "cvr+energy",
+        }
+        assert methods | {"ria", "z-pruner"} <= set(experiment.methods)
+
+    def test_calibration_is_a_grid_of_sizes_and_seeds_for_what_is_calibrated(self):
+        given = {"sizes": [1, 4], "seeds": [0, 1, 2], "methods": ["magnitude", "wanda"]}
+        cells = Experiment.load("calibration", given).cells()
+        assert [(c.label, c.samples, c.seed) for c in cells if c.samples is None] == [
+            ("dense", None, None),
+            ("magnitude", None, None),
+        ]
+        assert {(c.samples, c.seed) for c in cells if c.label == "wanda"} == {(n, s) for n in (1, 4) for s in (0, 1, 2)}
+
+    def test_the_steps_of_table_five_are_these_recipes(self):
+        recipes = {cell.label: cell.recipe for cell in Experiment.load("ablation", {"patterns": ["50%"]}).cells()}
+        assert recipes["cvr+energy:column"].compensation["row"] is False
+        assert recipes["alpha 0"].criterion["alpha"] == 0
+        assert recipes["activation exponent 0.5"].criterion["exponent"] == 0.5
+        assert recipes["schedule walk"].schedule == "walk"
+
+    @pytest.mark.parametrize(
+        ("name", "given", "error", "message"),
+        [
+            ("perplxity", {}, ExperimentError, "no experiment 'perplxity'. Did you mean 'perplexity'"),
+            ("perplexity", {"method": ["wanda"]}, ExperimentError, "no key 'method'. Did you mean 'methods'"),
+            ("perplexity", {"methods": ["wnda"]}, RecipeError, "Did you mean 'wanda'"),
+            ("perplexity", {"methods": [{"label": "x", "pattern": "2:4"}]}, RecipeError, "expected `method`, or else"),
+            ("perplexity", {"patterns": ["half"]}, RecipeError, "'50%' for half of the weights"),
+            ("perplexity", {"sizes": [1]}, ExperimentError, "--sizes belongs to the experiment 'calibration'"),
+            ("perplexity", {"samples": 0}, ExperimentError, "--samples 0: expected at least 1"),
+            ("calibration", {"sizes": [4, 0]}, ExperimentError, "--sizes 0: expected at least 1"),
+            ("zero-shot", {"tasks": []}, ExperimentError, "has no tasks: give --tasks"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_before_anything_runs(self, name, given, error, message):
+        with pytest.raises(error, match=message):
+            Experiment.load(name, given)
+
+
+class TestResultsFile:
+    PROTOCOL, VERSIONS = {"seqlen": 16, "text": ["a.txt"]}, {"torch": "2.13"}
+
+    def open(self, path, **changed):
+        return ResultsFile(path, {**self.PROTOCOL, **changed}, self.VERSIONS)
+
+    def test_what_was_added_is_there_when_it_is_opened_again(self, tmp_path):
+        one = Result("perplexity", "m", "wanda", "50%", 2, 0, {"a": [1, 2]}, {"d": "x"}, {"perplexity": 0.1 + 0.2}, 1.5, 7)
+        self.open(tmp_path / CELLS).add(one)
+        assert self.open(tmp_path / CELLS).get(one.key) == one
+
+    def test_a_label_is_only_a_name(self):
+        one = Result("perplexity", "m", "wanda")
+        assert dataclasses.replace(one, label="mine").key == one.key
+        assert dataclasses.replace(one, seed=1).key != one.key
+
+    def test_a_line_that_was_cut_off_is_no_cell_and_the_next_one_follows_cleanly(self, tmp_path):
+        path, file = tmp_path / CELLS, self.open(tmp_path / CELLS)
+        first, second = (Result("perplexity", "m", "x", seed=seed, values={"perplexity": 1.0}) for seed in (0, 1))
+        file.add(first)
+        file.add(second)
+        path.write_bytes(path.read_bytes()[:-20])
+        file = self.open(path)
+        assert (file.get(first.key), file.get(second.key)) == (first, None)
+        file.add(second)
+        assert self.open(path).get(second.key) == second
+
+    def test_a_head_that_was_cut_off_is_no_file(self, tmp_path):
+        (tmp_path / CELLS).write_text('{"format": 1, "prot')
+        assert self.open(tmp_path / CELLS).get("") is None
+
+    def test_a_failed_cell_is_not_finished(self, tmp_path):
+        failed = Result("perplexity", "m", "x", error="why")
+        file = self.open(tmp_path / CELLS)
+        file.add(failed)
+        assert file.get(failed.key) is None
+        file.add(dataclasses.replace(failed, error=None, values={"perplexity": 2.0}))
+        assert self.open(tmp_path / CELLS).get(failed.key).values == {"perplexity": 2.0}
+
+    def test_another_protocol_is_refused_and_says_what_differs(self, tmp_path):
+        self.open(tmp_path / CELLS).add(Result("perplexity", "m", "x"))
+        with pytest.raises(ResultsError, match=r"do not compare.*seqlen was 16 and is 32.*Choose another --output"):
+            self.open(tmp_path / CELLS, seqlen=32)
+
+    def test_another_version_is_refused(self, tmp_path):
+        self.open(tmp_path / CELLS).add(Result("perplexity", "m", "x"))
+        with pytest.raises(ResultsError, match=r"versions.torch was '2.13' and is '9'"):
+            ResultsFile(tmp_path / CELLS, self.PROTOCOL, {"torch": "9"})
+
+    @pytest.mark.parametrize(
+        "content", ["not json\n", '{"a": 1}\n', '{"format": 1, "protocol": {}, "versions": {}}\n{"x": 1}\n']
+    )
+    def test_another_file_is_refused(self, tmp_path, content):
+        (tmp_path / CELLS).write_text(content)
+        with pytest.raises(ResultsError, match="is not a file of results"):
+            self.open(tmp_path / CELLS)
+
+
+class TestRun:
+    def test_a_cell_holds_what_pruning_and_evaluating_by_hand_give(self, tmp_path, settings, text):
+        run([Experiment.load("perplexity", settings)], tmp_path / "out")
+        model = load_model(settings["model"][0], dtype=torch.float32)
+        tokenizer = load_tokenizer(settings["model"][0])
+        windows = calibration_windows([text], tokenizer=tokenizer, model=model, samples=2, seqlen=16, seed=0)
+        held_out = evaluation_windows([text], tokenizer=tokenizer, model=model, seqlen=16)[:3]
+        twin = plan(model, windows.split(2), Recipe.parse("wanda", pattern="50%", schedule="block"))
+        expected = evaluate(model, held_out, batch_size=2, weights=twin.weights)
+        dense, magnitude, wanda = lines(tmp_path / "out")
+        assert [cell["label"] for cell in (dense, magnitude, wanda)] == ["dense", "magnitude", "wanda"]
+        assert dense["values"] == {"perplexity": evaluate(model, held_out, batch_size=2)}
+        assert wanda["values"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+        assert (wanda["samples"], wanda["seed"], magnitude["samples"]) == (2, 0, None)
+        assert wanda["recipe"] == Recipe.parse("wanda", pattern="50%", schedule="block").to_dict()
+        assert wanda["seconds"] > wanda["values"]["pruning seconds"] > 0
+        head = json.loads((tmp_path / "out" / CELLS).read_text().splitlines()[0])
+        assert head["protocol"]["seqlen"] == 16
+        assert head["versions"]["torch"] == torch.__version__
+
+    def test_tables_and_a_picture_are_written(self, tmp_path, settings):
+        outcome = run([Experiment.load("sparsity", {**settings, "patterns": ["10%", "50%"]})], tmp_path / "out")
+        assert outcome.failures == []
+        assert outcome.tables["sparsity"] + "\n" == (tmp_path / "out" / "sparsity.md").read_text()
+        assert "| wanda |" in outcome.tables["sparsity"]
+        assert (tmp_path / "out" / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+        rows = csv.DictReader((tmp_path / "out" / "sparsity.csv").read_text().splitlines())
+        assert {row["label"] for row in rows} == {"dense", "magnitude", "wanda"}
+
+    def test_experiments_share_cells_and_the_model_is_loaded_once(self, tmp_path, settings, monkeypatch):
+        loads, load = [], running.load_causal
+        monkeypatch.setattr(running, "load_causal", lambda *arguments: loads.append(arguments) or load(*arguments))
+        experiments = [Experiment.load(name, settings) for name in ("perplexity", "sparsity")]
+        outcome = run(experiments, tmp_path / "out")
+        assert len(loads) == 1
+        assert len(lines(tmp_path / "out")) == 3
+        assert outcome.tables.keys() == {"perplexity", "sparsity"}
+
+    def test_an_interrupted_run_goes_on_and_repeats_nothing(self, tmp_path, settings, monkeypatch):
+        def interrupt(what):
+            if "magnitude" in what:
+                raise KeyboardInterrupt
+
+        experiment = Experiment.load("perplexity", settings)
+        with pytest.raises(KeyboardInterrupt):
+            run([experiment], tmp_path / "out", say=interrupt)
+        before = (tmp_path / "out" / CELLS).read_text()
+        assert len(lines(tmp_path / "out")) == 2
+        said = []
+        assert run([experiment], tmp_path / "out", say=said.append).failures == []
+        assert (tmp_path / "out" / CELLS).read_text().startswith(before)
+        assert len(lines(tmp_path / "out")) == 3
+        assert [word for word in said if "wanda" in word] == said
+        monkeypatch.setattr(running, "evaluate", None)
+        again = run([experiment], tmp_path / "out")
+        assert (again.failures, len(lines(tmp_path / "out"))) == ([], 3)
+
+    def test_a_text_that_has_changed_is_measured_anew(self, tmp_path, settings, text):
+        experiment = Experiment.load("perplexity", {**settings, "methods": ["magnitude"]})
+        run([experiment], tmp_path / "out")
+        with open(text, "r+") as file:
+            file.write("9999 something else altogether")
+        run([experiment], tmp_path / "out")
+        assert len(lines(tmp_path / "out")) == 4
+
+    def test_a_cell_that_fails_is_recorded_and_the_grid_goes_on(self, tmp_path, settings):
+        experiment = Experiment.load("perplexity", {**settings, "patterns": ["3:5", "50%"]})
+        outcome = run([experiment], tmp_path / "out")
+        cells = lines(tmp_path / "out")
+        failed = [cell for cell in cells if cell["error"]]
+        assert [(cell["label"], cell["pattern"]) for cell in failed] == [("magnitude", "3:5"), ("wanda", "3:5")]
+        assert all("3:5 does not divide its width of 16" in cell["error"] for cell in failed)
+        assert len([cell for cell in cells if cell["values"]]) == 3
+        assert len(outcome.failures) == 2
+        assert "failed" in outcome.tables["perplexity"]
+
+    def test_an_error_of_any_kind_is_one_cells_matter(self, tmp_path, settings, monkeypatch):
+        def explode(*arguments, **others):
+            raise ZeroDivisionError("of all things")
+
+        monkeypatch.setattr(running, "plan", explode)
+        outcome = run([Experiment.load("perplexity", settings)], tmp_path / "out")
+        assert len(outcome.failures) == 2
+        assert "ZeroDivisionError: of all things" in outcome.failures[0]
+        assert lines(tmp_path / "out")[0]["values"]["perplexity"] > 0
+
+    def test_a_model_that_cannot_be_opened_leaves_the_others(self, tmp_path, settings):
+        experiment = Experiment.load("perplexity", {**settings, "model": [str(tmp_path / "nothing"), *settings["model"]]})
+        outcome = run([experiment], tmp_path / "out")
+        assert len(outcome.failures) == 1
+        assert "nothing" in outcome.failures[0]
+        assert len(lines(tmp_path / "out")) == 3
+
+    def test_experiments_of_several_protocols_need_folders_of_their_own(self, tmp_path, settings):
+        experiments = [Experiment.load("perplexity", settings), Experiment.load("sparsity", {**settings, "seqlen": 8})]
+        with pytest.raises(ExperimentError, match="several protocols"):
+            run(experiments, tmp_path / "out")
+
+    def test_runtime_times_statistics_and_pruning_of_one_block(self, tmp_path, settings):
+        given = {**settings, "methods": ["magnitude", "wanda", "sparsegpt", "cvr+energy"], "rounds": 2}
+        outcome = run([Experiment.load("runtime", given)], tmp_path / "out")
+        assert outcome.failures == []
+        cells = {cell["label"]: cell for cell in lines(tmp_path / "out")}
+        assert cells.keys() == {"magnitude", "wanda", "sparsegpt", "cvr+energy"}
+        assert cells["magnitude"]["values"]["statistics"] == 0
+        for cell in cells.values():
+            values = cell["values"]
+            assert values["total"] == pytest.approx(values["statistics"] + values["pruning"])
+            assert values["pruning"] > 0
+        # A Gram of 16 x 16 floats for each of three groups of the block and 32 x 32 for the fourth, which Wanda has not.
+        assert cells["sparsegpt"]["peak_memory"] - cells["wanda"]["peak_memory"] > 4 * (3 * 16 * 16 + 32 * 32)
+
+
+class TestCommand:
+    def test_zero_shot_runs_offline_on_a_task_file(self, tmp_path, settings, capsys):
+        task = write_task(tmp_path / "task")
+        arguments = ["experiment", "zero-shot", *options({**settings, "tasks": [task, "next-line"], "questions": 5})]
+        assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+        printed = capsys.readouterr().out
+        assert "to-be acc" in printed
+        assert "next-line acc_norm" in printed
+        cells = lines(tmp_path / "out")
+        assert [cell["label"] for cell in cells] == ["dense", "magnitude", "wanda"]
+        for cell in cells:
+            accuracies = [value for name, value in cell["values"].items() if name != "average"]
+            assert cell["values"]["average"] == pytest.approx(sum(accuracies) / 2)
+
+    def test_a_task_whose_data_cannot_be_had_says_what_to_provide_and_the_rest_is_measured(self, tmp_path, settings, capsys):
+        own = {**settings, "methods": ["wanda"], "tasks": ["boolq"], "sizes": [1], "rounds": 1}
+        assert main(["experiment", "all", *options(own), "--output", str(tmp_path / "out")]) == 1
+        error = " ".join(capsys.readouterr().err.split())
+        assert "zero-shot" in error
+        assert "boolq" in error
+        assert "task file" in error or "YAML" in error or "cached" in error
+        written = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"perplexity.md", "sparsity.png", "calibration.csv", "runtime.png", "ablation.md"} <= written
+
+    def test_failing_cells_end_the_command_with_a_list(self, tmp_path, settings, capsys):
+        arguments = ["experiment", "perplexity", *options({**settings, "patterns": ["3:5"]}), "--output", str(tmp_path / "out")]
+        assert main(arguments) == 1
+        error = " ".join(capsys.readouterr().err.split())
+        assert "2 failed" in error
+        assert "magnitude 3:5" in error
+
+    def test_settings_come_from_a_yaml_file_too(self, tmp_path, settings, capsys):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**settings, "methods": [{"label": "mine", "method": "wanda"}]}))
+        arguments = ["experiment", "perplexity", "--config", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "out")]
+        assert main(arguments) == 0
+        assert "| mine |" in capsys.readouterr().out
+
+    def test_a_killed_process_loses_and_repeats_no_cell(self, tmp_path, settings):
+        own = {**settings, "methods": ["wanda", "cvr", "cvr+energy", "ria"], "patterns": ["50%", "2:4"]}
+        out = tmp_path / "out"
+        command = [sys.executable, "-m", "statprune.cli", "experiment", "perplexity", *options(own), "--output", str(out)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (out / CELLS).exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        survived = len((out / CELLS).read_bytes().split(b"\n")) - 1
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        cells = lines(out)
+        identities = [(cell["label"], cell["pattern"]) for cell in cells]
+        assert len(identities) == len(set(identities)) == 9
+        assert survived <= 10
+
+
+class TestMeasuring:
+    def test_tensors_count_while_anything_uses_their_memory(self):
+        def work():
+            first = torch.ones(1000)  # 4000 bytes
+            view = first.view(10, 100).t()
+            second = first + 1  # 8000
+            del first  # the view keeps it
+            third = second * 2  # 12000
+            del view  # 8000
+            return third.clone()  # 12000
+
+        assert peak_of_tensors(work, torch.device("cpu")) == 12_000
+
+    def test_what_was_there_before_does_not_count(self):
+        held = torch.ones(1000)
+        assert peak_of_tensors(lambda: held.mul_(2), torch.device("cpu")) == 0
+
+    def test_seconds_are_those_of_the_work(self):
+        with measured(torch.device("cpu")) as cost:
+            time.sleep(0.05)
+        assert cost.seconds >= 0.05
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak of resident memory")
+    def test_peak_memory_is_what_the_work_needed_at_once(self):
+        size = 200 * 2**20
+        with measured(torch.device("cpu")) as cost:
+            for _ in range(3):
+                torch.ones(size, dtype=torch.uint8)
+        assert 0.9 * size < cost.peak_memory < 1.9 * size
