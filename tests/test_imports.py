@@ -14,9 +14,9 @@ ORDER = [
     "token_masks", "sites", "selection", "batches", "segments",
     "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
     "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
-    "experiments.results", "experiments.published", "experiments.grid", "experiments.tables", "experiments.plots",
+    "experiments", "experiments.results", "experiments.published", "experiments.grid", "experiments.tables", "experiments.plots",
     "experiments.next_line", "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
-    "display", "commands.shared", "commands.models", "commands.measurements", "cli",
+    "display", "commands.shared", "commands.models", "commands.measurements", "commands", "cli",
 ]  # fmt: skip
 PURE = ["statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt"]
 
@@ -44,10 +44,15 @@ def own_modules(names: set[str]) -> set[str]:
     return {next((name for name in (whole, whole.rpartition(".")[0]) if name in known), "__init__") for whole in inside}
 
 
+def path_of(module: str) -> Path:
+    path = PACKAGE.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def all_modules() -> set[str]:
-    """Every module of the package by its dotted name, but for the packages' own files."""
-    paths = [path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")]
-    return {".".join(parts) for parts in paths if parts[-1] != "__init__"}
+    """Every module of the package by its dotted name; a folder's own file by the folder's."""
+    names = [path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")]
+    return {".".join(parts).removesuffix(".__init__") for parts in names} - {"__init__"}
 
 
 @pytest.mark.parametrize(
@@ -74,14 +79,13 @@ def test_every_module_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_only_from_those_before_it(module):
-    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
-    used = own_modules(imported(path.read_text(encoding="utf-8")))
+    used = own_modules(imported(path_of(module).read_text(encoding="utf-8")))
     assert used <= set(ORDER[: ORDER.index(module)])
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_the_mathematics_imports_torch_and_nothing_else(module):
-    used = {name.split(".")[0] for name in imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))}
+    used = {name.split(".")[0] for name in imported(path_of(module).read_text(encoding="utf-8"))}
     assert used - sys.stdlib_module_names <= {"torch", "statprune"}
     assert "torch" in used
 
