@@ -182,7 +182,10 @@ class _Bench:
     def _measure(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None) -> tuple[dict[str, float], int | None]:
         """The values, and the peak memory where it is not that of the whole cell."""
         batch_size = experiment.batch_size
-        windows = self._calibration(cell.samples, cell.seed or 0) if cell.samples is not None else self._evaluation()[:1]
+        if cell.samples is not None and cell.seed is not None:
+            windows = self._calibration(cell.samples, cell.seed)
+        else:
+            windows = torch.zeros(1, self.seqlen, dtype=torch.int64)  # any tokens do, to find the layers
         if cell.measure == "runtime":
             assert cell.recipe is not None
             inputs = bind_batches(self.model, windows.split(batch_size))
