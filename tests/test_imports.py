@@ -15,7 +15,8 @@ ORDER = [
     "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
     "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
     "experiments", "experiments.results", "experiments.published", "experiments.grid", "experiments.tables",
-    "experiments.plots", "experiments.next_line", "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
+    "experiments.plots", "experiments.next_line",
+    "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
     "display", "commands.shared", "commands.models", "commands.measurements", "commands", "cli",
 ]  # fmt: skip
 PURE = ["statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt"]

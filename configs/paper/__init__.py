@@ -1,1 +1,1 @@
-"""The settings of the paper's experiments and its published numbers: `statprune.paper` to Python, so that they are installed."""
+"""The settings of the paper's experiments and its published numbers; installed as the package `statprune.paper`."""
