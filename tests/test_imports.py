@@ -10,7 +10,8 @@ import pytest
 import statprune
 
 ORDER = [
-    "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt", "methods", "recipe", "graph",
+    "errors", "statistics", "factorisation", "criteria", "patterns", "least_squares", "compensation", "pruning", "sparsegpt",
+    "methods", "recipe", "graph",
     "token_masks", "sites", "selection", "batches", "segments",
     "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
     "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
@@ -19,7 +20,7 @@ ORDER = [
     "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
     "display", "commands.shared", "commands.models", "commands.measurements", "commands", "cli",
 ]  # fmt: skip
-PURE = ["statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt"]
+PURE = ["statistics", "factorisation", "criteria", "patterns", "least_squares", "compensation", "pruning", "sparsegpt"]
 
 PACKAGE = Path(statprune.__file__).parent
 

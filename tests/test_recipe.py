@@ -287,7 +287,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(data, message):
     [
         ("wnada", "Recipe(criterion='wnada') does not exist. Did you mean 'wanda'?"),
         ("cvr+enrgy", "Recipe(compensation='enrgy') does not exist. Did you mean 'energy'?"),
-        ("cvr+energy+energy", "The method 'cvr+energy+energy' is not understood: expected CRITERION or CRITERION+COMPENSATION"),
+        ("cvr++energy", "The method 'cvr++energy' is not understood: expected CRITERION or CRITERION+COMPENSATION"),
         ("", "The method '' is not understood"),
     ],
 )

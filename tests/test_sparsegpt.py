@@ -12,8 +12,9 @@ import statprune
 from statprune import Recipe, sparsegpt
 from statprune.criteria import wanda
 from statprune.errors import SiteError
+from statprune.factorisation import inverse_factor
 from statprune.patterns import NM, Unstructured
-from statprune.sparsegpt import SparseGPT, inverse_factor
+from statprune.sparsegpt import SparseGPT
 from statprune.statistics import InputMoments, Statistic
 from tiny_models import changed, llama, refused, snapshot, tokens
 
@@ -374,27 +375,26 @@ def test_the_factor_is_that_of_the_damped_inverse(stages):
     gram = moments_of(correlated(0, 40, 12)).gram
     factor = inverse_factor(gram, 0.03)
     assert_is_factor_of(factor, damped(gram, 0.03) / gram.double().diagonal().mean())
-    assert stages == [torch.float32]
+    assert stages == [torch.float64]
 
 
 @pytest.mark.parametrize(
-    ("off_diagonal", "damping", "dtypes"),
+    ("off_diagonal", "damping", "tries"),
     [
-        (0.9, 0.01, [torch.float32]),
-        (1.05, 0.1, [torch.float32] * 2),  # eigenvalues 2.05 and -0.05
-        (1.5, 1.0, [torch.float32] * 3),  # 2.5 and -0.5
+        (0.9, 0.01, 1),
+        (1.05, 0.1, 2),  # eigenvalues 2.05 and -0.05
+        (1.5, 1.0, 3),  # 2.5 and -0.5
     ],
 )
-def test_more_damping_is_tried_until_a_factorisation_exists(stages, off_diagonal, damping, dtypes):
+def test_more_damping_is_tried_until_a_factorisation_exists(stages, off_diagonal, damping, tries):
     gram = torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])
     factor = inverse_factor(7 * gram, 0.01)
     assert_is_factor_of(factor, gram + damping * torch.eye(2))
-    assert stages == dtypes
+    assert stages == [torch.float64] * tries
 
 
-def test_what_float32_cannot_tell_from_singular_is_factorised_in_float64(stages):
+def test_what_float32_cannot_tell_from_singular_is_factorised():
     factor = inverse_factor(torch.ones(2, 2), 1e-10)
-    assert stages == [torch.float32] * 3 + [torch.float64]
     assert_is_factor_of(factor, torch.ones(2, 2, dtype=torch.float64) + 1e-10 * torch.eye(2, dtype=torch.float64), rtol=1e-3)
 
 
@@ -409,12 +409,9 @@ def test_one_matrix_of_a_stack_that_needs_more_damping_does_not_spoil_the_others
     "gram", [torch.tensor([[1.0, 3.0], [3.0, 1.0]]), torch.full((3, 3), torch.nan), torch.full((3, 3), torch.inf)]
 )
 def test_a_gram_that_is_beyond_help_is_refused_with_what_can_be_done(stages, gram):
-    with pytest.raises(
-        ValueError, match=r"cannot be factorised, with damping 0\.01 to 1 .*sparsegpt:damping=10.*`ignore`"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"cannot be factorised, with damping 0\.01 to 1 .*sparsegpt:damping=10.*`ignore`"):
         SparseGPT(Unstructured(0.5))(torch.ones(2, len(gram)), with_gram(gram))
-    assert "float64" in str(caught.value)
-    assert stages == [torch.float32] * 3 + [torch.float64] * 3
+    assert stages == [torch.float64] * 3
 
 
 @pytest.mark.parametrize("moments", [None, InputMoments.zeros(4).add(torch.ones(3, 4))], ids=["nothing", "no Gram"])

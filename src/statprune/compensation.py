@@ -1,12 +1,18 @@
 """Compensations: change the weights that stay so that the layer does what it did.
 
-Every compensation is a pure function `(original, pruned, keep, moments, *, settings) -> corrected`. All weights are
-[..., out, in]; `pruned` is what the pruner left (zeros at pruned places), `keep` is True where a weight stays.
-A compensation never revives a pruned weight.
+Every compensation is a pure function `(original, pruned, keep, moments, *, settings) -> corrected`, or a frozen dataclass of
+settings that is called as one. All weights are [..., out, in]; `pruned` is what the pruner, or the compensation before, left
+(zeros at pruned places), `keep` is True where a weight stays. A compensation never revives a pruned weight.
+
+One that has `steps` above 1, as `LeastSquares` may, wants the mask to be reached in so many steps, and is applied after each.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from statprune.least_squares import LeastSquares
 from statprune.statistics import InputMoments, Statistic, needs
 
 
@@ -53,6 +59,61 @@ def energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
+    _check(eps, clamp, strength)
+    corrected = pruned.float()
+    for summed_dim in ([-2] if column else []) + ([-1] if row else []):
+        corrected = _rescale(original.float(), corrected, keep, summed_dim, None, eps, clamp, strength)
+    return corrected
+
+
+@needs(Statistic.MOMENTS)
+def activation_energy(
+    original: Tensor,
+    pruned: Tensor,
+    keep: Tensor,
+    moments: InputMoments,
+    *,
+    column: bool = True,
+    row: bool = True,
+    eps: float = 1e-8,
+    clamp: tuple[float, float] = (0.5, 2.0),
+    strength: float = 1.0,
+) -> Tensor:
+    """Energy compensation in which a weight counts by what flows through it: `a_j = E[x_j^2]`, divided by its mean.
+
+    As `energy`, with `mu = sum_j a_j W_ij / sum_j a_j` and `E = sum_j a_j (W_ij - mu)^2` in the row step, so that a row's
+    energy stands for the energy of its output. Within a column a is constant, and the column step is that of `energy`.
+    Ours, not the paper's.
+
+    Args:
+        original: [..., out, in], the weight before pruning, any float dtype.
+        pruned: [..., out, in], the weight after pruning.
+        keep: [..., out, in], bool, True = kept.
+        moments: of the layer's inputs.
+        column: rescale each input channel (column).
+        row: rescale each output channel (row).
+        eps: as in `energy`.
+        clamp: as in `energy`.
+        strength: as in `energy`.
+
+    Returns:
+        [..., out, in], float32, exactly 0 where `keep` is False.
+    """
+    _check(eps, clamp, strength)
+    share_I = moments.second_moment / moments.second_moment.mean(dim=-1, keepdim=True).clamp_min(_TINY)
+    corrected = pruned.float()
+    if column:
+        corrected = _rescale(original.float(), corrected, keep, -2, None, eps, clamp, strength)
+    if row:
+        corrected = _rescale(original.float(), corrected, keep, -1, share_I.float()[..., None, :], eps, clamp, strength)
+    return corrected
+
+
+_TINY = 1e-300
+"""Where every channel was always 0, 0 divided by this is 0."""
+
+
+def _check(eps: float, clamp: tuple[float, float], strength: float) -> None:
     low, high = clamp
     if not eps > 0:
         raise ValueError(f"energy(eps={eps}): expected eps > 0, it keeps an emptied column finite.")
@@ -60,16 +121,37 @@ def energy(
         raise ValueError(f"energy(clamp={list(clamp)}): expected [low, high] with 0 < low <= high.")
     if not 0 <= strength <= 1:
         raise ValueError(f"energy(strength={strength}): expected a number in [0, 1].")
-    original, corrected = original.float(), pruned.float()
-    for summed_dim in ([-2] if column else []) + ([-1] if row else []):
+
+
+def _rescale(
+    original: Tensor,
+    pruned: Tensor,
+    keep: Tensor,
+    summed_dim: int,
+    share: Tensor | None,
+    eps: float,
+    clamp: tuple[float, float],
+    strength: float,
+) -> Tensor:
+    """One step of energy compensation: along rows or columns, with a weight for each entry or without."""
+
+    def summed(values: Tensor) -> Tensor:
+        return (values if share is None else values * share).sum(dim=summed_dim, keepdim=True)
+
+    if share is None:
         mean = original.mean(dim=summed_dim, keepdim=True)
-        energy_original = (original - mean).square_().sum(dim=summed_dim, keepdim=True)
-        centred = corrected - mean
-        energy_pruned = centred.square().sum(dim=summed_dim, keepdim=True)
-        scale = (energy_original / (energy_pruned + eps)).sqrt_().clamp_(low, high).pow_(strength)
-        corrected = centred.mul_(scale).add_(mean).masked_fill_(~keep, 0.0)
-    return corrected
+    else:
+        mean = summed(original) / share.sum(dim=summed_dim, keepdim=True).clamp_min(eps)
+    centred = pruned - mean
+    energy_original, energy_pruned = summed((original - mean).square_()), summed(centred.square())
+    scale = (energy_original / (energy_pruned + eps)).sqrt_().clamp_(*clamp).pow_(strength)
+    return centred.mul_(scale).add_(mean).masked_fill_(~keep, 0.0)
 
 
-COMPENSATIONS = {"none": none, "energy": energy}
-"""Compensations by the name a recipe uses."""
+COMPENSATIONS: dict[str, Callable[..., Any]] = {
+    "none": none,
+    "energy": energy,
+    "activation-energy": activation_energy,
+    "least-squares": LeastSquares,
+}
+"""Compensations by the name a recipe uses: functions, and classes whose fields are settings."""

@@ -8,6 +8,7 @@ A criterion only scores; `patterns` selects.
 import torch
 from torch import Tensor
 
+from statprune.factorisation import inverse_factor
 from statprune.statistics import InputMoments, Statistic, needs
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -127,5 +128,38 @@ def cvr(weight: Tensor, moments: InputMoments, *, alpha: float = 0.5, exponent: 
     return weight.abs() * (activation_factor * weight_factor)[..., None, :]
 
 
-CRITERIA = {"magnitude": magnitude, "wanda": wanda, "ria": ria, "z-pruner": z_pruner, "cvr": cvr}
+@needs(Statistic.GRAM)
+def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: float = 0.01) -> Tensor:
+    """`|W_ij| / sqrt([H^-1]_jj)`, H the Gram: what pruning one weight costs when all others adapt (optimal brain surgeon).
+
+    Args:
+        weight: [..., out, in], any float dtype.
+        moments: of the layer's inputs, with the Gram.
+        damping: added to H's diagonal, as a fraction of its mean, > 0.
+
+    Returns:
+        [..., out, in], float32; the root of Hassibi & Stork's (1993) saliency `W_ij^2 / (2 [H^-1]_jj)` but for a factor.
+
+    Raises:
+        ValueError: there is no Gram, or it cannot be factorised.
+
+    Deviation: the saliency is that of a single weight; that many go together is left to a compensation such as least-squares.
+    """
+    if not damping > 0:
+        raise ValueError(f"optimal-brain(damping={damping}): expected more than 0; without it H may have no inverse.")
+    gram = moments.gram
+    if gram is None:
+        raise ValueError("optimal-brain needs the Gram of the layer's inputs: expected moments collected with `gram=True`.")
+    factor_II = moments.derive(("inverse factor", damping), lambda: inverse_factor(gram, damping))
+    return weight.float().abs() / factor_II.square().sum(dim=-2).sqrt_()[..., None, :]
+
+
+CRITERIA = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "ria": ria,
+    "z-pruner": z_pruner,
+    "cvr": cvr,
+    "optimal-brain": optimal_brain,
+}
 """Criteria by the name a recipe uses."""

@@ -3,22 +3,25 @@
     wanda                           a criterion
     cvr+energy                      a criterion, and a compensation of what it leaves
     sparsegpt+energy                a pruner that chooses and updates at once, and a compensation on top
+    cvr+least-squares+energy        several compensations, one after the other
     cvr:alpha=0.25+energy:column    with settings: NAME=VALUE, or the bare name of a switch, which turns the other switches off
 
 Packages of others add names through entry points, in the groups `statprune.criteria` (functions like those in `criteria`),
-`statprune.pruners` (classes like `SparseGPT`: a pattern and settings in, a WeightPruner out) and `statprune.compensations`.
+`statprune.pruners` (classes like `SparseGPT`: a pattern and settings in, a WeightPruner out) and `statprune.compensations`
+(functions like those in `compensation`, or classes like `LeastSquares`: settings in, such a function out).
 """
 
 import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from statprune.compensation import COMPENSATIONS
 from statprune.criteria import CRITERIA
@@ -86,7 +89,7 @@ def _installed(group: str, others: Mapping[str, Any] = MappingProxyType({})) -> 
     return found
 
 
-def build_pruner(criterion: Mapping[str, Any], pattern: Pattern, compensation: Mapping[str, Any]) -> WeightPruner:
+def build_pruner(criterion: Mapping[str, Any], pattern: Pattern, compensations: Sequence[Mapping[str, Any]]) -> WeightPruner:
     """The pruner for completed parts (see `complete`)."""
     name, settings = split(criterion)
     pruner: WeightPruner = (
@@ -94,9 +97,16 @@ def build_pruner(criterion: Mapping[str, Any], pattern: Pattern, compensation: M
         if name in known_pruners()
         else MaskPruner(functools.partial(known_criteria()[name], **settings), pattern)
     )
-    compensation_name, compensation_settings = split(compensation)
-    function = functools.partial(known_compensations()[compensation_name], **compensation_settings)
-    return CompensatedPruner(pruner, function)
+    for compensation in compensations or [{"name": "none"}]:
+        pruner = CompensatedPruner(pruner, build_compensation(compensation))
+    return pruner
+
+
+def build_compensation(part: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """The function for a completed part."""
+    name, settings = split(part)
+    known = known_compensations()[name]
+    return known(**settings) if isinstance(known, type) else functools.partial(known, **settings)
 
 
 def usual_ranking(criterion: str) -> str:
@@ -104,28 +114,25 @@ def usual_ranking(criterion: str) -> str:
     return Unstructured.rank_over if criterion not in known_pruners() else "layer"
 
 
-def parse(method: str) -> tuple[Part, Part]:
-    """A method's short name as (criterion, compensation).
+def parse(method: str) -> tuple[Part, list[Part]]:
+    """A method's short name as (criterion, compensations).
 
     Raises:
-        RecipeError: it is not of the form `CRITERION[:SETTINGS][+COMPENSATION[:SETTINGS]]`.
+        RecipeError: it is not of the form `CRITERION[:SETTINGS][+COMPENSATION[:SETTINGS]]...`.
     """
     # A plus inside of a number (1e+3) separates nothing.
     parts = re.split(r"\+(?=[A-Za-z])", method) if isinstance(method, str) else []
-    if not 1 <= len(parts) <= 2 or not all(re.fullmatch(rf"{_NAME}(:.+)?", part, re.DOTALL) for part in parts):
+    if not parts or not all(re.fullmatch(rf"{_NAME}(:.+)?", part, re.DOTALL) for part in parts):
         raise RecipeError(
             f"The method {method!r} is not understood: expected CRITERION or CRITERION+COMPENSATION, each with settings or "
             "without, such as 'wanda', 'cvr+energy' or 'cvr:alpha=0.25+energy:column'."
         )
-    return parts[0], parts[1] if len(parts) == 2 else "none"
+    return parts[0], list(parts[1:])
 
 
-def format_method(criterion: Mapping[str, Any], compensation: Mapping[str, Any]) -> str:
+def format_method(criterion: Mapping[str, Any], compensations: Sequence[Mapping[str, Any]]) -> str:
     """The short name of completed parts; `parse` gives them back."""
-    texts = [_format(criterion, known_criteria())]
-    if compensation["name"] != "none":
-        texts.append(_format(compensation, known_compensations()))
-    return "+".join(texts)
+    return "+".join([_format(criterion, known_criteria()), *(_format(part, known_compensations()) for part in compensations)])
 
 
 def split(part: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

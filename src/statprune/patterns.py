@@ -28,6 +28,9 @@ class Pattern(Protocol):
         Chosen slice after slice from column 0 on, the whole matrix has the pattern.
         """
 
+    def partly(self, score: Tensor, share: float) -> Tensor:
+        """The keep mask on the way to the pattern: a share in [0, 1] of the weights to prune is gone, the lowest scores."""
+
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can have the pattern."""
 
@@ -63,6 +66,12 @@ class Unstructured:
         """[..., out, in] scores to a keep mask with exactly `floor(sparsity * n)` False in each ranking group of n."""
         ranked = score if self.rank_over == "row" else score.flatten(-2)
         return keep_highest(ranked, ranked.shape[-1] - self.num_pruned(ranked.shape[-1])).view_as(score)
+
+    def partly(self, score: Tensor, share: float) -> Tensor:
+        """[..., out, in] scores to a keep mask with `floor(share * floor(sparsity * n))` False in each ranking group of n."""
+        ranked = score if self.rank_over == "row" else score.flatten(-2)
+        num_pruned = math.floor(share * self.num_pruned(ranked.shape[-1]))
+        return keep_highest(ranked, ranked.shape[-1] - num_pruned).view_as(score)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
         """[..., out, width] scores to a keep mask; weights compete within the slice, by row or all together."""
@@ -115,6 +124,16 @@ class NM:
         if not self.fits(score.shape[-1]):
             raise ValueError(f"{self} on rows of {score.shape[-1]} inputs: expected a width that {self.of} divides.")
         return keep_highest(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
+
+    def partly(self, score: Tensor, share: float) -> Tensor:
+        """[..., out, in] scores to a keep mask with a share of what the pattern prunes False in each row: its lowest scores.
+
+        The groups do not go in step: one may be whole where another has its pattern already.
+        """
+        keep = self(score)
+        num_pruned = math.floor(share * (score.shape[-1] // self.of) * (self.of - self.keep))
+        lowest = score.masked_fill(keep, math.inf).topk(num_pruned, dim=-1, largest=False, sorted=False).indices
+        return torch.ones_like(keep).scatter_(-1, lowest, False)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
         """As the whole: `start` and the width are multiples of `of`."""

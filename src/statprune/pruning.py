@@ -64,10 +64,26 @@ class MaskPruner:
 
 @dataclass(frozen=True)
 class CompensatedPruner:
-    """Any pruner, and a compensation of what it left, against the original weight."""
+    """Any pruner, and a compensation of what it left, against the original weight.
+
+    Where the compensation has `steps`, the mask is reached in so many: prune a part, compensate, score what came out.
+    """
 
     pruner: WeightPruner
     compensation: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        if self.steps > 1 and not isinstance(self.pruner, MaskPruner):
+            raise ValueError(
+                f"steps={self.steps}: a mask is reached in steps where the compensation follows a criterion at once, as in "
+                "cvr+least-squares:steps=5; not after another compensation, or a pruner that updates by itself."
+            )
+
+    @property
+    def steps(self) -> int:
+        """In how many steps the mask is reached."""
+        steps: int = getattr(self.compensation, "steps", 1)
+        return steps
 
     @property
     def needs(self) -> Statistic:
@@ -77,11 +93,21 @@ class CompensatedPruner:
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
         """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
         original = weight.float()
-        pruned = self.pruner(original, moments)
+        pruned = self.pruner(original, moments) if self.steps == 1 else self._nearly(original, moments)
         corrected = self.compensation(original, pruned.weight, pruned.keep, moments)
         # The mask again, after the cast: what the file promises as zeros are zeros whatever the compensation did.
         # Not in place: a compensation that hands back `original` hands back the caller's own weight.
         return PrunedWeight(corrected.to(weight.dtype).masked_fill(~pruned.keep, 0.0), pruned.keep)
+
+    def _nearly(self, original: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """All steps but the last compensation."""
+        assert isinstance(self.pruner, MaskPruner)
+        corrected = original
+        for step in range(1, self.steps):
+            score = self.pruner.criterion(corrected, moments)
+            keep = self.pruner.pattern.partly(score, 1 - (1 - step / self.steps) ** 3)
+            corrected = self.compensation(original, corrected.masked_fill(~keep, 0.0), keep, moments)
+        return self.pruner(corrected, moments)
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can be pruned."""

@@ -62,7 +62,7 @@ def quickstart(
         files[name].write_text(text, encoding="utf-8")
     megabytes = {name: f"{len(text) / 1e6:.1f} MB" for name, text in texts.items()}
     say(f"source text of Python's standard library: {megabytes['training']} to train on, {megabytes['held-out']} held out")
-    tokenizer = _train_tokenizer(training[:2_000_000])
+    tokenizer = train_tokenizer(training[:2_000_000], VOCABULARY)
     data = TextData(
         tokenizer,
         train=[str(files["training"])],
@@ -99,7 +99,7 @@ def quickstart(
     return cells
 
 
-def _train_tokenizer(text: str) -> Any:
+def train_tokenizer(text: str, vocabulary: int) -> Any:
     """A byte-level BPE tokenizer: it can encode any text, and has no special token but the end of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -108,7 +108,7 @@ def _train_tokenizer(text: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<end>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

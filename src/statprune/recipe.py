@@ -52,8 +52,9 @@ class Recipe:
     `{"name": "nm", "keep": 2, "of": 4}`. Unstructured weights compete within their output row where `rank_over` does not say
     otherwise, and with sparsegpt within a block of columns."""
 
-    compensation: Part = "energy"
-    """`"none"`, `"energy"`, with settings `"energy:column"`, or a mapping such as `{"name": "energy", "clamp": [0.5, 2.0]}`."""
+    compensation: Part | Sequence[Part] = "energy"
+    """`"none"`, `"energy"`, `"activation-energy"` or `"least-squares"`, with settings `"energy:column"`, or a mapping such as
+    `{"name": "energy", "clamp": [0.5, 2.0]}`; or a list of these, which are applied one after the other."""
 
     schedule: Schedule = "walk"
     """`"walk"`: each layer's statistics already see all pruned layers before it. `"block"`: those in the blocks before its own,
@@ -82,7 +83,7 @@ class Recipe:
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "criterion", complete("criterion", self.criterion, known_criteria()))
         object.__setattr__(self, "pattern", _complete_pattern(self.pattern, usual_ranking(split(self._criterion)[0])))
-        object.__setattr__(self, "compensation", complete("compensation", self.compensation, known_compensations()))
+        object.__setattr__(self, "compensation", _complete_compensations(self.compensation))
         self._try_out()
 
     @classmethod
@@ -92,8 +93,8 @@ class Recipe:
         Raises:
             RecipeError: as the constructor.
         """
-        criterion, compensation = parse(method)
-        return cls(criterion=criterion, compensation=compensation, **others)
+        criterion, compensations = parse(method)
+        return cls(criterion=criterion, compensation=compensations, **others)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
@@ -129,7 +130,7 @@ class Recipe:
     @property
     def method(self) -> str:
         """The short name, with what is not a default: `"cvr+energy"`; `Recipe.parse` takes it."""
-        return format_method(self._criterion, self._compensation)
+        return format_method(self._criterion, self._compensations)
 
     def build_pattern(self) -> Pattern:
         """The pattern object."""
@@ -140,7 +141,7 @@ class Recipe:
 
     def pruner(self) -> WeightPruner:
         """The function that prunes one weight."""
-        return build_pruner(self._criterion, self.build_pattern(), self._compensation)
+        return build_pruner(self._criterion, self.build_pattern(), self._compensations)
 
     @property
     def _criterion(self) -> Mapping[str, Any]:
@@ -148,9 +149,10 @@ class Recipe:
         return self.criterion
 
     @property
-    def _compensation(self) -> Mapping[str, Any]:
-        assert isinstance(self.compensation, Mapping)
-        return self.compensation
+    def _compensations(self) -> list[Mapping[str, Any]]:
+        """As they are applied, without `none`."""
+        parts = [self.compensation] if isinstance(self.compensation, Mapping) else self.compensation
+        return [part for part in parts if isinstance(part, Mapping) and part["name"] != "none"]
 
     def _try_out(self) -> None:
         """Prune a weight of one row, so that a value out of range is refused now and not in the middle of a model."""
@@ -212,6 +214,14 @@ def _complete_pattern(part: Part, rank_over: str) -> dict[str, Any]:
     if isinstance(part, Mapping) and part.get("name") == "unstructured":
         part = {"rank_over": rank_over, **part}
     return complete("pattern", part, PATTERNS)
+
+
+def _complete_compensations(given: Part | Sequence[Part]) -> dict[str, Any] | list[dict[str, Any]]:
+    """One completed part, `none` among them, or a list of several."""
+    parts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    completed = [complete("compensation", part, known_compensations()) for part in parts]
+    applied = [part for part in completed if part["name"] != "none"]
+    return applied if len(applied) > 1 else (applied or [{"name": "none"}])[0]
 
 
 _NAME_OF_PATTERN: dict[type, str] = {pattern: name for name, pattern in PATTERNS.items()}

@@ -12,8 +12,8 @@ W_k <- W_k - e U_jk. Weights compete by (w / U_jj)^2.
 Deviations from the authors' own code, which do not change the algorithm: U comes from one Cholesky factorisation and one
 triangular inverse, where theirs factorises, inverts and factorises again; layers that share their inputs share U; the
 matrix is worked on as [in, out], so that a column is one stretch of memory; exactly the asked number of weights is
-pruned, where a threshold takes one more from every block, or all of them on ties; more damping, then float64, where H
-cannot be factorised.
+pruned, where a threshold takes one more from every block, or all of them on ties; U is computed in float64, because in float32
+the choice of weights hangs on the order in which H was added up; more damping where H cannot be factorised.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from statprune.factorisation import inverse_factor
 from statprune.patterns import NM, Pattern
 from statprune.pruning import PrunedWeight
 from statprune.statistics import InputMoments, Statistic
-
-ESCALATION = (1.0, 10.0, 100.0)
-"""How many times the damping, one after the other, where H plus the damping cannot be factorised."""
 
 NARROW = 16
 """Columns between two matrix products within a block. Rank-1 updates of more columns would move more memory than they must."""
@@ -85,47 +83,6 @@ class SparseGPT:
             errors_IO = _prune_block(*block, self.pattern, start)
             weight_IO[..., end:, :] -= factor_II[..., start:end, end:].mT @ errors_IO
         return PrunedWeight(weight_IO.mT.to(weight.dtype).masked_fill(~keep_IO.mT, 0.0), keep_IO.mT)
-
-
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with `(H + damping * mean diagonal)^-1 = U^T U`, where H is the Gram divided by its mean diagonal.
-
-    The division changes neither an order nor an update, and keeps float32 in its range. More damping is tried where H has no
-    factorisation, up to 100 times as much, and then all of it again in float64.
-
-    Args:
-        gram: [..., in, in], sum of x x^T over tokens.
-        damping: fraction of the mean diagonal, over the channels that are ever other than 0.
-
-    Returns:
-        [..., in, in], float32.
-
-    Raises:
-        ValueError: H is not positive definite whatever is done.
-    """
-    diagonal_I = gram.diagonal(dim1=-2, dim2=-1)
-    is_dead_I = diagonal_I == 0
-    # In float64: the sum may be beyond float32 where no element is.
-    total = diagonal_I.sum(-1, keepdim=True, dtype=torch.float64)
-    mean = (total / (~is_dead_I).sum(-1, keepdim=True).clamp_min(1)).to(gram.dtype)[..., None]
-    normal_II = gram / torch.where(mean == 0, 1.0, mean)
-    normal_II.diagonal(dim1=-2, dim2=-1).masked_fill_(is_dead_I, 1.0)
-    for dtype in (torch.float32, torch.float64):
-        identity_II = torch.eye(gram.shape[-1], dtype=dtype, device=gram.device)
-        for times in ESCALATION:
-            damped_II = normal_II + damping * times * identity_II
-            # The factor of the matrix turned upside down, inverted and turned back, is the upper factor of the inverse.
-            lower_II, info = torch.linalg.cholesky_ex(damped_II.flip(-2, -1))
-            if not bool(info.any()):
-                inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
-                factor_II: Tensor = inverse_II.flip(-2, -1).float()
-                if bool(torch.isfinite(factor_II).all()):
-                    return factor_II
-    raise ValueError(
-        f"the Gram of its inputs cannot be factorised, with damping {damping:g} to {damping * ESCALATION[-1]:g} of its mean "
-        "diagonal and in float64. Are there infinite or absurdly large activations? Try a larger damping, as in "
-        f"sparsegpt:damping={10 * ESCALATION[-1] * damping:g}, or leave the layer dense with `ignore`."
-    )
 
 
 def _prune_block(weight_IO: Tensor, keep_IO: Tensor, factor_II: Tensor, pattern: Pattern, start: int) -> Tensor:

@@ -15,7 +15,7 @@ def prune(
     method: str | None = None,
     criterion: dict[str, Any] | str | None = None,
     pattern: dict[str, Any] | str | None = None,
-    compensation: dict[str, Any] | str | None = None,
+    compensation: dict[str, Any] | list[dict[str, Any] | str] | str | None = None,
     schedule: Schedule | None = None,
     targets: list[str] | None = None,
     ignore: list[str] | None = None,
@@ -39,7 +39,8 @@ def prune(
         criterion: magnitude, wanda, ria, z-pruner, cvr, sparsegpt, or a mapping such as '{"name": "cvr", "alpha": 0.5}'.
             Default: cvr.
         pattern: '50%' for half of the weights anywhere, '2:4' for two of every four, or a mapping. Default: 2:4.
-        compensation: none, energy, or a mapping such as '{"name": "energy", "clamp": [0.5, 2.0]}'. Default: energy.
+        compensation: none, energy, activation-energy, least-squares, or a mapping such as
+            '{"name": "energy", "clamp": [0.5, 2.0]}', or a list of several. Default: energy.
         schedule: walk: each layer is calibrated on all pruned layers before it; block: on the pruned blocks before its own, as
             Wanda and SparseGPT publish it; one-shot: on the dense model. Default: walk.
         targets: Globs on layer names to prune, such as '*.mlp.*'. Default: all but the output layer and tied weights.

@@ -1,0 +1,71 @@
+"""Train a small model of another family than LLaMA, to see whether what holds on one model holds on a second.
+
+    python configs/train_qwen2.py --output second-model
+
+A Qwen2 of 3.1 M parameters, with grouped-query attention (6 heads, 2 of keys and values), biases on q, k and v, and output
+weights tied to the embeddings, on the source text of Python's standard library. Writes the model, `training.txt`, and
+`held-out.txt`: modules that were not trained on. Takes about 40 minutes on one core.
+"""
+
+from pathlib import Path
+
+import torch
+from jsonargparse import CLI
+from lightning import Trainer
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from statprune.checkpoint import refuse_existing
+from statprune.data import standard_library_text
+from statprune.modules import CausalLM, TextData
+from statprune.quickstart import train_tokenizer
+
+
+def main(output: str, steps: int = 1600, batch_size: int = 16, seqlen: int = 256, seed: int = 0) -> None:
+    """Train, and save the model and its texts.
+
+    Args:
+        output: A folder that does not exist yet.
+        steps: Of training, with `batch_size` windows of `seqlen` tokens each.
+        batch_size: Windows in a step.
+        seqlen: Tokens in a window.
+        seed: Of the initial weights and of the windows.
+    """
+    refuse_existing(output)
+    folder = Path(output)
+    folder.mkdir(parents=True)
+    training, held_out = standard_library_text()
+    (folder / "training.txt").write_text(training, encoding="utf-8")
+    (folder / "held-out.txt").write_text(held_out, encoding="utf-8")
+    tokenizer = train_tokenizer(training[:4_000_000], 2048)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=2 * seqlen,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    module = CausalLM(Qwen2ForCausalLM(config), learning_rate=4e-3)
+    data = TextData(
+        tokenizer,
+        train=[str(folder / "training.txt")],
+        seqlen=seqlen,
+        batch_size=batch_size,
+        train_samples=batch_size * steps,
+        seed=seed,
+    )
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, limit_val_batches=0, logger=False, enable_checkpointing=False
+    )
+    trainer.fit(module, datamodule=data)
+    module.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    CLI(main, as_positional=False)

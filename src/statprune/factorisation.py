@@ -1,0 +1,48 @@
+"""The inverse of a Gram, as a factor: what SparseGPT updates with, and what the optimal-brain criterion scores with."""
+
+import torch
+from torch import Tensor
+
+ESCALATION = (1.0, 10.0, 100.0)
+"""How many times the damping, one after the other, where H plus the damping cannot be factorised."""
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with `(H + damping * mean diagonal)^-1 = U^T U`, where H is the Gram divided by its mean diagonal.
+
+    The division changes neither an order nor an update, and keeps float32 in its range. More damping is tried where H has no
+    factorisation, up to 100 times as much. The arithmetic is float64: in float32 the factor of a trained layer's Gram differs
+    in its third digit with the order in which the tokens were added up.
+
+    Args:
+        gram: [..., in, in], sum of x x^T over tokens.
+        damping: fraction of the mean diagonal, over the channels that are ever other than 0.
+
+    Returns:
+        [..., in, in], float32.
+
+    Raises:
+        ValueError: H is not positive definite whatever is done.
+    """
+    diagonal_I = gram.diagonal(dim1=-2, dim2=-1)
+    is_dead_I = diagonal_I == 0
+    # In float64: the sum may be beyond float32 where no element is.
+    total = diagonal_I.sum(-1, keepdim=True, dtype=torch.float64)
+    mean = (total / (~is_dead_I).sum(-1, keepdim=True).clamp_min(1)).to(gram.dtype)[..., None]
+    normal_II = gram / torch.where(mean == 0, 1.0, mean)
+    normal_II.diagonal(dim1=-2, dim2=-1).masked_fill_(is_dead_I, 1.0)
+    identity_II = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    for times in ESCALATION:
+        damped_II = normal_II + damping * times * identity_II
+        # The factor of the matrix turned upside down, inverted and turned back, is the upper factor of the inverse.
+        lower_II, info = torch.linalg.cholesky_ex(damped_II.flip(-2, -1))
+        if not bool(info.any()):
+            inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+            factor_II: Tensor = inverse_II.flip(-2, -1).float()
+            if bool(torch.isfinite(factor_II).all()):
+                return factor_II
+    raise ValueError(
+        f"the Gram of its inputs cannot be factorised, with damping {damping:g} to {damping * ESCALATION[-1]:g} of its mean "
+        "diagonal. Are there infinite or absurdly large activations? Try a larger damping, as in "
+        f"sparsegpt:damping={10 * ESCALATION[-1] * damping:g}, or leave the layer dense with `ignore`."
+    )
