@@ -4,7 +4,7 @@ Every compensation is a pure function `(original, pruned, keep, moments, *, sett
 settings that is called as one. All weights are [..., out, in]; `pruned` is what the pruner, or the compensation before, left
 (zeros at pruned places), `keep` is True where a weight stays. A compensation never revives a pruned weight.
 
-One that has `steps` above 1, as `LeastSquares` may, wants the mask to be reached in so many steps, and is applied after each.
+One that has `steps`, as `LeastSquares` may, reaches the mask itself in so many, and then has a method `approach` as well.
 """
 
 from collections.abc import Callable

@@ -66,23 +66,22 @@ class MaskPruner:
 class CompensatedPruner:
     """Any pruner, and a compensation of what it left, against the original weight.
 
-    Where the compensation has `steps`, the mask is reached in so many: prune a part, compensate, score what came out.
+    Where the compensation has `steps`, it reaches the mask in so many, and asks the criterion for each (see `LeastSquares`).
     """
 
     pruner: WeightPruner
     compensation: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
-        if self.steps > 1 and not isinstance(self.pruner, MaskPruner):
+        if self._steps and not isinstance(self.pruner, MaskPruner):
             raise ValueError(
-                f"steps={self.steps}: a mask is reached in steps where the compensation follows a criterion at once, as in "
-                "cvr+least-squares:steps=5; not after another compensation, or a pruner that updates by itself."
+                f"steps={self._steps}: a mask is reached in steps where the compensation follows a criterion at once, as in "
+                "cvr+least-squares:steps=15; not after another compensation, or a pruner that updates by itself."
             )
 
     @property
-    def steps(self) -> int:
-        """In how many steps the mask is reached."""
-        steps: int = getattr(self.compensation, "steps", 1)
+    def _steps(self) -> int:
+        steps: int = getattr(self.compensation, "steps", 0)
         return steps
 
     @property
@@ -93,21 +92,19 @@ class CompensatedPruner:
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
         """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
         original = weight.float()
-        pruned = self.pruner(original, moments) if self.steps == 1 else self._nearly(original, moments)
+        pruned = self.pruner(original, moments) if not self._steps else self._approach(original, moments)
         corrected = self.compensation(original, pruned.weight, pruned.keep, moments)
         # The mask again, after the cast: what the file promises as zeros are zeros whatever the compensation did.
         # Not in place: a compensation that hands back `original` hands back the caller's own weight.
         return PrunedWeight(corrected.to(weight.dtype).masked_fill(~pruned.keep, 0.0), pruned.keep)
 
-    def _nearly(self, original: Tensor, moments: InputMoments | None) -> PrunedWeight:
-        """All steps but the last compensation."""
+    def _approach(self, original: Tensor, moments: InputMoments | None) -> PrunedWeight:
         assert isinstance(self.pruner, MaskPruner)
-        corrected = original
-        for step in range(1, self.steps):
-            score = self.pruner.criterion(corrected, moments)
-            keep = self.pruner.pattern.partly(score, 1 - (1 - step / self.steps) ** 3)
-            corrected = self.compensation(original, corrected.masked_fill(~keep, 0.0), keep, moments)
-        return self.pruner(corrected, moments)
+        criterion, pattern = self.pruner.criterion, self.pruner.pattern
+        weight, keep = self.compensation.approach(  # type: ignore[attr-defined]
+            original, moments, lambda candidate, share: pattern.partly(criterion(candidate, moments), share)
+        )
+        return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can be pruned."""
