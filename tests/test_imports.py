@@ -12,8 +12,8 @@ import statprune
 ORDER = [
     "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt", "methods", "recipe", "graph",
     "token_masks", "sites", "selection", "batches", "segments",
-    "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
-    "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
+    "tracing", "walk", "hooks", "transform", "report", "finetuning", "compress", "survey", "perplexity", "data", "checkpoint",
+    "lora", "modules", "probing", "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
     "experiments", "experiments.results", "experiments.published", "experiments.grid", "experiments.tables",
     "experiments.plots", "experiments.next_line",
     "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
