@@ -10,7 +10,6 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
-from test_callback import TOKENS, Classifier, classifier_data, layer_weights, loader, sparsity, tiny_llama, trainer
 from torch import nn
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import cross_entropy
@@ -20,6 +19,7 @@ from statprune.checkpoint import load_model, verify
 from statprune.errors import CheckpointError, MaskError, RecipeError
 from statprune.finetuning import HeldMasks, refuse_sharded, remeasure
 from statprune.report import PruningReport, SiteReport
+from test_callback import Classifier, classifier_data, layer_weights, loader, sparsity, tiny_llama, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -367,7 +367,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 sys.path.insert(0, sys.argv[1])
-from test_callback import TOKENS, loader, tiny_llama, trainer
+from test_callback import loader, tiny_llama, trainer
 from test_finetuning import finetuning
 from statprune import CausalLM
 

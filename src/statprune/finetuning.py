@@ -39,14 +39,11 @@ class HeldMasks:
         self._parameter_of: dict[str, nn.Parameter] = {}
         self._keep_of: dict[nn.Parameter, Tensor] = {}
         for site in self.sites:
-            parameter = _parameter(model, site.parameter)
-            keep = parameter.detach() != 0
-            if (num_zeros := keep.numel() - int(keep.sum())) < site.num_zeros:
-                raise MaskError(
-                    f"{site.name} has {num_zeros:,} zeros, but {site.num_zeros:,} were recorded when it was pruned: weights "
-                    "grew back, or this is another model. Go on from a checkpoint that was saved with the mask held, or prune "
-                    "this model anew, with a new callback."
-                )
+            try:
+                parameter = model.get_parameter(site.parameter)
+            except AttributeError as e:
+                raise absent(site, model) from e
+            keep = keep_mask(site, parameter)
             self._parameter_of[site.name] = parameter
             self._keep_of[parameter] = keep
 
@@ -88,6 +85,23 @@ class HeldMasks:
                 )
 
 
+def keep_mask(site: SiteReport, parameter: Tensor) -> Tensor:
+    """Where a pruned weight is not zero: bool, of the parameter's shape. MaskError where it has fewer zeros than recorded."""
+    keep = parameter.detach() != 0
+    if (num_zeros := keep.numel() - int(keep.sum())) < site.num_zeros:
+        raise MaskError(
+            f"{site.name} has {num_zeros:,} zeros, but {site.num_zeros:,} were recorded when it was pruned: weights grew "
+            "back, or this is another model. Go on from a checkpoint that was saved with the mask held, or prune this "
+            "model anew."
+        )
+    return keep
+
+
+def absent(site: SiteReport, model: nn.Module) -> MaskError:
+    """The error for a pruned weight that the model does not have."""
+    return MaskError(f"{type(model).__name__} has no parameter {site.parameter}, which was pruned. Is this another model?")
+
+
 def refuse_sharded(model: nn.Module) -> None:
     """Raise MaskError, naming it, for a parameter of which this process holds a part only."""
     for name, parameter in model.named_parameters():
@@ -104,13 +118,6 @@ def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:
         weight = model.get_parameter(site.parameter).detach()
         sites.append(replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight)))
     return replace(report, sites=sites)
-
-
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    try:
-        return model.get_parameter(name)
-    except AttributeError as e:
-        raise MaskError(f"{type(model).__name__} has no parameter {name}, which was pruned. Is this another model?") from e
 
 
 def _parameters_of(optimizer: Optimizer) -> Iterable[nn.Parameter]:
