@@ -294,6 +294,14 @@ def test_transposed_storage():
     assert all((module.model.get_parameter(site.parameter) == 0).float().mean() == 0.5 for site in callback.report.sites)
 
 
+def test_calibrating_on_training_data_takes_no_batch_from_a_loader_that_keeps_its_workers():
+    watch = Watch()
+    training = loader(num_workers=1, persistent_workers=True)
+    callback = StatisticalPruning(RECIPE, calibration_batches=2, then="finetune")
+    trainer(watch, callback, max_epochs=1).fit(CausalLM(tiny_llama()), training, loader())
+    assert watch.steps == len(training)
+
+
 def test_validate_prunes_once_and_a_fit_after_it_holds_that_mask():
     module, callback = CausalLM(tiny_llama(), learning_rate=1e-2), finetuning()
     measured = trainer(callback).validate(module, loader(), verbose=False)[0]

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from statprune.batches import is_transformers_model
@@ -289,13 +290,21 @@ class StatisticalPruning(Callback):
         if own_loader is not None:
             return iter(own_loader())
         if trainer.train_dataloader is not None:
-            return iter(trainer.train_dataloader)
+            return _fresh_iterator(trainer.train_dataloader)
         if training_loader is not None:
             return iter(training_loader())
         raise CalibrationError(
             "StatisticalPruning has no calibration data: give it a `dataloader`, define `calibration_dataloader` in the "
             "DataModule or the LightningModule, or have training data. It does not take the validation data by itself."
         )
+
+
+def _fresh_iterator(loader: Any) -> Iterator[Any]:
+    """An iterator of its own: a loader that keeps its workers has but one, which the training is reading."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)
+        loader._iterator = None
+    return iter(loader)
 
 
 def _is_validate(trainer: Trainer) -> bool:
