@@ -294,6 +294,21 @@ def test_transposed_storage():
     assert all((module.model.get_parameter(site.parameter) == 0).float().mean() == 0.5 for site in callback.report.sites)
 
 
+def test_an_exception_lets_the_optimizer_go_and_the_zeros_stay():
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise ValueError("on purpose")
+
+    module, callback = CausalLM(tiny_llama(), learning_rate=1e-2), finetuning(probe=False)
+    fit = trainer(callback, Fails(), max_epochs=1)
+    with pytest.raises(ValueError, match="on purpose"):
+        fit.fit(module, loader(), loader())
+    assert not fit.optimizers[0]._optimizer_step_post_hooks
+    assert sparsity(module) == 0.5
+    trainer(callback, max_epochs=1).fit(module, loader(), loader())
+    assert callback.report.finetuning_steps == 1 + 3
+
+
 def test_calibrating_on_training_data_takes_no_batch_from_a_loader_that_keeps_its_workers():
     watch = Watch()
     training = loader(num_workers=1, persistent_workers=True)
@@ -355,7 +370,7 @@ def test_every_checkpoint_has_the_zeros_and_resuming_from_any_holds_the_same_mas
         trainer(finetuning(), max_epochs=2).fit(CausalLM(tiny_llama()), loader(), loader(), ckpt_path=tmp_path / "regrown.ckpt")
 
 
-def test_an_average_that_begins_after_the_pruning_keeps_the_zeros_and_one_from_before_is_an_error():
+def test_an_average_that_begins_after_the_pruning_keeps_the_zeros_and_one_from_before_is_an_error(tmp_path):
     module = CausalLM(tiny_llama(), learning_rate=1e-2)
     callback = finetuning()
     fit = trainer(EMAWeightAveraging(decay=0.5), callback, max_epochs=2)
@@ -363,6 +378,11 @@ def test_an_average_that_begins_after_the_pruning_keeps_the_zeros_and_one_from_b
     assert sparsity(module) == 0.5
     assert fit.callback_metrics["pruned_sparsity"] == 0.5
     assert fit.callback_metrics["pruned_perplexity"] == pytest.approx(fit.callback_metrics["val_perplexity"].item(), rel=1e-6)
+
+    fit.save_checkpoint(path := tmp_path / "average.ckpt")
+    resumed = trainer(EMAWeightAveraging(decay=0.5), finetuning(), max_epochs=3)
+    resumed.fit(CausalLM(tiny_llama(seed=5), learning_rate=1e-2), loader(), loader(), ckpt_path=path)
+    assert all(torch.equal(now, zeros(module)[name]) for name, now in zeros(resumed.lightning_module).items())
 
     never = EMAWeightAveraging(decay=0.5, update_starting_at_step=100)
     with pytest.raises(MaskError, match="an average of weights that began before"):
