@@ -31,7 +31,7 @@ class HeldMasks:
             become exactly zero cannot be told from a pruned one, and is held as well.
 
     Raises:
-        MaskError: a weight has fewer zeros than recorded, or is sharded, or does not exist.
+        MaskError: a weight has fewer zeros than recorded, or does not exist.
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[SiteReport]) -> None:
