@@ -258,6 +258,7 @@ trainer:
           compensation: {name: energy, clamp: [0.5, 2.0]}
           ignore: ["*.mlp.down_proj"]
         calibration_batches: 2
+        then: finetune
 model:
   model: %(model)s
 data:
@@ -282,6 +283,7 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     assert (weights["model.model.layers.0.mlp.down_proj.weight"] != 0).all()
     callback = next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
     assert callback.recipe.criterion["alpha"] == 0.25
+    assert callback.then == "finetune"
 
 
 DDP_SCRIPT = """

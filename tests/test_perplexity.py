@@ -136,3 +136,12 @@ def test_evaluate_counts_every_token_but_the_first_of_each_window(batch_size):
 def test_evaluate_refuses_what_has_no_next_token():
     with pytest.raises(CalibrationError, match="at least 2 tokens"):
         evaluate(Echo(), torch.zeros(3, 1, dtype=torch.int64))
+
+
+def test_a_metric_that_was_reset_in_inference_mode_measures_on_outside_of_it():
+    metric = Perplexity()
+    with torch.inference_mode():
+        metric.update(torch.zeros(2, 4), torch.tensor([0, 1]))
+        metric.reset()
+    metric.update(torch.zeros(2, 4), torch.tensor([0, 1]))
+    assert metric.compute() == pytest.approx(4.0)

@@ -18,6 +18,7 @@ from statprune.statistics import InputMoments
 
 if TYPE_CHECKING:
     from statprune.callback import StatisticalPruning
+    from statprune.lora import merge_adapters
     from statprune.modules import CausalLM, TextData
     from statprune.perplexity import Perplexity
 
@@ -33,12 +34,19 @@ __all__ = [
     "StatpruneError",
     "TextData",
     "Unstructured",
+    "merge_adapters",
     "plan",
     "prune",
 ]
 
 # Lightning and torchmetrics take seconds to import, and `prune` needs neither.
-_IMPORTED_AT_USE = {"StatisticalPruning": "callback", "CausalLM": "modules", "TextData": "modules", "Perplexity": "perplexity"}
+_IMPORTED_AT_USE = {
+    "StatisticalPruning": "callback",
+    "CausalLM": "modules",
+    "TextData": "modules",
+    "Perplexity": "perplexity",
+    "merge_adapters": "lora",
+}
 
 
 def __getattr__(name: str) -> Any:

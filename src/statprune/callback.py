@@ -4,33 +4,39 @@
                        the loop: measures the pruned model           epoch end: log            weights stay pruned
     trainer.fit        every validation is a probe: calibrate and prune a twin, measure both, log, forget the twin
                        train end: calibrate and prune in place
+    trainer.fit with   train start: calibrate and prune in place     from then on: pruned weights are held at zero
+    then="finetune"    every validation: measures the sparse model   train end: check the zeros, write the output
 
 A probe never touches the training weights, the modes, or the random state: EarlyStopping, schedulers, averaging callbacks
 and checkpoints see the training run that they would have seen without it.
 """
 
-import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from statprune.batches import is_transformers_model
 from statprune.checkpoint import refuse_existing, save
-from statprune.compress import PruningPlan, plan, prune
-from statprune.errors import CalibrationError
-from statprune.perplexity import Perplexity
+from statprune.compress import plan, prune
+from statprune.errors import CalibrationError, MaskError, RecipeError
+from statprune.finetuning import HeldMasks, refuse_sharded, remeasure
+from statprune.probing import Measurement, model_inputs
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
-from statprune.tracing import eval_mode
+
+Then = Literal["stop", "finetune"]
 
 
 class StatisticalPruning(Callback):
@@ -43,8 +49,13 @@ class StatisticalPruning(Callback):
         dataloader: calibration batches. Default: `calibration_dataloader()` of the DataModule or the LightningModule, or
             else the training data. Never the validation data: its perplexity would be flattered.
         calibration_batches: how many batches of it, at most.
-        probe: whether to measure a pruned twin at every validation of `fit`.
-        output: folder for the pruned model (transformers models only), written and verified when the weights have landed.
+        probe: whether to measure a pruned twin at every validation of `fit`; with `then="finetune"`, the sparse model itself.
+        output: folder for the pruned model (transformers models only), written and verified when the weights have landed;
+            with `then="finetune"`, when `fit` ends.
+        then: what follows the pruning. `"stop"`: nothing, so `fit` trains the dense model and prunes it at the end.
+            `"finetune"`: `fit` prunes at the start and trains what is left, with the pruned weights held at exactly zero. A
+            model that this callback has pruned already, in `validate` or before the checkpoint that `fit` resumes from, is
+            not pruned again.
 
     A batch becomes the inputs of `forward` like this: a dict by the names that `forward` knows, a tuple by position as far
     as `forward` requires arguments (so `(x, y)` gives `x`), a tensor as it is. A LightningModule that needs something else
@@ -52,7 +63,7 @@ class StatisticalPruning(Callback):
 
     Logged at the end of each validation, and so known to `ModelCheckpoint(monitor=...)`:
     `dense_perplexity` and `pruned_perplexity` where the model predicts tokens or classes (from `labels`, or the second of
-    a tuple), `pruned_output_error` (relative, root mean square; probes only), `pruned_sparsity` and `pruned_energy_ratio`
+    a tuple), `pruned_output_error` (relative, root mean square; twins only), `pruned_sparsity` and `pruned_energy_ratio`
     (over the pruned weights).
 
     Attributes:
@@ -67,18 +78,24 @@ class StatisticalPruning(Callback):
         calibration_batches: int = 128,
         probe: bool = True,
         output: str | None = None,
+        then: Then = "stop",
     ) -> None:
         super().__init__()
+        if then not in get_args(Then):
+            raise RecipeError(f"StatisticalPruning(then={then!r}): expected 'stop' or 'finetune'.")
         self.recipe = recipe or Recipe()
         self.module = module
         self.dataloader = dataloader
         self.calibration_batches = calibration_batches
         self.probe = probe
         self.output = output
+        self.then = then
         self.report: PruningReport | None = None
         self.landed: dict[str, Any] | None = None
         self._batches: list[Any] | None = None
-        self._measuring: _Measurement | None = None
+        self._measuring: Measurement | None = None
+        self._masks: HeldMasks | None = None
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def state_key(self) -> str:
@@ -86,26 +103,36 @@ class StatisticalPruning(Callback):
         return str(self._generate_state_key(recipe=self.recipe.to_dict(), module=self.module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the weights were pruned, and a summary; the zeros themselves are in the weights."""
-        return {"landed": self.landed}
+        """Whether the weights were pruned, and the report; the zeros themselves are in the weights."""
+        return {"landed": copy.deepcopy(self.landed)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the summary over."""
-        self.landed = state_dict["landed"]
+        """Take the report over."""
+        self.landed = copy.deepcopy(state_dict["landed"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an output that exists before anything runs."""
+        """Refuse an output that exists, and sharded weights to fine-tune, before anything runs."""
         if self.output is not None:
             refuse_existing(self.output)
+        if self.then == "finetune" and isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise MaskError(
+                f'StatisticalPruning(then="finetune") under {type(trainer.strategy).__name__}: masks are held on whole '
+                'weights, and this strategy may shard them. Use one device, or strategy="ddp".'
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate; in `validate` prune in place, in `fit` a twin."""
+        """Calibrate; in `validate` prune in place, in `fit` a twin. What is sparse already is only measured."""
         self._measuring = None
         in_place = _is_validate(trainer)
         if trainer.sanity_checking or not (self.probe or in_place):
             return
         target = self._target(pl_module)
-        measuring = _Measurement(pl_module, target, trainer)
+        measuring = Measurement(pl_module, target, trainer)
+        self._measuring = measuring
+        if self.then == "finetune" and self.landed is not None:
+            if in_place:
+                HeldMasks(target, self._landed_report().sites)  # pruned before: refuse weights that grew back since
+            return
         with isolate_rng():
             batches = self._calibration(trainer, pl_module, target)
             if in_place:
@@ -115,15 +142,18 @@ class StatisticalPruning(Callback):
             else:
                 measuring.twin = plan(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
                 self.report = measuring.twin.report
-        self._measuring = measuring
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure the pruned model, and in a probe the dense one, on this batch."""
-        if self._measuring is not None:
-            with isolate_rng():
-                self._measuring.add(batch, dense=not _is_validate(trainer), pruned=True)
+        if self._measuring is None:
+            return
+        with isolate_rng():
+            self._measuring.add(batch, dense=self._measuring.twin is not None, pruned=True)
+        if self.then == "finetune" and batch_idx == dataloader_idx == 0:
+            # Here and not when the epoch ends: an averaging callback may put its weights in place for these batches only.
+            self.report = remeasure(self._landed_report(), self._measuring.target)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and let the twin go."""
@@ -139,25 +169,92 @@ class StatisticalPruning(Callback):
             pl_module.log(name, torch.tensor(value, dtype=torch.float32, device=pl_module.device), sync_dist=True)
         self._measuring = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """To fine-tune: prune in place, unless that was done before, and hold the mask from here on."""
+        if self.then != "finetune":
+            return
+        target = self._target(pl_module)
+        refuse_sharded(target)
+        if self.landed is None:
+            with isolate_rng():
+                self._land(trainer, pl_module, self._calibration(trainer, pl_module, target))
+        self._masks = HeldMasks(target, self._landed_report().sites)
+        for optimizer in trainer.optimizers:
+            self._masks.mask_optimizer_state(optimizer)
+            # A hook of the optimizer and not `on_train_batch_end`: it follows each step of each optimizer, manual ones too, and
+            # no other step; and it precedes whatever looks at the weights (averages, checkpoints, the module's own hooks).
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With manual optimization the module may clip before it steps, so gradients are masked as they come."""
+        if self._masks is not None and not pl_module.automatic_optimization:
+            self._masks.mask_gradients()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Mask the gradients; Lightning clips after this."""
+        if self._masks is not None:
+            self._masks.mask_gradients()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self._masks is not None
+        assert self.landed is not None
+        self._masks.mask_weights(optimizer)
+        self._masks.mask_optimizer_state(optimizer)
+        self.landed["report"]["finetuning_steps"] += 1
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate on the trained weights and prune in place."""
-        with isolate_rng():
-            self._land(trainer, pl_module, self._calibration(trainer, pl_module, self._target(pl_module)))
+        """Calibrate on the trained weights and prune in place; or, after fine-tuning, check that every zero is there."""
+        if self._masks is None:
+            with isolate_rng():
+                batches = self._calibration(trainer, pl_module, self._target(pl_module))
+                self._land(trainer, pl_module, batches)
+            return
+        self._masks.check()
+        self._release()
+        self._record(trainer, remeasure(self._landed_report(), self._target(pl_module)))
+        self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the optimizers go."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the optimizers go."""
+        self._release()
+
+    def _release(self) -> None:
+        self._masks = None
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _land(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any]) -> None:
         target = self._target(pl_module)
-        self.report = prune(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
+        report = prune(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
+        self._record(trainer, report)
+        if self.then == "stop":
+            self._save(trainer, pl_module)
+
+    def _landed_report(self) -> PruningReport:
+        assert self.landed is not None
+        return PruningReport.from_dict(self.landed["report"])
+
+    def _record(self, trainer: Trainer, report: PruningReport) -> None:
+        self.report = report
         self.landed = {
-            "recipe": self.report.recipe,
-            "sparsity": self.report.sparsity,
-            "energy_ratio": self.report.energy_ratio,
+            "recipe": report.recipe,
+            "sparsity": report.sparsity,
+            "energy_ratio": report.energy_ratio,
             "global_step": trainer.global_step,
+            "report": report.to_dict(),
         }
-        rank_zero_info(f"StatisticalPruning: {self.report}")
-        if self.output is not None and trainer.is_global_zero:
+        rank_zero_info(f"StatisticalPruning: {report}")
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the output, where one is asked for; every rank waits until it is written."""
+        if self.output is not None and self.report is not None and trainer.is_global_zero:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            protocol = {"source": "Lightning callback", "batches": len(batches)}
-            save(target, self.report, self.output, tokenizer=tokenizer, protocol=protocol)
+            protocol = {"source": "Lightning callback", "batches": self.report.num_batches}
+            save(self._target(pl_module), self.report, self.output, tokenizer=tokenizer, protocol=protocol)
         trainer.strategy.barrier()
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
@@ -193,7 +290,7 @@ class StatisticalPruning(Callback):
         if own_loader is not None:
             return iter(own_loader())
         if trainer.train_dataloader is not None:
-            return iter(trainer.train_dataloader)
+            return _fresh_iterator(trainer.train_dataloader)
         if training_loader is not None:
             return iter(training_loader())
         raise CalibrationError(
@@ -202,107 +299,17 @@ class StatisticalPruning(Callback):
         )
 
 
-class _Measurement:
-    """Dense and pruned quality over one validation epoch."""
-
-    def __init__(self, pl_module: LightningModule, target: nn.Module, trainer: Trainer) -> None:
-        self.pl_module, self.target, self.trainer = pl_module, target, trainer
-        self.twin: PruningPlan | None = None
-        self.perplexities: dict[str, Perplexity] = {}
-        self.error_sq = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
-
-    @torch.no_grad()
-    def add(self, batch: Any, *, dense: bool = False, pruned: bool = False) -> None:
-        """Run the model on a validation batch, dense, pruned or both."""
-        device = self.pl_module.device
-        inputs = move_data_to_device(model_inputs(self.pl_module, self.target, batch), device)
-        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
-        results = {}
-        with eval_mode(self.target), self.trainer.precision_plugin.val_step_context():
-            if dense:
-                results["dense"] = _predictions(self.target(*args, **kwargs))
-            if pruned:
-                weights = self.twin.weights if self.twin is not None else {}
-                results["pruned"] = _predictions(functional_call(self.target, weights, args, kwargs))
-        for name, predictions in results.items():
-            if predictions is not None and (scored := self._scored(predictions, inputs, batch)) is not None:
-                metric = self.perplexities.setdefault(f"{name}_perplexity", Perplexity().to(device))
-                metric.update(scored[0], scored[1].to(device))
-        if len(results) == 2 and results["dense"] is not None and results["pruned"] is not None:
-            dense_values, difference = results["dense"].double(), (results["pruned"].double() - results["dense"].double())
-            self.error_sq += torch.stack([difference.square().sum(), dense_values.square().sum()])
-
-    def values(self) -> dict[str, float]:
-        """What was measured, over all ranks."""
-        values = {name: float(metric.compute()) for name, metric in self.perplexities.items()}
-        if self.twin is not None:
-            difference, dense = self.trainer.strategy.reduce(self.error_sq, reduce_op="sum").tolist()
-            if dense:
-                values["pruned_output_error"] = (difference / dense) ** 0.5
-        return values
-
-    def _scored(self, predictions: Tensor, inputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
-        """(logits, targets) where the model predicts tokens or classes that the batch knows; None where it does not."""
-        target = batch.get("labels") if isinstance(batch, Mapping) else None
-        if target is None and isinstance(batch, tuple | list) and len(batch) > 1:
-            target = batch[1]
-        if _is_causal(self.target) and isinstance(inputs, dict):
-            tokens = target if isinstance(target, Tensor) else inputs.get("input_ids")
-            if not isinstance(tokens, Tensor) or tokens.shape != predictions.shape[:-1]:
-                return None
-            mask = inputs.get("attention_mask")
-            padding = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device) == 0
-            return predictions[:, :-1], tokens.long().masked_fill(padding, -100)[:, 1:]
-        if isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == predictions.shape[:-1]:
-            return predictions, target
-        return None
-
-
-def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> Any:
-    """The inputs of `target.forward` in a batch of this LightningModule's loaders: a dict, or a tuple."""
-    if hasattr(pl_module, "calibration_inputs"):
-        batch = pl_module.calibration_inputs(batch)
-        return batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    parameters = [
-        parameter
-        for parameter in inspect.signature(target.forward).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if isinstance(batch, Mapping):
-        # A transformers model makes its decoder inputs of labels; another model would return its loss for them.
-        known = {parameter.name for parameter in parameters} - (set() if is_transformers_model(target) else {"labels"})
-        return {name: value for name, value in batch.items() if name in known}
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    required = sum(parameter.default is parameter.empty for parameter in parameters)
-    values = tuple(batch)[: max(1, required)]
-    if is_transformers_model(target):
-        return {"input_ids" if not values[0].is_floating_point() else target.main_input_name: values[0]}
-    return values
-
-
-def _predictions(output: Any) -> Tensor | None:
-    """The tensor that a model predicts with: its logits, its only tensor, or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, Mapping):
-        logits = output.get("logits", next(iter(output.values()), None))
-    if logits is None and isinstance(output, tuple | list) and output:
-        logits = output[0]
-    return logits if isinstance(logits, Tensor) else None
+def _fresh_iterator(loader: Any) -> Iterator[Any]:
+    """An iterator of its own: a loader that keeps its workers has but one, which the training is reading."""
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
+        loader = copy.copy(loader)
+        loader._iterator = None
+    return iter(loader)
 
 
 def _is_validate(trainer: Trainer) -> bool:
     """Whether this is `trainer.validate`; `trainer.validating` is also true while `fit` validates."""
     return bool(trainer.state.fn == TrainerFn.VALIDATING)
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Whether logits at a position are for the next token."""
-    if not is_transformers_model(model):
-        return False
-    return bool(model.can_generate() and not model.config.is_encoder_decoder)  # type: ignore[operator,union-attr]
 
 
 def _validation_batches(trainer: Trainer) -> Iterator[Any]:

@@ -40,13 +40,13 @@ def _parser() -> ArgumentParser:
 
 
 def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> None:
-    """A function's parameters as options: the model or folder by position, lists as several words."""
+    """A function's parameters as options: the model, folder or adapter by position, lists as several words."""
     helps = {parameter.arg_name: parameter.description for parameter in parse_docstring(function.__doc__ or "").params}
     types = get_type_hints(function)
     for name, parameter in signature(function).parameters.items():
         option = f"--{name.replace('_', '-')}"
         settings: dict[str, Any] = {"help": helps[name]}
-        if name in ("model", "folder", "name") and types[name] is str:
+        if name in ("model", "folder", "name", "adapter") and types[name] is str:
             parser.add_argument(name, metavar=name.upper(), type=str, **settings)
         elif types[name] is bool:
             parser.add_argument(option, action="store_true", **settings)

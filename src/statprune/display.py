@@ -170,6 +170,19 @@ def show_verified(folder: str, record: dict[str, Any]) -> None:
     )
 
 
+def show_merged(before: PruningReport, after: PruningReport, output: str) -> None:
+    """The end of `statprune merge`."""
+    pairs = zip(before.sites, after.sites, strict=True)
+    num_changed = sum(old.energy_after != new.energy_after for old, new in pairs)
+    console.print(
+        f"{num_changed} of {len(after.sites)} pruned weights have changed; zeros: {100 * before.sparsity:.2f} % before, "
+        f"{100 * after.sparsity:.2f} % now; energy: {100 * before.energy_ratio:.1f} % of dense before, "
+        f"{100 * after.energy_ratio:.1f} % now\n"
+        f"[bold green]saved and verified:[/] {escape(output)}",
+        soft_wrap=True,
+    )
+
+
 def show_walk_cost(cost: Any, num_tokens: int, *, as_json: bool) -> None:
     """The end of `statprune benchmark`."""
     if as_json:

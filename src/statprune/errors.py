@@ -41,6 +41,14 @@ class CheckpointError(StatpruneError, RuntimeError):
     """A checkpoint cannot be written, or does not keep a promise of its `pruning.json`."""
 
 
+class MaskError(StatpruneError, RuntimeError):
+    """Weights that were pruned are no longer zero, or cannot be held at zero."""
+
+
+class AdapterError(StatpruneError, ValueError):
+    """An adapter cannot be loaded, or cannot be merged into a sparse model."""
+
+
 class ResultsError(StatpruneError, ValueError):
     """A file of results cannot be read, or holds numbers that do not compare with this run."""
 

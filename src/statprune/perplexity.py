@@ -58,8 +58,9 @@ class Perplexity(Metric):
         logits_TV, target_T = preds.flatten(0, -2), target.flatten()
         for logits, targets in zip(logits_TV.split(TOKENS_PER_CHUNK), target_T.split(TOKENS_PER_CHUNK), strict=True):
             losses = cross_entropy(logits.float(), targets, ignore_index=self.ignore_index, reduction="none")
-            self.negative_log_likelihood += losses.sum(dtype=torch.float64)
-        self.num_tokens += (target_T != self.ignore_index).sum()
+            # Not in place: a reset in inference mode, as at the end of `trainer.validate`, leaves tensors that refuse it later.
+            self.negative_log_likelihood = self.negative_log_likelihood + losses.sum(dtype=torch.float64)
+        self.num_tokens = self.num_tokens + (target_T != self.ignore_index).sum()
 
     def update_next_token(self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         """Add a causal model's predictions: logits [batch, length, vocabulary] at a position are for the next token.

@@ -1,7 +1,8 @@
 """What a run did, as data: the record that goes into `pruning.json`, and a text of it for people."""
 
 import platform
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -54,6 +55,21 @@ class PruningReport:
     """`trace`, `check`, `walk`, `prune`; a command adds `save`."""
     fallback_reason: str | None = None
     """Why module hooks were used instead of the graph."""
+    finetuning_steps: int = 0
+    """Optimizer steps taken after pruning, with the pruned weights held at zero."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":
+        """The report that `to_dict` gave this data, with or without what a `pruning.json` adds to it.
+
+        Raises:
+            KeyError: the recipe, the schedule or a value of a weight is missing.
+        """
+        own = {one.name: data[one.name] for one in fields(cls) if one.name in data or one.name in ("recipe", "schedule")}
+        names = {kind: [one.name for one in fields(kind)] for kind in (SiteReport, LeftOut)}
+        own["sites"] = [SiteReport(**_pick(site, names[SiteReport])) for site in data["sites"]]
+        own["left_out"] = [LeftOut(**_pick(one, names[LeftOut])) for one in data["left_out"]]
+        return cls(**own)
 
     @property
     def sparsity(self) -> float:
@@ -80,7 +96,13 @@ class PruningReport:
             f"{len(self.sites)} weights, {self.num_weights:,} parameters: {100 * self.sparsity:.2f} % are zero now, "
             f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, "
             f"{self.num_tokens:,} calibration tokens; {took}"
+            + (f"; {self.finetuning_steps:,} steps of fine-tuning" if self.finetuning_steps else "")
         )
+
+
+def _pick(data: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """These values; lists, which is what JSON makes of a shape, as tuples again."""
+    return {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
 
 
 def versions() -> dict[str, str]:

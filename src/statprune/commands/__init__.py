@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from statprune.commands.measurements import benchmark, compare, experiment, quickstart
-from statprune.commands.models import evaluate, inspect, prune, verify
+from statprune.commands.models import evaluate, inspect, merge, prune, verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
@@ -11,6 +11,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "inspect": inspect,
     "verify": verify,
+    "merge": merge,
     "compare": compare,
     "experiment": experiment,
     "benchmark": benchmark,

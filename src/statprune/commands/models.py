@@ -1,4 +1,4 @@
-"""The commands about one model: prune, evaluate, inspect, verify."""
+"""The commands about one model: prune, evaluate, inspect, verify, merge."""
 
 from typing import Any, Literal
 
@@ -153,3 +153,33 @@ def verify(folder: str) -> None:
     with display.progress("verifying") as progress:
         record = verify_folder(folder, progress)
     display.show_verified(folder, record)
+
+
+def merge(model: str, adapter: str, output: str) -> None:
+    """Merge a LoRA adapter into a pruned model, only where its weights are not zero, and save the result, verified.
+
+    Args:
+        model: Folder that `statprune prune` wrote, the one that the adapter was trained on.
+        adapter: Folder that the adapter was saved to with save_pretrained (safetensors only).
+        output: Folder to write; must not exist.
+    """
+    from pathlib import Path
+
+    import statprune.checkpoint as checkpoint
+    from statprune.finetuning import remeasure
+    from statprune.lora import check_adapter_folder, load_adapter, merge_adapters
+    from statprune.report import PruningReport
+
+    checkpoint.refuse_existing(output)
+    check_adapter_folder(adapter)
+    with display.progress("verifying") as progress:
+        record = checkpoint.verify(model, progress)
+    before = PruningReport.from_dict(record)
+    merged = merge_adapters(load_adapter(checkpoint.load_model(model), adapter), before)
+    after = remeasure(before, merged)
+    has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
+    protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
+    checkpoint.save(
+        merged, after, output, tokenizer=checkpoint.load_tokenizer(model) if has_tokenizer else None, protocol=protocol
+    )
+    display.show_merged(before, after, output)
