@@ -10,16 +10,16 @@ import pytest
 import statprune
 
 ORDER = [
-    "errors", "statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt", "methods", "recipe", "graph",
-    "token_masks", "sites", "selection", "batches", "segments",
-    "tracing", "walk", "hooks", "transform", "report", "compress", "survey", "perplexity", "data", "checkpoint", "modules",
-    "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
+    "errors", "statistics", "criteria", "patterns", "allocation", "compensation", "pruning", "sparsegpt", "methods", "recipe",
+    "graph", "token_masks", "sites", "selection", "batches", "losses", "segments",
+    "tracing", "walk", "hooks", "transform", "report", "allocating", "compress", "survey", "perplexity", "data", "checkpoint",
+    "modules", "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
     "experiments", "experiments.results", "experiments.published", "experiments.grid", "experiments.tables",
     "experiments.plots", "experiments.next_line",
     "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
     "display", "commands.shared", "commands.models", "commands.measurements", "commands", "cli",
 ]  # fmt: skip
-PURE = ["statistics", "criteria", "patterns", "compensation", "pruning", "sparsegpt"]
+PURE = ["statistics", "criteria", "patterns", "allocation", "compensation", "pruning", "sparsegpt"]
 
 PACKAGE = Path(statprune.__file__).parent
 
