@@ -169,7 +169,7 @@ def least_loss_sparsities(rates: Tensor, points: Tensor, sizes: Tensor, target: 
         share = torch.where(above > below, (price - below) / (above - below), 0.0).clamp(0, 1)
         return points[low] + share * (points[high] - points[low])
 
-    margin = (per_weight.max() - per_weight.min()).clamp_min(torch.finfo(torch.float64).tiny)
+    margin = per_weight.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     low, high = per_weight.min() - margin, per_weight.max() + margin
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

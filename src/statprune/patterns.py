@@ -118,7 +118,8 @@ class Counted:
         least = int(in_row_O.min())
         keep = keep_highest(score, score.shape[-1] - least)
         one_more = (in_row_O > least).nonzero()[:, 0].to(score.device)
-        keep[..., one_more, :] = keep_highest(score[..., one_more, :], score.shape[-1] - least - 1)
+        if len(one_more):
+            keep[..., one_more, :] = keep_highest(score[..., one_more, :], score.shape[-1] - least - 1)
         return keep
 
     def fits(self, in_features: int) -> bool:

@@ -222,7 +222,8 @@ def labelled(method: Method, **others: Any) -> tuple[str, Recipe]:
         )
     others = {**others, **settings}
     recipe = Recipe.parse(method["method"], **others) if "method" in method else Recipe(**others)
-    return str(method.get("label", recipe.method)), recipe
+    shared_out = "" if recipe.to_dict()["allocation"] == {"name": "uniform"} else f" ({recipe.to_dict()['allocation']['name']})"
+    return str(method.get("label", recipe.method + shared_out)), recipe
 
 
 def _are_names(names: object) -> bool:
