@@ -1,6 +1,7 @@
 """Allocation from end to end, on models of a few hundred weights."""
 
 import json
+import math
 import re
 import socket
 
@@ -14,6 +15,7 @@ from statprune.allocating import allocate, error_energy
 from statprune.batches import bind_batches
 from statprune.checkpoint import save, verify
 from statprune.errors import CalibrationError, CheckpointError, NonFiniteError, SiteError
+from statprune.losses import TOKENS_PER_CHUNK, total_divergence
 from statprune.patterns import Counted, Unstructured
 from statprune.pruning import PrunedWeight
 from statprune.selection import select
@@ -82,7 +84,7 @@ def test_sensitivity_prunes_what_the_loss_does_not_feel(batches):
     sparsity = {site.name: site.sparsity for site in twin.report.sites}
     attention = [name for name in sparsity if "layers.0.self_attn" in name]
     assert len(attention) == 4
-    assert all(sparsity[name] == pytest.approx(0.8, abs=0.02) for name in attention)
+    assert all(sparsity[name] > 0.65 for name in attention)
 
 
 def test_uniform_does_what_was_done_before_and_measures_nothing(model, batches, traced):
@@ -190,6 +192,17 @@ def test_the_error_is_that_of_the_output_exactly_with_a_gram_and_by_channels_wit
     assert alone == pytest.approx(float((channels @ (weight * ~keep).T).square().sum()), rel=1e-5)
 
 
+def test_the_divergence_is_that_of_the_distributions():
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL = log(2 / sqrt(3)); the logits' own level says nothing.
+    expected, predicted = torch.tensor([[5.0, 5.0]]), torch.tensor([[0.0, math.log(3)]])
+    assert float(total_divergence(expected, predicted)) == pytest.approx(math.log(2 / math.sqrt(3)))
+    many = torch.randn(2, TOKENS_PER_CHUNK, 3)
+    p, q = many.softmax(-1), (2 * many).softmax(-1)
+    by_hand = (p * (p / q).log()).sum(dtype=torch.float64)
+    assert float(total_divergence(many, 2 * many)) == pytest.approx(float(by_hand), rel=1e-5)
+    assert float(total_divergence(many, many + 3)) == pytest.approx(0, abs=1e-3)
+
+
 def test_progress_is_shown_for_every_layer_that_is_measured(model, batches, traced):
     seen = []
     recipe = Recipe.parse("wanda", pattern="50%", allocation="sensitivity")
@@ -212,9 +225,12 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_changed(batches):
     silent = Silent()
     with refused(silent, CalibrationError, "Silent returns no tensor to compare. Use 'owl'"):
         statprune.prune(silent, [torch.randn(3, 4)], recipe)
-    model = llama()
-    with refused(model, CalibrationError, "hold nothing to predict. Expected sequences of two tokens or more"):
-        statprune.prune(model, [tokens(2, 1)], recipe)
+    zero = classifier()
+    with torch.no_grad():
+        zero[4].weight.zero_()
+        zero[4].bias.zero_()
+    with refused(zero, CalibrationError, "the model's output is 0 everywhere, or all padding"):
+        statprune.prune(zero, [torch.randn(3, 8)], recipe)
     recipe = Recipe.parse("sparsegpt:damping=1e-30", pattern="50%", allocation="sensitivity")
     huge = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with refused(huge, SiteError, "0: the Gram of its inputs cannot be factorised"):
@@ -223,8 +239,8 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_changed(batches):
 
 def test_a_loss_that_is_not_finite_names_the_layer(batches, monkeypatch):
     model = llama()
-    values = iter([1.0, float("nan"), *[1.0] * 20])
-    monkeypatch.setattr("statprune.allocating.total_loss", lambda *_: torch.tensor(next(values), dtype=torch.float64))
+    values = iter([float("nan"), *[1.0] * 20])
+    monkeypatch.setattr("statprune.allocating.total_divergence", lambda *_: torch.tensor(next(values), dtype=torch.float64))
     with refused(model, NonFiniteError, re.escape("is nan with model.layers.0.self_attn.q_proj pruned")):
         statprune.prune(model, batches, Recipe.parse("wanda", pattern="50%", allocation="sensitivity"))
 

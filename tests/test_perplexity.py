@@ -9,8 +9,7 @@ from torch import nn
 
 from statprune import Perplexity
 from statprune.errors import CalibrationError
-from statprune.losses import TOKENS_PER_CHUNK
-from statprune.perplexity import evaluate
+from statprune.perplexity import TOKENS_PER_CHUNK, evaluate
 
 
 def logits_and_targets(batch=3, length=7, vocabulary=11, seed=0):

@@ -28,7 +28,7 @@ from statprune.allocation import (
 from statprune.batches import ModelInputs
 from statprune.errors import CalibrationError, NonFiniteError, SiteError
 from statprune.hooks import observe_modules
-from statprune.losses import IGNORED, is_causal, next_tokens, predictions_of, total_loss
+from statprune.losses import is_causal, predictions_of, total_divergence
 from statprune.patterns import NM, Counted, Pattern, Unstructured
 from statprune.pruning import PrunedWeight
 from statprune.recipe import Recipe
@@ -169,7 +169,7 @@ class _Sensitivities:
         self.num_sites, self.progress = num_sites, progress
         self.errors: list[list[float]] = []
         self.names: list[str] = []
-        self.losses = [probe({})]
+        self.losses: list[Tensor] = []
 
     def __call__(self, group: InputGroup, moments: InputMoments) -> None:
         for site in group.sites:
@@ -194,24 +194,24 @@ class _Sensitivities:
             raise SiteError(f"{site.name}: {e}") from e
 
     def increases(self) -> Tensor:
-        """[sites], float64: of the loss per token, or the relative error energy of the output, over all ranks."""
+        """[sites], float64: the loss that each layer's pruning makes, over all ranks (see `_Probe`)."""
         totals = torch.stack(self.losses)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
         totals = totals.cpu()
         if not bool(totals[0, 1] > 0):
             raise CalibrationError(
-                "Allocation 'sensitivity': the probe batches hold nothing to predict. Expected sequences of two tokens or "
-                "more, and outputs other than 0. Nothing was changed."
+                "Allocation 'sensitivity': on the probe batches the model's output is 0 everywhere, or all padding. Expected "
+                "other batches first, or more `probes`. Nothing was changed."
             )
         losses = totals[:, 0] / totals[:, 1]
-        for name, loss in zip(["nothing", *self.names], losses, strict=True):
+        for name, loss in zip(self.names, losses, strict=True):
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(
                     f"Allocation 'sensitivity': the loss on the probe batches is {float(loss)} with {name} pruned. In float16, "
                     "try bfloat16 or float32. Nothing was changed."
                 )
-        return losses[1:] - losses[0]
+        return losses
 
 
 def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> float:
@@ -235,28 +235,30 @@ def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) ->
 class _Probe:
     """Measures the model with some weights replaced, as (numerator, denominator) of a mean over tokens or outputs.
 
-    A causal language model: the cross-entropy of the next token. Any other: the energy of the output's error over the energy
-    of the dense output, whose predictions on the probe batches are kept.
+    A causal language model: the divergence of its next-token distribution from the dense model's, per token. Any other: the
+    energy of the output's error over the energy of the dense output. The dense model's predictions on the probe batches are
+    kept: batch x length x vocabulary numbers for each.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[ModelInputs], forward_context: ForwardContext) -> None:
         self.model, self.batches, self.forward_context = model, batches, forward_context
-        is_language = is_causal(model) and all("input_ids" in batch.kwargs for batch in batches)
-        self.dense = None if is_language else [self._predict(batch, {}) for batch in batches]
+        self.is_language = is_causal(model)
+        self.dense = [self._predict(batch, {}) for batch in batches]
 
     def __call__(self, weights: dict[str, Tensor]) -> Tensor:
         """[2], float64."""
         return torch.stack([self._measure(number, batch, weights) for number, batch in enumerate(self.batches)]).sum(0)
 
     def _measure(self, number: int, batch: ModelInputs, weights: dict[str, Tensor]) -> Tensor:
-        predicted, mask = self._predict(batch, weights), batch.kwargs.get("attention_mask")
-        if self.dense is None:
-            target = next_tokens(batch.kwargs["input_ids"], mask)
-            return torch.stack([total_loss(predicted[:, :-1], target), (target != IGNORED).sum().double()])
-        expected, predicted = self.dense[number].double(), predicted.double()
+        expected, predicted = self.dense[number], self._predict(batch, weights)
+        mask = batch.kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == predicted.shape[:-1]:
             expected, predicted = (values[mask != 0] for values in (expected, predicted))
-        return torch.stack([(predicted - expected).square().sum(), expected.square().sum()])
+        if self.is_language:
+            num_tokens = predicted.numel() // predicted.shape[-1]
+            return torch.stack([total_divergence(expected, predicted), torch.tensor(num_tokens).to(predicted.device).double()])
+        expected = expected.double()
+        return torch.stack([(predicted.double() - expected).square().sum(), expected.square().sum()])
 
     def _predict(self, batch: ModelInputs, weights: dict[str, Tensor]) -> Tensor:
         with self.forward_context():

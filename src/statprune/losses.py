@@ -1,19 +1,15 @@
-"""What a model predicts, and how badly: shared by whatever measures a model."""
+"""What a model predicts, and how far that is from what it predicted before."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from statprune.batches import is_transformers_model
 
 TOKENS_PER_CHUNK = 1024
-"""Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""
-
-IGNORED = -100
-"""A target that does not count."""
+"""Logits are widened to float32 this many tokens at a time, as in `perplexity`."""
 
 
 def predictions_of(output: Any) -> Tensor | None:
@@ -35,31 +31,20 @@ def is_causal(model: nn.Module) -> bool:
     return bool(model.can_generate() and not model.config.is_encoder_decoder)  # type: ignore[operator,union-attr]
 
 
-def next_tokens(tokens: Tensor, attention_mask: Tensor | None = None, ignore_index: int = IGNORED) -> Tensor:
-    """The targets of a causal model's logits [batch, length - 1], int64, with `ignore_index` where the target is padding.
+def total_divergence(expected: Tensor, predicted: Tensor) -> Tensor:
+    """The sum over positions of the Kullback-Leibler divergence from what was expected, float64.
 
     Args:
-        tokens: [batch, length], int.
-        attention_mask: [batch, length], 0 where the token is padding.
-        ignore_index: see `total_loss`.
+        expected: [..., vocabulary], logits of any float dtype.
+        predicted: [..., vocabulary], logits of what is measured.
     """
-    target = tokens.long()
-    if attention_mask is not None:
-        target = target.masked_fill(attention_mask == 0, ignore_index)
-    return target[:, 1:]
-
-
-def total_loss(logits: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """The sum of the negative log-likelihoods, float64, from a float32 log-sum-exp.
-
-    Args:
-        logits: [..., vocabulary], any float dtype.
-        target: [...], int64.
-        ignore_index: targets with this value add nothing.
-    """
-    logits_TV, target_T = logits.flatten(0, -2), target.flatten()
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for part, targets in zip(logits_TV.split(TOKENS_PER_CHUNK), target_T.split(TOKENS_PER_CHUNK), strict=True):
-        losses = cross_entropy(part.float(), targets, ignore_index=ignore_index, reduction="none")
-        total += losses.sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=predicted.device)
+    pairs = (logits.flatten(0, -2).split(TOKENS_PER_CHUNK) for logits in (expected, predicted))
+    for expected_TV, predicted_TV in zip(*pairs, strict=True):
+        log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (expected_TV, predicted_TV))
+        p = log_p.exp()
+        # sum p d = sum p (d + e^-d - 1), as both distributions sum to 1. No term is negative, so that small ones do not drown
+        # in the rounding of large ones that cancel. What is impossible has a logarithm of -inf.
+        difference = torch.where(p > 0, log_p - log_q, 0.0)
+        total += (p * (difference + torch.expm1(-difference))).sum(dtype=torch.float64)
     return total

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from statprune.errors import CalibrationError
-from statprune.losses import next_tokens, total_loss
 from statprune.tracing import eval_mode
+
+TOKENS_PER_CHUNK = 1024
+"""Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""
 
 
 class Perplexity(Metric):
@@ -52,8 +55,11 @@ class Perplexity(Metric):
                 f"Perplexity.update(preds {tuple(preds.shape)}, target {tuple(target.shape)}): "
                 f"expected a target of shape {tuple(preds.shape[:-1])}, one for each logit vector."
             )
-        self.negative_log_likelihood += total_loss(preds, target, self.ignore_index)
-        self.num_tokens += (target != self.ignore_index).sum()
+        logits_TV, target_T = preds.flatten(0, -2), target.flatten()
+        for logits, targets in zip(logits_TV.split(TOKENS_PER_CHUNK), target_T.split(TOKENS_PER_CHUNK), strict=True):
+            losses = cross_entropy(logits.float(), targets, ignore_index=self.ignore_index, reduction="none")
+            self.negative_log_likelihood += losses.sum(dtype=torch.float64)
+        self.num_tokens += (target_T != self.ignore_index).sum()
 
     def update_next_token(self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         """Add a causal model's predictions: logits [batch, length, vocabulary] at a position are for the next token.
@@ -63,7 +69,10 @@ class Perplexity(Metric):
             tokens: [batch, length], int: the model's input, or its labels, where `ignore_index` does not count.
             attention_mask: [batch, length], 0 where the token is padding.
         """
-        self.update(logits[:, :-1], next_tokens(tokens, attention_mask, self.ignore_index))
+        target = tokens.long()
+        if attention_mask is not None:
+            target = target.masked_fill(attention_mask == 0, self.ignore_index)
+        self.update(logits[:, :-1], target[:, 1:])
 
     def compute(self) -> Tensor:
         """The perplexity of everything added, float64; NaN where nothing was."""

@@ -222,8 +222,10 @@ def labelled(method: Method, **others: Any) -> tuple[str, Recipe]:
         )
     others = {**others, **settings}
     recipe = Recipe.parse(method["method"], **others) if "method" in method else Recipe(**others)
-    shared_out = "" if recipe.to_dict()["allocation"] == {"name": "uniform"} else f" ({recipe.to_dict()['allocation']['name']})"
-    return str(method.get("label", recipe.method + shared_out)), recipe
+    assert isinstance(recipe.allocation, Mapping)
+    allocation = recipe.allocation["name"]
+    usual = recipe.method if allocation == "uniform" else f"{recipe.method} ({allocation})"
+    return str(method.get("label", usual)), recipe
 
 
 def _are_names(names: object) -> bool:
