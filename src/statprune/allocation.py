@@ -72,7 +72,9 @@ class Sensitivity:
     """
 
     spread: float = 0.1
-    """How far a layer's sparsity may be from the target, in [0, 1]."""
+    """How far a layer's sparsity may be from the target, in [0, 1]. CVR+EC at 70 % on a trained LLaMA of 20 M parameters
+    (perplexity 24.2 dense over all windows; one probe of 4 x 512 tokens, 30 windows of 512): 28.03 with the same sparsity
+    everywhere, 27.00 with 0.1, 27.70 with 0.2. What is extrapolated further from the target is known less well."""
 
     probes: int = 1
     """Calibration batches that the loss is measured on, >= 1; on each rank."""
