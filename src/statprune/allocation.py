@@ -64,8 +64,8 @@ class Sensitivity:
 
     For a causal language model dL_l is the Kullback-Leibler divergence of its next-token distribution from the dense model's:
     the increase of the cross-entropy that is to be expected where the dense model is right. The increase on the probes' own
-    next tokens estimates the same with far more noise, and was negative for a quarter of the layers of a trained model where the
-    divergence never is. For any other model it is the relative error energy of the output.
+    next tokens estimates the same with far more noise, and was negative for a quarter of the layers of a trained model, where
+    the divergence never is. For any other model it is the relative error energy of the output.
 
     Costs one pass of the dense model over the calibration batches, one forward pass over `probes` batches for each layer, and
     `allocating.NUM_POINTS` prunings of each layer more.
