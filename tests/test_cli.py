@@ -66,6 +66,15 @@ def test_parts_can_be_mappings_on_the_command_line(capsys, tmp_path, tiny_model_
     assert verify(tmp_path / "out")["sparsity"] == 0.25
 
 
+def test_the_sparsity_is_shared_out_on_the_command_line(capsys, tmp_path, tiny_model_folder, text):
+    output = tmp_path / "out"
+    options = ["--pattern", "50%", "--allocation", "owl:spread=0.1", "--calibration", text, "--samples", "2", "--seqlen", "16"]
+    assert main(["prune", tiny_model_folder, "--output", str(output), *options]) == 0
+    record = json.loads((output / "pruning.json").read_text())
+    assert record["recipe"]["allocation"] == {"name": "owl", "threshold": 5.0, "spread": 0.1, "sparsity": None}
+    assert {site["sparsity"] for site in record["sites"]} == {0.5}  # of one block
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,17 +10,19 @@ import pytest
 import statprune
 
 ORDER = [
-    "errors", "statistics", "factorisation", "criteria", "patterns", "least_squares", "compensation", "pruning", "sparsegpt",
-    "methods", "recipe", "graph",
-    "token_masks", "sites", "selection", "batches", "segments",
-    "tracing", "walk", "hooks", "transform", "report", "finetuning", "compress", "survey", "perplexity", "data", "checkpoint",
-    "lora", "modules", "probing", "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
+    "errors", "statistics", "factorisation", "criteria", "patterns", "allocation", "least_squares", "compensation", "pruning",
+    "sparsegpt", "methods", "recipe", "graph", "token_masks", "sites", "selection", "batches", "losses", "segments",
+    "tracing", "walk", "hooks", "transform", "report", "finetuning", "allocating", "compress", "survey", "perplexity", "data",
+    "checkpoint", "lora", "modules", "probing", "callback", "opening", "measuring", "compare", "quickstart", "benchmark",
     "experiments", "experiments.results", "experiments.published", "experiments.grid", "experiments.tables",
     "experiments.plots", "experiments.next_line",
     "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
     "display", "commands.shared", "commands.models", "commands.measurements", "commands", "cli",
 ]  # fmt: skip
-PURE = ["statistics", "factorisation", "criteria", "patterns", "least_squares", "compensation", "pruning", "sparsegpt"]
+PURE = [
+    "statistics", "factorisation", "criteria", "patterns", "allocation", "least_squares", "compensation", "pruning",
+    "sparsegpt",
+]  # fmt: skip
 
 PACKAGE = Path(statprune.__file__).parent
 

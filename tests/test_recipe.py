@@ -107,6 +107,7 @@ def test_a_recipe_written_by_hand(tmp_path):
         "targets": None,
         "ignore": ["*.down_proj"],
         "on_indivisible": "error",
+        "allocation": {"name": "uniform"},
     }  # fmt: skip
 
 

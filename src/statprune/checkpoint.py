@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from statprune.errors import CheckpointError, ModelError
+from statprune.methods import split
+from statprune.patterns import SITE_PATTERNS
 from statprune.pruning import energy_sq
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
@@ -163,8 +165,8 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
     """Recompute every promise of a folder's `pruning.json` from the files on disk, and return the record.
 
     Recomputed for each weight: it exists, its shape, number of zeros, energy, and that the pattern holds (at most N
-    non-zeros in each M, or at least the promised zeros in each ranking group); then the total sparsity, the energy
-    ratio and the digest of each file. No model is built.
+    non-zeros in each M, or at least the promised zeros in each ranking group; where an allocation gave the weight a pattern
+    of its own, that one); then the total sparsity, the energy ratio and the digest of each file. No model is built.
 
     Args:
         folder: what `save` wrote.
@@ -183,7 +185,7 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{folder / RECORD} is not of format {FORMAT}, the only one this version of statprune knows.")
     try:
-        pattern = Recipe(pattern=record["recipe"]["pattern"]).build_pattern()
+        usual_pattern = Recipe(pattern=record["recipe"]["pattern"]).build_pattern()
         zeros, weights, energies = 0, 0, [0.0, 0.0]
         for index, site in enumerate(record["sites"]):
             weight = _read(folder, site)
@@ -192,8 +194,12 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
             num_zeros = int((weight == 0).sum())
             if num_zeros != site["num_zeros"] or num_zeros < site["num_pruned"]:
                 raise _broken(folder, site["name"], "number of zeros", site["num_zeros"], num_zeros)
+            name, settings = split(site.get("pattern") or {"name": None})
+            pattern = SITE_PATTERNS[name](**settings) if name else usual_pattern
             if not pattern.holds(weight):
                 raise _broken(folder, site["name"], "pattern", str(pattern), "a group with too few zeros")
+            if not _close(num_zeros / weight.numel(), site.get("sparsity", num_zeros / weight.numel())):
+                raise _broken(folder, site["name"], "sparsity", site["sparsity"], num_zeros / weight.numel())
             if not _close(energy_sq(weight), site["energy_after"]):
                 raise _broken(folder, site["name"], "energy", site["energy_after"], energy_sq(weight))
             zeros, weights = zeros + num_zeros, weights + weight.numel()

@@ -4,17 +4,18 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from statprune.allocating import Allocation, allocate
 from statprune.batches import ModelInputs, bind_batches, dynamic_dims, example_batch
 from statprune.errors import NonFiniteError, SiteError, StatpruneError, TracingError
 from statprune.hooks import find_linear_modules, observe_modules
-from statprune.pruning import PrunedWeight, WeightPruner, energy_sq
+from statprune.pruning import PrunedWeight, energy_sq
 from statprune.recipe import Recipe, Schedule
 from statprune.report import PruningReport, SiteReport
 from statprune.selection import Selection, select
@@ -149,7 +150,10 @@ def _run(
         else:
             check_traced(model, traced, inputs)
             selection = select(traced.groups, traced.left_out, recipe)
-        prune_group = _GroupPruner(model, recipe.pruner(), landing, report, len(selection.sites), progress)
+        with _timed(report, "allocate"):
+            allocation = allocate(model, traced, selection, inputs, recipe, progress=progress, forward_context=forward_context)
+        selection = allocation.selection
+        prune_group = _GroupPruner(model, recipe, allocation, landing, report, progress)
         _calibrate(model, traced, selection, inputs, prune_group, recipe.schedule, forward_context)
     report.left_out = list(selection.left_out)
     report.num_batches = len(inputs)
@@ -246,14 +250,15 @@ class _GroupPruner:
     def __init__(
         self,
         model: nn.Module,
-        pruner: WeightPruner,
+        recipe: Recipe,
+        allocation: Allocation,
         landing: "_Commit | _Twin",
         report: PruningReport,
-        num_sites: int,
         progress: Progress | None,
     ) -> None:
-        self.model, self.pruner, self.landing, self.report = model, pruner, landing, report
-        self.num_sites, self.progress = num_sites, progress
+        self.model, self.allocation, self.landing, self.report = model, allocation, landing, report
+        self.pruner, self.progress = recipe.pruner(), progress
+        self.own_pruners = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
         report.seconds["prune"] = 0.0
 
     def __call__(self, group: InputGroup, moments: InputMoments | None) -> None:
@@ -261,15 +266,15 @@ class _GroupPruner:
             for site in group.sites:
                 weight = site.view(self.model.get_parameter(site.parameter).detach())
                 try:
-                    pruned = self.pruner(weight, moments)
+                    pruned = self.own_pruners.get(site.parameter, self.pruner)(weight, moments)
                 except ValueError as e:
                     raise SiteError(f"{site.name}: {e}") from e
-                self.report.sites.append(_site_report(site, weight, pruned))
+                self.report.sites.append(replace(_site_report(site, weight, pruned), pattern=self.allocation.record(site)))
                 self.landing(site, pruned)
         if moments is not None and not self.report.num_tokens:
             self.report.num_tokens = int(moments.num_tokens)
         if self.progress is not None:
-            self.progress(len(self.report.sites), self.num_sites, group.sites[-1].name)
+            self.progress(len(self.report.sites), len(self.allocation.selection.sites), group.sites[-1].name)
 
 
 def _site_report(site: LinearSite, weight: Tensor, pruned: PrunedWeight) -> SiteReport:

@@ -66,7 +66,7 @@ def show_plan(model: Any, selection: Selection, recipe: Any) -> None:
     num_pruned = sum(site.shape[0] * site.shape[1] for site in selection.sites)
     num_all = sum(parameter.numel() for parameter in model.parameters())
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    title = f"{recipe.method} at {pattern}, schedule {recipe.schedule}"
+    title = f"{recipe.method} at {pattern}, schedule {recipe.schedule}, allocation {recipe.allocation['name']}"
     _show_sites(title, selection)
     console.print(
         f"{num_pruned:,} of {num_all:,} parameters ({100 * num_pruned / num_all:.1f} %) are in the weights to prune. "

@@ -23,8 +23,8 @@ from torch import Tensor
 from statprune.statistics import InputMoments, Statistic
 
 PENALTY = 0.3
-"""ADMM's step size, beside a Gram whose diagonal is 1. Of 0.1, 0.3, 1 and 3 the best for 4:8 and 2:4, and near the best for 50 %
-and 80 %, by the error under the Gram on five layers of a trained LLaMA."""
+"""ADMM's step size, beside a Gram whose diagonal is 1. Of 0.1, 0.3, 1 and 3 the best for 4:8 and 2:4, and near the best for
+50 % and 80 %, by the error under the Gram on five layers of a trained LLaMA."""
 
 
 @dataclass(frozen=True)

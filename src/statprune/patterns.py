@@ -9,7 +9,7 @@ it prunes everything, which is how several published implementations behave.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -99,6 +99,63 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Prune an exact number of one matrix's weights: what an allocation gives a layer in place of `Unstructured`.
+
+    By row, the k-th weight that goes is row k's, round and round: rows differ by one at most, and the first ones lose it.
+    """
+
+    num_pruned: int
+    """How many weights of the matrix go; at least one stays in each row."""
+
+    in_features: int
+    """The matrix's width, which tells a slice of columns how much of the number is its own."""
+
+    rank_over: Literal["row", "layer"] = "row"
+    """As for `Unstructured`."""
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """[..., out, in] scores to a keep mask with exactly `num_pruned` False in each matrix."""
+        return self.slice(score, 0)
+
+    def partly(self, score: Tensor, share: float) -> Tensor:
+        """[..., out, in] scores to a keep mask with `floor(share * num_pruned)` False."""
+        return replace(self, num_pruned=math.floor(share * self.num_pruned))(score)
+
+    def slice(self, score: Tensor, start: int) -> Tensor:
+        """[..., out, width] scores to a keep mask; weights compete within the slice, by row or all together."""
+        first, last = (self.num_pruned * column // self.in_features for column in (start, start + score.shape[-1]))
+        if self.rank_over == "layer":
+            return keep_highest(score.flatten(-2), score.shape[-2] * score.shape[-1] - (last - first)).view_as(score)
+        in_row_O = _turns(last, score.shape[-2]) - _turns(first, score.shape[-2])
+        least = int(in_row_O.min())
+        keep = keep_highest(score, score.shape[-1] - least)
+        one_more = (in_row_O > least).nonzero()[:, 0].to(score.device)
+        if len(one_more):
+            keep[..., one_more, :] = keep_highest(score[..., one_more, :], score.shape[-1] - least - 1)
+        return keep
+
+    def fits(self, in_features: int) -> bool:
+        """Whether it was made for this width."""
+        return in_features == self.in_features
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every row, or the whole matrix, has at least the zeros asked for."""
+        num_zeros_O = (weight == 0).sum(dim=-1)
+        if self.rank_over == "layer":
+            return bool((num_zeros_O.sum(dim=-1) >= self.num_pruned).all())
+        return bool((num_zeros_O >= _turns(self.num_pruned, weight.shape[-2]).to(weight.device)).all())
+
+    def __str__(self) -> str:
+        return f"{self.num_pruned} weights, by {self.rank_over}"
+
+
+def _turns(count: int, num_rows: int) -> Tensor:
+    """[rows], int64: how often each row's turn came in so many."""
+    return (count + num_rows - 1 - torch.arange(num_rows)) // num_rows
+
+
+@dataclass(frozen=True)
 class NM:
     """Keep `keep` of every `of` consecutive inputs: `NM(keep=2, of=4)` is 2:4.
 
@@ -155,6 +212,9 @@ class NM:
 
 PATTERNS = {"unstructured": Unstructured, "nm": NM}
 """Patterns by the name a recipe uses."""
+
+SITE_PATTERNS = {"counted": Counted}
+"""Patterns of single layers, which an allocation makes, by the name that `pruning.json` uses."""
 
 SHORTHAND_HELP = "'50%' for half of the weights anywhere, '2:4' for two of every four"
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from statprune.batches import is_transformers_model
 from statprune.compress import PruningPlan
+from statprune.losses import is_causal, predictions_of
 from statprune.perplexity import Perplexity
 from statprune.tracing import eval_mode
 
@@ -34,10 +35,10 @@ class Measurement:
         results = {}
         with eval_mode(self.target), self.trainer.precision_plugin.val_step_context():
             if dense:
-                results["dense"] = _predictions(self.target(*args, **kwargs))
+                results["dense"] = predictions_of(self.target(*args, **kwargs))
             if pruned:
                 weights = self.twin.weights if self.twin is not None else {}
-                results["pruned"] = _predictions(functional_call(self.target, weights, args, kwargs))
+                results["pruned"] = predictions_of(functional_call(self.target, weights, args, kwargs))
         for name, predictions in results.items():
             if predictions is not None and (scored := self._scored(predictions, inputs, batch)) is not None:
                 metric = self.perplexities.setdefault(f"{name}_perplexity", Perplexity().to(device))
@@ -60,7 +61,7 @@ class Measurement:
         target = batch.get("labels") if isinstance(batch, Mapping) else None
         if target is None and isinstance(batch, tuple | list) and len(batch) > 1:
             target = batch[1]
-        if _is_causal(self.target) and isinstance(inputs, dict):
+        if is_causal(self.target) and isinstance(inputs, dict):
             tokens = target if isinstance(target, Tensor) else inputs.get("input_ids")
             if not isinstance(tokens, Tensor) or tokens.shape != predictions.shape[:-1]:
                 return None
@@ -93,22 +94,3 @@ def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> A
     if is_transformers_model(target):
         return {"input_ids" if not values[0].is_floating_point() else target.main_input_name: values[0]}
     return values
-
-
-def _predictions(output: Any) -> Tensor | None:
-    """The tensor that a model predicts with: its logits, its only tensor, or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, Mapping):
-        logits = output.get("logits", next(iter(output.values()), None))
-    if logits is None and isinstance(output, tuple | list) and output:
-        logits = output[0]
-    return logits if isinstance(logits, Tensor) else None
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Whether logits at a position are for the next token."""
-    if not is_transformers_model(model):
-        return False
-    return bool(model.can_generate() and not model.config.is_encoder_decoder)  # type: ignore[operator,union-attr]

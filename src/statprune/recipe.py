@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from statprune.allocation import ALLOCATIONS, AllocationRule
 from statprune.errors import RecipeError, nearest
 from statprune.methods import (
     Part,
@@ -26,7 +27,7 @@ from statprune.methods import (
     split,
     usual_ranking,
 )
-from statprune.patterns import PATTERNS, SHORTHAND_HELP, Pattern, Unstructured, parse_shorthand
+from statprune.patterns import NM, PATTERNS, SHORTHAND_HELP, Pattern, Unstructured, parse_shorthand
 from statprune.pruning import WeightPruner
 from statprune.statistics import InputMoments
 
@@ -71,6 +72,12 @@ class Recipe:
     on_indivisible: Literal["error", "skip"] = "error"
     """What to do with a layer whose width an N:M pattern does not divide: refuse, or leave it dense and report it."""
 
+    allocation: Part = "uniform"
+    """How the sparsity is shared out: `"uniform"`, every layer alike; `"owl"`, blocks with more outliers keep more;
+    `"sensitivity"`, by the measured harm of pruning each layer. With settings `"owl:spread=0.1"`, or a mapping. An unstructured
+    pattern's sparsity is then that of all weights together. With an N:M pattern `{"name": "owl", "sparsity": 0.4}` says which
+    fraction of the weights is to be zero, and the allocation which layers stay dense."""
+
     def __post_init__(self) -> None:
         if not _are_names(() if self.targets is None else self.targets) or not _are_names(self.ignore):
             raise RecipeError(
@@ -84,7 +91,9 @@ class Recipe:
         object.__setattr__(self, "criterion", complete("criterion", self.criterion, known_criteria()))
         object.__setattr__(self, "pattern", _complete_pattern(self.pattern, usual_ranking(split(self._criterion)[0])))
         object.__setattr__(self, "compensation", _complete_compensations(self.compensation))
+        object.__setattr__(self, "allocation", complete("allocation", self.allocation, ALLOCATIONS))
         self._try_out()
+        self._check_allocation()
 
     @classmethod
     def parse(cls, method: str, **others: Any) -> "Recipe":
@@ -139,9 +148,15 @@ class Recipe:
         pattern: Pattern = PATTERNS[name](**settings)
         return pattern
 
-    def pruner(self) -> WeightPruner:
-        """The function that prunes one weight."""
-        return build_pruner(self._criterion, self.build_pattern(), self._compensations)
+    def build_allocation(self) -> AllocationRule:
+        """The allocation object."""
+        assert isinstance(self.allocation, Mapping)
+        name, settings = split(self.allocation)
+        return ALLOCATIONS[name](**settings)
+
+    def pruner(self, pattern: Pattern | None = None) -> WeightPruner:
+        """The function that prunes one weight, with a pattern of its own where an allocation gives it one."""
+        return build_pruner(self._criterion, pattern or self.build_pattern(), self._compensations)
 
     @property
     def _criterion(self) -> Mapping[str, Any]:
@@ -165,10 +180,31 @@ class Recipe:
                 f"Recipe(criterion={self.criterion}, pattern={self.pattern}, compensation={self.compensation}): {e}"
             ) from e
 
+    def _check_allocation(self) -> None:
+        try:
+            rule, pattern = self.build_allocation(), self.build_pattern()
+        except (ValueError, TypeError) as e:
+            raise RecipeError(f"Recipe(allocation={self.allocation}): {e}") from e
+        assert isinstance(self.allocation, Mapping)
+        name, sparsity = self.allocation["name"], getattr(rule, "sparsity", None)
+        if name == "uniform":
+            return
+        if isinstance(pattern, NM) and not 0 < (sparsity or 0) <= 1 - pattern.keep / pattern.of:
+            raise RecipeError(
+                f"Recipe(pattern='{pattern}', allocation={name!r}) with sparsity={sparsity}: with {pattern} every layer that "
+                "is pruned is equally sparse, and the allocation chooses the ones that stay dense. Expected a sparsity of all "
+                f"of them together, up to {1 - pattern.keep / pattern.of:g}, such as '{name}:sparsity=0.1'."
+            )
+        if isinstance(pattern, Unstructured) and sparsity is not None:
+            raise RecipeError(
+                f"Recipe(pattern='{pattern}', allocation={name!r}) with sparsity={sparsity}: the pattern says it already. "
+                "Leave the allocation's out; it is for N:M patterns."
+            )
+
 
 Method = str | Mapping[str, Any]
 """A short name such as `"cvr+energy"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps a `label`
-to show it by and a `schedule`."""
+to show it by, a `schedule` and an `allocation`."""
 
 
 def labelled(method: Method, **others: Any) -> tuple[str, Recipe]:
@@ -180,15 +216,18 @@ def labelled(method: Method, **others: Any) -> tuple[str, Recipe]:
     if isinstance(method, str):
         return method, Recipe.parse(method, **others)
     settings = {key: value for key, value in method.items() if key not in ("label", "method")}
-    allowed = {"schedule"} if "method" in method else {"schedule", "criterion", "compensation"}
+    allowed = {"schedule", "allocation"} | (set() if "method" in method else {"criterion", "compensation"})
     if not set(settings) <= allowed:
         raise RecipeError(
             f"The method {dict(method)} has the keys {', '.join(map(str, method))}: expected `method`, or else `criterion` and "
-            "`compensation`; and perhaps `label` and `schedule`."
+            "`compensation`; and perhaps `label`, `schedule` and `allocation`."
         )
     others = {**others, **settings}
     recipe = Recipe.parse(method["method"], **others) if "method" in method else Recipe(**others)
-    return str(method.get("label", recipe.method)), recipe
+    assert isinstance(recipe.allocation, Mapping)
+    allocation = recipe.allocation["name"]
+    usual = recipe.method if allocation == "uniform" else f"{recipe.method} ({allocation})"
+    return str(method.get("label", usual)), recipe
 
 
 def _are_names(names: object) -> bool:

@@ -27,6 +27,8 @@ class SiteReport:
     """Sum of squared weights, dense."""
     energy_after: float
     """Sum of squared weights now."""
+    pattern: dict[str, Any] | None = None
+    """The layer's own pattern, where an allocation gave it one."""
 
     @property
     def num_weights(self) -> int:
@@ -52,7 +54,7 @@ class PruningReport:
     num_tokens: int = 0
     """Calibration tokens that the first layer saw; padding does not count."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """`trace`, `check`, `walk`, `prune`; a command adds `save`."""
+    """`trace`, `allocate`, `check`, `walk`, `prune`; a command adds `save`."""
     fallback_reason: str | None = None
     """Why module hooks were used instead of the graph."""
     finetuning_steps: int = 0
@@ -88,12 +90,21 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "sparsity": self.sparsity, "energy_ratio": self.energy_ratio, "versions": versions()}
+        sites = [{**asdict(site), "sparsity": site.sparsity} for site in self.sites]
+        return {
+            **asdict(self),
+            "sites": sites,
+            "sparsity": self.sparsity,
+            "energy_ratio": self.energy_ratio,
+            "versions": versions(),
+        }
 
     def __str__(self) -> str:
         took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        shares = [100 * site.sparsity for site in self.sites if site.pattern]
+        by_layer = f"{min(shares):.1f} to {max(shares):.1f} % of a layer, " if shares else ""
         return (
-            f"{len(self.sites)} weights, {self.num_weights:,} parameters: {100 * self.sparsity:.2f} % are zero now, "
+            f"{len(self.sites)} weights, {self.num_weights:,} parameters: {100 * self.sparsity:.2f} % are zero now, {by_layer}"
             f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, "
             f"{self.num_tokens:,} calibration tokens; {took}"
             + (f"; {self.finetuning_steps:,} steps of fine-tuning" if self.finetuning_steps else "")

@@ -20,6 +20,7 @@ def prune(
     targets: list[str] | None = None,
     ignore: list[str] | None = None,
     on_indivisible: Literal["error", "skip"] | None = None,
+    allocation: dict[str, Any] | str | None = None,
     calibration: list[str] | None = None,
     samples: int = 128,
     seqlen: int | None = None,
@@ -46,6 +47,9 @@ def prune(
         targets: Globs on layer names to prune, such as '*.mlp.*'. Default: all but the output layer and tied weights.
         ignore: Globs on layer names to leave dense.
         on_indivisible: Refuse (error) or leave dense (skip) layers whose width an N:M pattern does not divide. Default: error.
+        allocation: uniform: every layer equally sparse; owl: blocks with more outliers keep more; sensitivity: by the measured
+            harm of pruning each layer, which takes a forward pass for each. With settings such as owl:spread=0.1; with an
+            N:M pattern owl:sparsity=0.4, and some layers stay dense. Default: uniform.
         calibration: Text files, a token file (FILE.safetensors:KEY), a data set's name such as c4, or 'generated' for the
             model's own samples, which needs no data. Default: generated.
         samples: Calibration windows.
@@ -61,7 +65,7 @@ def prune(
     chosen = read_recipe(
         recipe,
         method=method, criterion=criterion, pattern=pattern, compensation=compensation, schedule=schedule,
-        targets=targets, ignore=ignore, on_indivisible=on_indivisible,
+        targets=targets, ignore=ignore, on_indivisible=on_indivisible, allocation=allocation,
     )  # fmt: skip
     checkpoint.refuse_existing(output)
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
