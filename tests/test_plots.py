@@ -33,7 +33,11 @@ CALIBRATION = [
     *(measured("cvr", "50%", value, samples=samples) for samples, value in [(4, 7.0), (16, 6.5)]),
 ]
 RUNTIME = [timed("magnitude", 0.0, 0.01), timed("wanda", 0.2, 0.05), timed("sparsegpt", 0.25, 0.75)]
-RESULTS = {"sparsity": SPARSITY, "calibration": CALIBRATION, "runtime": RUNTIME}
+CORRECTION = [
+    dense(9.0),
+    Result("perplexity", "tiny", "sparsegpt", "50%", 128, 0, values={"perplexity": 12.0, "pruning seconds": 4.0}),
+]
+RESULTS = {"sparsity": SPARSITY, "calibration": CALIBRATION, "runtime": RUNTIME, "correction": CORRECTION}
 
 
 def lines(axes):
@@ -150,7 +154,7 @@ def test_failed_cells_and_infinite_perplexity_leave_a_gap(tmp_path):
 
 
 def test_an_experiment_without_a_picture_is_refused():
-    with pytest.raises(ExperimentError, match=r"'ablation'.*Known: sparsity, calibration, runtime"):
+    with pytest.raises(ExperimentError, match=r"'ablation'.*Known: sparsity, calibration, runtime, correction"):
         figure("ablation", SPARSITY)
 
 
@@ -163,3 +167,26 @@ def test_without_matplotlib_the_way_out_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ExperimentError, match=r"pip install 'statprune\[experiments\]'"):
         figure("sparsity", SPARSITY)
+
+
+def test_correction_is_a_point_a_method_and_the_front_of_those_that_nothing_beats():
+    def point(label, perplexity, seconds, seed=0):
+        values = {"perplexity": perplexity, "pruning seconds": seconds}
+        return Result("perplexity", "tiny", label, "50%", 128, seed, values=values)
+
+    results = [
+        dense(9.0),
+        point("sparsegpt", 12.0, 4.0),
+        point("cvr+energy", 13.0, 2.0),
+        point("cvr+least-squares", 10.0, 3.0),
+        point("cvr+least-squares", 12.0, 5.0, seed=1),
+        point("wanda", 15.0, 2.5),
+    ]
+    drawn = figure("correction", results)
+    (axes,) = drawn.axes
+    places = {line.get_label(): tuple(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert places["cvr+least-squares"] == ((4.0, 11.0),)
+    assert places["sparsegpt"] == ((4.0, 12.0),)
+    (front,) = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
+    assert list(zip(*front.get_data(), strict=True)) == [(2.0, 13.0), (4.0, 11.0)]
+    assert "dense" in legend(drawn)

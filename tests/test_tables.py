@@ -89,7 +89,9 @@ def test_a_number_with_two_known_errors_has_two_marks():
     assert found[2] == "| magnitude | 2:4 | **8.33** (paper 18.17)¹ ² |"
 
 
-@pytest.mark.parametrize("experiment", ["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation"])
+@pytest.mark.parametrize(
+    "experiment", ["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
+)
 def test_without_published_numbers_there_is_no_word_of_the_paper(experiment):
     values = {"perplexity": 5.0, "average": 0.5, "statistics": 1.0, "pruning": 1.0, "total": 2.0}
     results = [Result("any", "tiny", label, "50%", 128, 0, values=values) for label in ("wanda", "sparsegpt")]
@@ -235,6 +237,51 @@ def test_ablation_has_a_column_for_each_model_and_pattern():
         "| wanda | 5.50 | 7.00 |  |",
         "| cvr+energy:column | **5.25** |  | **5.33** (paper 5.33)¹ ² |",
         r"| one\|shot |  | **6.00** |  |",
+    ]
+
+
+def test_correction_has_the_shares_of_what_sparsegpt_loses_and_takes():
+    def cell(label, pattern, perplexity, seconds, seed=0, peak_memory=None):
+        values = {"perplexity": perplexity, "pruning seconds": seconds}
+        return Result("perplexity", "tiny", label, pattern, 128, seed, values=values, peak_memory=peak_memory)
+
+    results = [
+        measured("dense", "", 10.0),
+        cell("sparsegpt", "2:4", 14.0, 4.0),
+        cell("cvr+least-squares", "2:4", 11.0, 1.0, peak_memory=3 * 2**20),
+        cell("sparsegpt", "70%", 12.0, 4.0),
+        cell("cvr+least-squares", "70%", 11.0, 1.0, seed=0),
+        cell("cvr+least-squares", "70%", 12.0, 3.0, seed=1),
+        failed("wanda", "70%"),
+    ]
+    assert lines("correction", results) == [
+        "**tiny**",
+        "",
+        "| perplexity (dense 10.00) | 70% | 2:4 |",
+        "|---|---:|---:|",
+        "| sparsegpt | 12.00 | 14.00 |",
+        "| cvr+least-squares | **11.50 ± 0.71** | **11.00** |",
+        "| wanda | failed |  |",
+        "",
+        "What is lost over dense, as a share of what sparsegpt loses:",
+        "",
+        "| method | 70% | 2:4 |",
+        "|---|---:|---:|",
+        "| sparsegpt | 1.00x | 1.00x |",
+        "| cvr+least-squares | **0.75x** | **0.25x** |",
+        "",
+        "Seconds to calibrate and prune, as a share of sparsegpt's:",
+        "",
+        "| method | 70% | 2:4 |",
+        "|---|---:|---:|",
+        "| sparsegpt | 1.00x | 1.00x |",
+        "| cvr+least-squares | 0.50x | 0.25x |",
+        "",
+        "Memory beyond what was held before, while pruning and measuring, at most [MiB]:",
+        "",
+        "| method | 70% | 2:4 |",
+        "|---|---:|---:|",
+        "| cvr+least-squares |  | 3.00 |",
     ]
 
 

@@ -135,7 +135,8 @@ def experiment(
     that was interrupted goes on where it stopped.
 
     Args:
-        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation; or all.
+        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation; or all, which are these. And correction, which
+            is not in the paper: better corrections, what they gain and what they cost.
         output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
             gone on with, if its protocol and versions are the same.
         model: Folders or hub names (safetensors only). Default: the paper's models.
@@ -158,11 +159,11 @@ def experiment(
         dtype: To compute in; auto takes the checkpoint's.
     """
     given = {key: value for key, value in locals().items() if key not in ("name", "output")}
-    from statprune.experiments.definition import NAMES, OWNER, Experiment
+    from statprune.experiments.definition import OWNER, PAPER, Experiment
     from statprune.experiments.running import run
 
     if name == "all":
-        own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in NAMES}
+        own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in PAPER}
         experiments = [Experiment.load(one, settings) for one, settings in own.items()]
     else:
         experiments = [Experiment.load(name, given)]

@@ -13,10 +13,12 @@ from statprune.patterns import parse_shorthand
 from statprune.recipe import Method, Recipe, Schedule, labelled
 from statprune.statistics import Statistic
 
-Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation"]
-NAMES: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation")
+Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
+PAPER: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation")
 """The paper's experiments: tables 1, 2, 3 and 4, figure 2, table 5."""
 
+NAMES: tuple[Name, ...] = (*PAPER, "correction")
+"""Those, and ours: what better corrections and a measured choice give, and what they cost."""
 
 OWNER: dict[str, Name] = {"sizes": "calibration", "tasks": "zero-shot", "questions": "zero-shot", "rounds": "runtime"}
 """Settings that only one experiment has."""

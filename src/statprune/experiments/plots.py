@@ -3,6 +3,7 @@
 sparsity:     perplexity over unstructured sparsity, a line a method
 calibration:  perplexity over the number of calibration sequences, with the spread over seeds
 runtime:      seconds of statistics and of pruning, a bar a method
+correction:   perplexity over the seconds it took, a point a method, and the front of those that nothing beats in both
 """
 
 import math
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PICTURED = ("sparsity", "calibration", "runtime")
+PICTURED = ("sparsity", "calibration", "runtime", "correction")
 """The experiments that have a picture."""
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart. A criterion has the same colour everywhere.
@@ -89,7 +90,7 @@ def figure(experiment: str, results: Sequence[Result]) -> "Figure":
             "Install it with: pip install 'statprune[experiments]'"
         ) from e
     with matplotlib.rc_context(_STYLE):
-        return {"sparsity": _sparsity, "calibration": _calibration, "runtime": _runtime}[experiment](measured)
+        return _FIGURES[experiment](measured)
 
 
 def _sparsity(results: Sequence[Result]) -> "Figure":
@@ -170,6 +171,31 @@ def _runtime(results: Sequence[Result]) -> "Figure":
         ax.set_xlabel(f"time [{unit}]" + (f" (speed over {REFERENCE})" if REFERENCE in total else ""))
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return drawn
+
+
+def _correction(results: Sequence[Result]) -> "Figure":
+    cells = group(pruned(results), lambda r: (r.model, r.pattern))
+    dense = group([r for r in results if r.label == DENSE], lambda r: r.model)
+    panels = {f"{model}, {pattern}": [*dense.get(model, []), *cell] for (model, pattern), cell in cells.items()}
+    drawn, axes = _panels(panels, height=3.0)
+    for ax, of_panel in zip(axes, panels.values(), strict=True):
+        points = []
+        for label, of_label in group(pruned(of_panel), lambda r: r.label).items():
+            seconds, perplexity = (statistics.fmean(finished(of_label, name)) for name in ("pruning seconds", "perplexity"))
+            points.append((seconds, perplexity))
+            ax.plot([seconds], [perplexity], label=label, zorder=3, **{**_style(label, _labels(results)), "linestyle": ""})
+        front = [(x, y) for x, y in sorted(points) if all(y <= other for at, other in points if at <= x)]
+        ax.step(*zip(*front, strict=True), where="post", color=_GREY, linewidth=0.9, zorder=2)
+        if of_dense := finished([r for r in of_panel if r.label == DENSE], "perplexity"):
+            ax.axhline(statistics.fmean(of_dense), color=_GREY, linewidth=1.0, linestyle=(0, (6, 4)), label=DENSE, zorder=1)
+        ax.set_xlabel("seconds to calibrate and prune")
+        ax.set_xscale("log")
+        ax.set_yscale("log" if _is_wide(ax) else "linear")
+    _finish_lines(drawn, axes)
+    return drawn
+
+
+_FIGURES = {"sparsity": _sparsity, "calibration": _calibration, "runtime": _runtime, "correction": _correction}
 
 
 def _panels(panels: dict[str, list[Result]], height: float) -> tuple["Figure", list["Axes"]]:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from statprune.errors import ExperimentError, nearest
 from statprune.experiments.grid import (
+    Best,
     Entry,
     Metric,
     Row,
@@ -193,6 +194,39 @@ def _runtime_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
         yield grid(["method"], [*columns, speed, memory], entries)
 
 
+def _correction_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
+    """Not in the paper: perplexities, then how much of the reference's loss and of its time each method has."""
+    for model, of_model in group(results, _model).items():
+        patterns = sorted(group(pruned(of_model), _pattern), key=lambda pattern: (":" in pattern, sparsity(pattern)))
+        cells = group(pruned(of_model), lambda r: (_label(r), _pattern(r)))
+        yield _title(model)
+        yield grid([_head(of_model, paper)], patterns, _entries(pruned(of_model), _label, _pattern, PERPLEXITY, paper))
+        dense = finished([r for r in of_model if r.label == DENSE], PERPLEXITY.name)
+        if dense and any(row == (REFERENCE,) for row, _ in cells):
+            yield f"What is lost over dense, as a share of what {REFERENCE} loses:"
+            yield grid(["method"], patterns, _shares(cells, PERPLEXITY.name, dense[0], best=min))
+            yield f"Seconds to calibrate and prune, as a share of {REFERENCE}'s:"
+            yield grid(["method"], patterns, _shares(cells, "pruning seconds", 0.0, best=None))
+        peaks: Entries = {
+            place: Entry(three_digits(max(known) / 2**20))
+            for place, cell in cells.items()
+            if (known := [r.peak_memory for r in cell if r.peak_memory is not None])
+        }
+        yield "Memory beyond what was held before, while pruning and measuring, at most [MiB]:"
+        yield grid(["method"], patterns, peaks)
+
+
+def _shares(cells: dict[tuple[Row, str], list[Result]], metric: str, above: float, best: Best | None) -> Entries:
+    """How far the mean over repetitions is above a value, as a share of the reference's in the same column."""
+    means = {place: statistics.fmean(values) - above for place, cell in cells.items() if (values := finished(cell, metric))}
+    shares = {
+        (row, column): mean / means[(REFERENCE,), column]
+        for (row, column), mean in means.items()
+        if means.get(((REFERENCE,), column), 0.0) > 0
+    }
+    return {place: Entry(ratio(share), competes=round(share, 2) if best else None) for place, share in shares.items()}
+
+
 def _times(cells: dict[Row, list[Result]], paper: _Paper) -> tuple[list[str], Entries]:
     """The columns of times and their entries; each column in seconds, or in milliseconds where all are below one second."""
     columns: list[str] = []
@@ -220,6 +254,7 @@ _LAYOUTS: dict[str, Callable[[Sequence[Result], _Paper], Iterator[str]]] = {
     "sparsity": _sparsity_layout,
     "calibration": _calibration_layout,
     "ablation": _ablation_layout,
+    "correction": _correction_layout,
 }
 
 
