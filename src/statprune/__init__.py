@@ -9,7 +9,8 @@ Reading order, which is also the direction of the imports and of the data:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from statprune.compress import PruningPlan, plan, prune
+from statprune.auto import plan, prune
+from statprune.compress import PruningPlan
 from statprune.errors import StatpruneError
 from statprune.patterns import NM, Unstructured
 from statprune.recipe import Recipe
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from statprune.callback import StatisticalPruning
     from statprune.modules import CausalLM, TextData
     from statprune.perplexity import Perplexity
+    from statprune.tuning.outcome import Tuned
+    from statprune.tuning.running import tune
 
 __all__ = [
     "NM",
@@ -32,13 +35,18 @@ __all__ = [
     "StatisticalPruning",
     "StatpruneError",
     "TextData",
+    "Tuned",
     "Unstructured",
     "plan",
     "prune",
+    "tune",
 ]
 
 # Lightning and torchmetrics take seconds to import, and `prune` needs neither.
-_IMPORTED_AT_USE = {"StatisticalPruning": "callback", "CausalLM": "modules", "TextData": "modules", "Perplexity": "perplexity"}
+_IMPORTED_AT_USE = {
+    "StatisticalPruning": "callback", "CausalLM": "modules", "TextData": "modules", "Perplexity": "perplexity",
+    "Tuned": "tuning.outcome", "tune": "tuning.running",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from statprune.compress import plan
+from statprune.auto import plan
 from statprune.perplexity import evaluate
 from statprune.recipe import Method, labelled
 

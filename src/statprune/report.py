@@ -54,6 +54,8 @@ class PruningReport:
     """`trace`, `check`, `walk`, `prune`; a command adds `save`."""
     fallback_reason: str | None = None
     """Why module hooks were used instead of the graph."""
+    chosen_by: dict[str, Any] | None = None
+    """Where the recipe was `auto` and `recipe` is what it chose: that recipe, what was tried, and on what; else None."""
 
     @property
     def sparsity(self) -> float:

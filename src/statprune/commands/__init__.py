@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from statprune.commands.measurements import benchmark, compare, experiment, quickstart
+from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
 from statprune.commands.models import evaluate, inspect, prune, verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -12,6 +12,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "compare": compare,
+    "tune": tune,
     "experiment": experiment,
     "benchmark": benchmark,
 }

@@ -155,7 +155,7 @@ class Experiment:
         for pattern in self.patterns:
             for method in self.methods:
                 label, recipe = labelled(method, pattern=pattern, schedule=self.schedule)
-                is_calibrated = recipe.pruner().needs is not Statistic.NONE
+                is_calibrated = recipe.is_auto or recipe.pruner().needs is not Statistic.NONE
                 for samples in self.sizes or [self.samples]:
                     for seed in self.seeds:
                         calibration = (samples, seed) if is_calibrated else (None, None)
