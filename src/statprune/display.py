@@ -162,18 +162,20 @@ _STEPS = {
 
 def show_tuned(tuned: Any, model: str, output: str) -> None:
     """The end of `statprune tune`."""
+    # Seconds are in the files: the terminal may be narrow, and methods have long names.
+    rows = [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in tuned.rows()]
     table = Table(title="what was tried, on most windows first", title_justify="left", title_style="bold", header_style="bold")
-    rows = tuned.rows()
     for column in ("", *rows[0]):
-        table.add_column(column, justify="left" if column in ("", "rung", "method", "schedule", "allocation") else "right")
+        is_number = column in ("windows", "perplexity")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
     for is_winner, row in zip(tuned.marks(), rows, strict=True):
         style = "bold green" if is_winner else None
-        table.add_row("chosen" if is_winner else "", *(escape(value) for value in row.values()), style=style)
+        table.add_row("*" if is_winner else "", *(escape(value) for value in row.values()), style=style)
     console.print(table)
     for note in tuned.notes:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     console.print(
-        f"[bold]{escape(tuned.recipe.method)}[/], schedule {tuned.recipe.schedule}: perplexity "
+        f"chosen (*): [bold]{escape(tuned.recipe.method)}[/], schedule {tuned.recipe.schedule}: perplexity "
         f"[bold]{tuned.winner.perplexity:.4f}[/] (dense {tuned.dense_perplexity:.4f}) on {tuned.held_out_windows} windows that "
         f"it was not pruned on, in {tuned.seconds:.0f} s. Next:\n"
         f"  statprune prune {escape(model)} --recipe {escape(output)}/recipe.yaml --output sparse",

@@ -46,7 +46,7 @@ def auto(*, minutes: float = 10.0) -> None:
     Raises:
         ValueError: no minutes.
     """
-    if not (isinstance(minutes, int | float) and 0 < minutes < math.inf):
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
         raise ValueError(f"auto(minutes={minutes}): expected a number above 0.")
 
 

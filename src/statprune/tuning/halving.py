@@ -41,18 +41,14 @@ def goes_on(scores: Sequence[float], finalists: int = FINALISTS) -> bool:
     return len(scores) - 1 in ranking(scores)[:finalists]
 
 
-def affordable(costs: Sequence[float], seconds: float, shared: float = 0.0) -> int:
-    """How many of these, from the first on, fit into the seconds; `shared` is paid once where any is.
-
-    What costs nothing (it is known already) is always afforded.
-    """
-    total, count = shared, 0
-    for cost in costs:
-        total += cost
-        if cost > 0 and total > seconds:
-            break
-        count += 1
-    return count
+def affordable(costs: Sequence[float], seconds: float) -> list[int]:
+    """Indices of those that are paid for, in order: each that still fits; what costs nothing (it is known already) always does."""
+    chosen = []
+    for index, cost in enumerate(costs):
+        if cost == 0 or cost <= seconds:
+            chosen.append(index)
+            seconds -= cost
+    return chosen
 
 
 def num_batches(rung: int, batches: int) -> int:

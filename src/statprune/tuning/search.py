@@ -20,6 +20,7 @@ from statprune.tracing import trace
 from statprune.tuning.candidates import (
     BASELINE_SCHEDULE,
     BASELINES,
+    KNOWN_GOOD,
     METHODS,
     SCHEDULES,
     field_variations,
@@ -145,8 +146,7 @@ class Search:
         ]
         seconds = share * self.watch.left()
         until = self.watch.spent() + seconds
-        count = affordable(costs, seconds)
-        new = [recipe for recipe, trial in zip(recipes[:count], known, strict=False) if trial is None]
+        new = [recipes[index] for index in affordable(costs, seconds) if known[index] is None]
         for start in range(0, len(new), at_once):
             self._prune_together(rung, new[start : start + at_once], batches, until)
         now_known = [self.trials.find(rung, recipe, windows) for recipe in recipes]
@@ -186,7 +186,7 @@ class Search:
             self._tell(trial)
 
     def _last_rung(self, promising: Sequence[Trial]) -> int:
-        """The promising ones with schedules of their own, or else the listed ones; returns how many did not fit."""
+        """The promising ones with schedules of their own, or else the known good ones; returns how many did not fit."""
         stages = sorted({num_batches(1, self.num_scoring), self.num_scoring})
         scores: list[float] = []
         skipped = 0
@@ -199,7 +199,7 @@ class Search:
 
     def _last_candidates(self, promising: Sequence[Recipe]) -> list[Recipe]:
         if not promising:
-            return [self._recipe(method, BASELINE_SCHEDULE) for method in METHODS]
+            return [self._recipe(method, BASELINE_SCHEDULE) for method in (*KNOWN_GOOD, *METHODS)]
         *usual, last = SCHEDULES
         varied = [[replace(recipe, schedule=schedule) for schedule in usual] for recipe in promising]
         best = varied[0]
