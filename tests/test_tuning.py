@@ -265,9 +265,7 @@ def test_padding_counts_neither_in_the_statistics_nor_in_the_score(few):
     with_padding = statprune.tune(model, batches, minutes=NONE)
     without = statprune.tune(model, windows.split(2), minutes=NONE)
     expected = [one.perplexity for one in without.trials]
-    assert [one.perplexity for one in with_padding.trials] == pytest.approx(
-        [one.perplexity for one in without.trials], rel=1e-5
-    )
+    assert [one.perplexity for one in with_padding.trials] == pytest.approx(expected, rel=1e-5)
 
 
 def test_windows_of_several_lengths_and_a_tensor_of_windows_will_do(few):
@@ -363,4 +361,4 @@ def test_the_search_gives_up_a_candidate_that_takes_longer_than_is_left(few, mon
     monkeypatch.setattr(Search, "_prune", slow)
     tuned = tune()
     assert any("did not fit" in note for note in tuned.notes)
-    assert json.loads(json.dumps(tuned.record()))["trials"] == len(tuned.trials)
+    assert json.loads(json.dumps(tuned.record()))["measurements"] == len(tuned.trials)

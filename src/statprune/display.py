@@ -134,7 +134,7 @@ def show_report(report: PruningReport, output: str) -> None:
         recipe = Recipe.from_dict(report.recipe)
         console.print(
             f"chosen by auto: [bold]{escape(recipe.method)}[/], schedule {recipe.schedule}, of "
-            f"{report.chosen_by['trials']} measurements",
+            f"{report.chosen_by['measurements']} measurements",
             soft_wrap=True,
         )
     if report.fallback_reason:

@@ -42,7 +42,7 @@ def goes_on(scores: Sequence[float], finalists: int = FINALISTS) -> bool:
 
 
 def affordable(costs: Sequence[float], seconds: float) -> list[int]:
-    """Indices of those that are paid for, in order: each that still fits; what costs nothing (it is known already) always does."""
+    """Indices of those that are paid for: each that still fits; what is known already (0) always does."""
     chosen = []
     for index, cost in enumerate(costs):
         if cost == 0 or cost <= seconds:

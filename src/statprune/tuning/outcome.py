@@ -80,7 +80,7 @@ class Tuned:
             "perplexity": self.winner.perplexity,
             "dense_perplexity": self.dense_perplexity,
             "finalists": {f"{one.recipe.method}, {one.recipe.schedule}": one.perplexity for one in self.finalists},
-            "trials": len(self.trials),
+            "measurements": len(self.trials),
             "pruning_windows": self.pruning_windows,
             "held_out_windows": self.held_out_windows,
             "seconds": self.seconds,
