@@ -23,8 +23,9 @@ pytestmark = pytest.mark.usefixtures("few")
 
 @pytest.fixture
 def few(monkeypatch):
-    """Three methods, and variations of two of them."""
-    monkeypatch.setattr("statprune.tuning.search.METHODS", ("cvr+least-squares", "wanda+energy", "ria"))
+    """Two methods, and a variation of one of them."""
+    monkeypatch.setattr("statprune.tuning.search.METHODS", ("cvr+least-squares", "wanda+energy"))
+    monkeypatch.setattr("statprune.tuning.candidates.VARIATIONS", {"cvr": {"alpha": (1.0,)}})
 
 
 @pytest.fixture

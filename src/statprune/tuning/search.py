@@ -57,7 +57,6 @@ class Search:
     ) -> None:
         self.model, self.halves, self.output = model, halves, output
         self.forward_context, self.progress, self.say = forward_context, progress, say
-        self.auto = recipe
         data = recipe.to_dict()
         self.seconds = 60.0 * data["criterion"]["minutes"]
         self.others = {name: data[name] for name in data if name not in ("criterion", "compensation", "schedule")}
