@@ -9,7 +9,8 @@ Reading order, which is also the direction of the imports and of the data:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from statprune.compress import PruningPlan, plan, prune
+from statprune.auto import plan, prune
+from statprune.compress import PruningPlan
 from statprune.errors import StatpruneError
 from statprune.patterns import NM, Unstructured
 from statprune.recipe import Recipe
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from statprune.lora import merge_adapters
     from statprune.modules import CausalLM, TextData
     from statprune.perplexity import Perplexity
+    from statprune.tuning.outcome import Tuned
+    from statprune.tuning.running import tune
 
 __all__ = [
     "NM",
@@ -33,10 +36,12 @@ __all__ = [
     "StatisticalPruning",
     "StatpruneError",
     "TextData",
+    "Tuned",
     "Unstructured",
     "merge_adapters",
     "plan",
     "prune",
+    "tune",
 ]
 
 # Lightning and torchmetrics take seconds to import, and `prune` needs neither.
@@ -45,7 +50,9 @@ _IMPORTED_AT_USE = {
     "CausalLM": "modules",
     "TextData": "modules",
     "Perplexity": "perplexity",
+    "Tuned": "tuning.outcome",
     "merge_adapters": "lora",
+    "tune": "tuning.running",
 }
 
 

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
+from statprune.auto import Choice, choose
 from statprune.batches import is_transformers_model
 from statprune.checkpoint import refuse_existing, save
 from statprune.compress import plan, prune
@@ -43,7 +44,8 @@ class StatisticalPruning(Callback):
     """Prune the model of a LightningModule.
 
     Args:
-        recipe: how to prune; the default is the paper's method at 2:4.
+        recipe: how to prune; the default is the paper's method at 2:4. Where it is `auto`, it is chosen once, at the
+            first probe or when pruning, by trying candidates out on the calibration batches, and then kept.
         module: attribute path of the module to prune, such as `"model"`. Default: the transformers model that the
             LightningModule holds, or else the LightningModule itself, called as `forward` is.
         dataloader: calibration batches. Default: `calibration_dataloader()` of the DataModule or the LightningModule, or
@@ -93,6 +95,7 @@ class StatisticalPruning(Callback):
         self.report: PruningReport | None = None
         self.landed: dict[str, Any] | None = None
         self._batches: list[Any] | None = None
+        self._choice: Choice | None = None
         self._measuring: Measurement | None = None
         self._masks: HeldMasks | None = None
         self._hooks: list[RemovableHandle] = []
@@ -140,8 +143,9 @@ class StatisticalPruning(Callback):
                     measuring.add(batch, dense=True)
                 self._land(trainer, pl_module, batches)
             else:
-                measuring.twin = plan(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
-                self.report = measuring.twin.report
+                choice = self._chosen(trainer, target, batches)
+                measuring.twin = plan(target, batches, choice.recipe, forward_context=trainer.precision_plugin.val_step_context)
+                self.report = choice.sign(measuring.twin.report)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -229,8 +233,9 @@ class StatisticalPruning(Callback):
 
     def _land(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any]) -> None:
         target = self._target(pl_module)
-        report = prune(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
-        self._record(trainer, report)
+        choice = self._chosen(trainer, target, batches)
+        report = prune(target, batches, choice.recipe, forward_context=trainer.precision_plugin.val_step_context)
+        self._record(trainer, choice.sign(report))
         if self.then == "stop":
             self._save(trainer, pl_module)
 
@@ -256,6 +261,12 @@ class StatisticalPruning(Callback):
             protocol = {"source": "Lightning callback", "batches": self.report.num_batches}
             save(self._target(pl_module), self.report, self.output, tokenizer=tokenizer, protocol=protocol)
         trainer.strategy.barrier()
+
+    def _chosen(self, trainer: Trainer, target: nn.Module, batches: list[Any]) -> Choice:
+        """The recipe with a method: the same one at every probe."""
+        if self._choice is None:
+            self._choice = choose(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
+        return self._choice
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self.module is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from statprune.compress import plan
+from statprune.auto import plan
 from statprune.perplexity import evaluate
 from statprune.recipe import Method, labelled
 
@@ -64,7 +64,7 @@ def compare(
         traced = twin.traced
         seconds = time.perf_counter() - started
         perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
-        cells.append(Cell(label, pattern, perplexity, seconds, recipe.to_dict()))
+        cells.append(Cell(label, pattern, perplexity, seconds, twin.report.recipe))
         if progress is not None:
             progress(index + 1, len(recipes), f"{label} {pattern}: {perplexity:.3f}")
     return cells

@@ -143,8 +143,7 @@ def _run(
     report = PruningReport(recipe.to_dict(), recipe.schedule)
     inputs = bind_batches(model, batches)
     check_weights(model)
-    # Lightning validates in inference mode; parameters and statistics that outlive it must be ordinary tensors.
-    with torch.inference_mode(False), torch.no_grad(), eval_mode(model), without_cache(model), _buffers_kept(model):
+    with undisturbed(model):
         if traced is None:
             traced, selection = _look(model, inputs, recipe, report, forward_context)
         else:
@@ -195,7 +194,7 @@ def _look(
         except TracingError as e:
             found = find_linear_modules(model, inputs[0], forward_context=forward_context)
             hint = " Batches of one shape may do." if any(dynamic_dims(inputs)) else ""
-            warnings.warn(f"{e}. Falling back to module hooks with one-shot statistics.{hint}", stacklevel=4)
+            warnings.warn(f"{e}. Falling back to module hooks with one-shot statistics.{hint}", stacklevel=5)
             report.fallback_reason = str(e)
             report.schedule = "one-shot (module hooks)"
             return None, select(*found, recipe)
@@ -288,6 +287,14 @@ def _site_report(site: LinearSite, weight: Tensor, pruned: PrunedWeight) -> Site
         energy_before=energy_sq(weight),
         energy_after=energy_sq(pruned.weight),
     )
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model can be traced and calibrated; afterwards its modes, buffers and cache settings are what they were."""
+    # Lightning validates in inference mode; parameters and statistics that outlive it must be ordinary tensors.
+    with torch.inference_mode(False), torch.no_grad(), eval_mode(model), without_cache(model), _buffers_kept(model):
+        yield
 
 
 @contextlib.contextmanager

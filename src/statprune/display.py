@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from statprune.recipe import Recipe
 from statprune.report import PruningReport
 from statprune.selection import Selection
 
@@ -66,7 +67,9 @@ def show_plan(model: Any, selection: Selection, recipe: Any) -> None:
     num_pruned = sum(site.shape[0] * site.shape[1] for site in selection.sites)
     num_all = sum(parameter.numel() for parameter in model.parameters())
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    title = f"{recipe.method} at {pattern}, schedule {recipe.schedule}, allocation {recipe.allocation['name']}"
+    title = f"{recipe.method} at {pattern}"
+    if not recipe.is_auto:
+        title += f", schedule {recipe.schedule}, allocation {recipe.allocation['name']}"
     _show_sites(title, selection)
     console.print(
         f"{num_pruned:,} of {num_all:,} parameters ({100 * num_pruned / num_all:.1f} %) are in the weights to prune. "
@@ -129,9 +132,16 @@ def _distinct(rows: Sequence[Any]) -> list[Any]:
 
 def show_report(report: PruningReport, output: str) -> None:
     """The end of `statprune prune`."""
+    if report.chosen_by is not None:
+        recipe = Recipe.from_dict(report.recipe)
+        console.print(
+            f"chosen by auto: [bold]{escape(recipe.method)}[/], schedule {recipe.schedule}, of "
+            f"{report.chosen_by['measurements']} measurements",
+            soft_wrap=True,
+        )
     if report.fallback_reason:
         console.print(f"[yellow]{escape(report.fallback_reason)}[/]", soft_wrap=True)
-    for name in ("trace", "check", "walk", "prune", "save"):
+    for name in ("tune", "trace", "check", "walk", "prune", "save"):
         if name in report.seconds:
             console.print(f"{_STEPS[name]:<58}{report.seconds[name]:8.1f} s")
     console.print(
@@ -143,12 +153,36 @@ def show_report(report: PruningReport, output: str) -> None:
 
 
 _STEPS = {
+    "tune": "candidates tried out on the calibration windows",
     "trace": "export to a graph",
     "check": "first batch through the dense model, before any change",
     "walk": "walk: the calibration set through the graph, once",
     "prune": "scores, masks and compensation",
     "save": "save and verify",
 }
+
+
+def show_tuned(tuned: Any, model: str, output: str) -> None:
+    """The end of `statprune tune`."""
+    # Seconds are in the files: the terminal may be narrow, and methods have long names.
+    rows = [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in tuned.rows()]
+    table = Table(title="what was tried, on most windows first", title_justify="left", title_style="bold", header_style="bold")
+    for column in ("", *rows[0]):
+        is_number = column in ("windows", "perplexity")
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    for is_winner, row in zip(tuned.marks(), rows, strict=True):
+        style = "bold green" if is_winner else None
+        table.add_row("*" if is_winner else "", *(escape(value) for value in row.values()), style=style)
+    console.print(table)
+    for note in tuned.notes:
+        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+    console.print(
+        f"chosen (*): [bold]{escape(tuned.recipe.method)}[/], schedule {tuned.recipe.schedule}: perplexity "
+        f"[bold]{tuned.winner.perplexity:.4f}[/] (dense {tuned.dense_perplexity:.4f}) on {tuned.held_out_windows} windows that "
+        f"it was not pruned on, in {tuned.seconds:.0f} s. Next:\n"
+        f"  statprune prune {escape(model)} --recipe {escape(output)}/recipe.yaml --output sparse",
+        soft_wrap=True,
+    )
 
 
 def show_evaluation(result: dict[str, Any]) -> None:

@@ -36,6 +36,19 @@ Part = str | Mapping[str, Any]
 PRUNERS: dict[str, Callable[..., WeightPruner]] = {"sparsegpt": SparseGPT}
 """Pruners that choose and update at once, by the name a recipe uses."""
 
+AUTO = "auto"
+"""The criterion of a recipe that is yet to be chosen, by trying out others (see `tuning`)."""
+
+
+def auto(*, minutes: float = 10.0) -> None:
+    """The settings of `auto`: the minutes that trying out may take.
+
+    Raises:
+        ValueError: no minutes.
+    """
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
+        raise ValueError(f"auto(minutes={minutes}): expected a number above 0.")
+
 
 class YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-8 is a number; YAML 1.1 asks for a dot, 1.0e-8, and reads the rest as text."""
@@ -74,7 +87,11 @@ def known_compensations() -> dict[str, Callable[..., Any]]:
 def _installed(group: str, others: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     for entry in entry_points(group=group):
-        taken = {**CRITERIA, **PRUNERS, **others, **found} if group != "statprune.compensations" else {**COMPENSATIONS, **found}
+        taken = (
+            {**CRITERIA, **PRUNERS, AUTO: auto, **others, **found}
+            if group != "statprune.compensations"
+            else {**COMPENSATIONS, **found}
+        )
         origin = f"The entry point {entry.name!r} = {entry.value!r} in {group} (package {entry.dist and entry.dist.name})"
         if entry.name in taken or not re.fullmatch(_NAME, entry.name):
             raise RecipeError(
@@ -109,8 +126,13 @@ def build_compensation(part: Mapping[str, Any]) -> Callable[..., Tensor]:
     return known(**settings) if isinstance(known, type) else functools.partial(known, **settings)
 
 
-def usual_ranking(criterion: str) -> str:
-    """What unstructured weights compete in where the pattern does not say: the output row, or what a pruner of its own does."""
+def usual_ranking(criterion: str) -> str | None:
+    """What unstructured weights compete in where the pattern does not say: the output row, or what a pruner of its own does.
+
+    None for `auto`: that is for the method that will be chosen.
+    """
+    if criterion == AUTO:
+        return None
     return Unstructured.rank_over if criterion not in known_pruners() else "layer"
 
 
@@ -132,7 +154,12 @@ def parse(method: str) -> tuple[Part, list[Part]]:
 
 def format_method(criterion: Mapping[str, Any], compensations: Sequence[Mapping[str, Any]]) -> str:
     """The short name of completed parts; `parse` gives them back."""
-    return "+".join([_format(criterion, known_criteria()), *(_format(part, known_compensations()) for part in compensations)])
+    return "+".join(
+        [
+            _format(criterion, {**known_criteria(), AUTO: auto}),
+            *(_format(part, known_compensations()) for part in compensations),
+        ]
+    )
 
 
 def split(part: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

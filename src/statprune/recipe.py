@@ -15,8 +15,10 @@ import yaml
 from statprune.allocation import ALLOCATIONS, AllocationRule
 from statprune.errors import RecipeError, nearest
 from statprune.methods import (
+    AUTO,
     Part,
     YamlLoader,
+    auto,
     build_pruner,
     complete,
     format_method,
@@ -46,7 +48,9 @@ class Recipe:
 
     criterion: Part = "cvr"
     """`"magnitude"`, `"wanda"`, `"ria"`, `"z-pruner"`, `"cvr"`, or `"sparsegpt"`, which also updates what it keeps. With
-    settings `"cvr:alpha=0.25"`, or a mapping such as `{"name": "cvr", "alpha": 0.25}`."""
+    settings `"cvr:alpha=0.25"`, or a mapping such as `{"name": "cvr", "alpha": 0.25}`. `"auto"`, or `"auto:minutes=5"`: the
+    criterion, the compensation and the schedule are chosen by trying them out on the calibration batches (see `tune`); the
+    recipe's own compensation and schedule then do not count."""
 
     pattern: Part = "2:4"
     """`"50%"`, `"2:4"`, or a mapping such as `{"name": "unstructured", "sparsity": 0.5, "rank_over": "row"}` or
@@ -88,9 +92,11 @@ class Recipe:
         # Frozen: settings are completed once, so that two ways to write a recipe compare and save as one.
         object.__setattr__(self, "targets", None if self.targets is None else tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        object.__setattr__(self, "criterion", complete("criterion", self.criterion, known_criteria()))
+        object.__setattr__(self, "criterion", complete("criterion", self.criterion, {**known_criteria(), AUTO: auto}))
         object.__setattr__(self, "pattern", _complete_pattern(self.pattern, usual_ranking(split(self._criterion)[0])))
-        object.__setattr__(self, "compensation", _complete_compensations(self.compensation))
+        # "energy" is the field's default, which nobody may have asked for.
+        compensation = "none" if self.is_auto and self.compensation == "energy" else self.compensation
+        object.__setattr__(self, "compensation", _complete_compensations(compensation))
         object.__setattr__(self, "allocation", complete("allocation", self.allocation, ALLOCATIONS))
         self._try_out()
         self._check_allocation()
@@ -137,6 +143,11 @@ class Recipe:
         return {**asdict(self), "targets": None if self.targets is None else list(self.targets), "ignore": list(self.ignore)}
 
     @property
+    def is_auto(self) -> bool:
+        """Whether the method is yet to be chosen."""
+        return bool(self._criterion["name"] == AUTO)
+
+    @property
     def method(self) -> str:
         """The short name, with what is not a default: `"cvr+energy"`; `Recipe.parse` takes it."""
         return format_method(self._criterion, self._compensations)
@@ -155,7 +166,16 @@ class Recipe:
         return ALLOCATIONS[name](**settings)
 
     def pruner(self, pattern: Pattern | None = None) -> WeightPruner:
-        """The function that prunes one weight, with a pattern of its own where an allocation gives it one."""
+        """The function that prunes one weight, with a pattern of its own where an allocation gives it one.
+
+        Raises:
+            RecipeError: the recipe is `auto`, and no method was chosen yet.
+        """
+        if self.is_auto:
+            raise RecipeError(
+                f"Recipe(criterion={self.method!r}) names no method yet: expected one such as 'cvr', or the recipe that "
+                "statprune.tune chooses for this model. statprune.prune and plan, the callback and the command choose it."
+            )
         return build_pruner(self._criterion, pattern or self.build_pattern(), self._compensations)
 
     @property
@@ -173,6 +193,11 @@ class Recipe:
         """Prune a weight of one row, so that a value out of range is refused now and not in the middle of a model."""
         try:
             width = getattr(self.build_pattern(), "of", 2)
+            if self.is_auto:
+                auto(**split(self._criterion)[1])
+                if self._compensations:
+                    raise ValueError("auto chooses the compensation itself: leave it out.")
+                return
             weight = torch.linspace(1.0, 2.0, width)[None]
             self.pruner()(weight, InputMoments.zeros(width, gram=True).add(weight).add(-weight))
         except (ValueError, TypeError) as e:
@@ -234,7 +259,7 @@ def _are_names(names: object) -> bool:
     return isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
 
 
-def _complete_pattern(part: Part, rank_over: str) -> dict[str, Any]:
+def _complete_pattern(part: Part, rank_over: str | None) -> dict[str, Any]:
     if isinstance(part, int | float):
         raise RecipeError(
             f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}. In YAML, quote it: an unquoted 2:4 is a number to YAML."
@@ -251,7 +276,9 @@ def _complete_pattern(part: Part, rank_over: str) -> dict[str, Any]:
         settings = {"sparsity": pattern.sparsity} if isinstance(pattern, Unstructured) else asdict(pattern)  # type: ignore[call-overload]
         part = {"name": _NAME_OF_PATTERN[type(pattern)], **settings}
     if isinstance(part, Mapping) and part.get("name") == "unstructured":
-        part = {"rank_over": rank_over, **part}
+        is_open = rank_over is None and "rank_over" not in part
+        completed = complete("pattern", {"rank_over": rank_over or Unstructured.rank_over, **part}, PATTERNS)
+        return {key: value for key, value in completed.items() if not (is_open and key == "rank_over")}
     return complete("pattern", part, PATTERNS)
 
 

@@ -59,6 +59,8 @@ class PruningReport:
     """Why module hooks were used instead of the graph."""
     finetuning_steps: int = 0
     """Optimizer steps taken after pruning, with the pruned weights held at zero."""
+    chosen_by: dict[str, Any] | None = None
+    """Where the recipe was `auto` and `recipe` is what it chose: that recipe, what was tried, and on what; else None."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":

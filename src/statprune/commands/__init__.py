@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from statprune.commands.measurements import benchmark, compare, experiment, quickstart
+from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
 from statprune.commands.models import evaluate, inspect, merge, prune, verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -13,6 +13,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "merge": merge,
     "compare": compare,
+    "tune": tune,
     "experiment": experiment,
     "benchmark": benchmark,
 }

@@ -1,6 +1,6 @@
 """The commands that compare: methods, costs, the paper's experiments, and the demonstration."""
 
-from typing import Any
+from typing import Any, Literal
 
 from statprune import display
 from statprune.commands.shared import calibrate
@@ -62,6 +62,66 @@ def compare(
         display.show_json({"seqlen": seqlen, "samples": samples, "cells": [dataclasses.asdict(cell) for cell in cells]})
     else:
         print(comparison.markdown_table(cells))
+
+
+def tune(
+    model: str,
+    output: str,
+    calibration: list[str],
+    pattern: dict[str, Any] | str = "2:4",
+    minutes: float = 10.0,
+    targets: list[str] | None = None,
+    ignore: list[str] | None = None,
+    on_indivisible: Literal["error", "skip"] = "error",
+    samples: int = 128,
+    seqlen: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: DType = "auto",
+    json: bool = False,
+) -> None:
+    """Choose the recipe for a model and a pattern: try methods on half of the calibration text, score them on the other half.
+
+    Every second window is held out. Many methods are pruned from one pass over the dense model and scored on a part of the
+    held-out half; the best go on with settings and schedules of their own, on more of it; the best of those measured on all of
+    it is chosen. wanda, cvr+energy and sparsegpt are always among them, so the choice is never worse there. Nothing is pruned:
+    the recipe is for 'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
+
+    Args:
+        model: Folder or hub name of the model (safetensors only).
+        output: Folder for recipe.yaml, tried.csv, tried.md and trials.jsonl (a line for each measurement). One that is there is
+            gone on with, if the model, the calibration and the settings are the same; more --minutes try more.
+        calibration: Text files, a token file (FILE.safetensors:KEY), a data set's name, or 'generated'. The score is on this
+            text too, so with 'generated' it is on the model's own samples.
+        pattern: '50%' for half of the weights anywhere, '2:4' for two of every four, or a mapping.
+        minutes: How long it may take, without loading the model. The three baselines are measured whatever it says.
+        targets: Globs on layer names to prune, such as '*.mlp.*'. Default: all but the output layer and tied weights.
+        ignore: Globs on layer names to leave dense.
+        on_indivisible: Refuse (error) or leave dense (skip) layers whose width an N:M pattern does not divide.
+        samples: Calibration windows, for both halves together.
+        seqlen: Tokens in each window. Default: 2048, or the model's context if that is shorter.
+        batch_size: Windows in one forward pass.
+        seed: Of the choice of windows.
+        device: auto, cpu, cuda, cuda:1 ...
+        dtype: To compute in; auto takes the checkpoint's.
+        json: Print one JSON object with everything that was tried instead of a table.
+    """
+    import statprune.checkpoint as checkpoint
+    from statprune.tuning.running import tune as tune_model
+
+    loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
+    windows = calibrate(loaded, checkpoint.load_tokenizer(model), calibration, samples, seqlen, seed)
+    with display.progress("seconds of the budget") as progress:
+        tuned = tune_model(
+            loaded, windows.split(batch_size), pattern=pattern, minutes=minutes, output=output,
+            targets=targets, ignore=ignore or (), on_indivisible=on_indivisible, progress=progress, say=display.say,
+        )  # fmt: skip
+    if json:
+        trials = [trial.row() for trial in tuned.trials]
+        display.show_json({"recipe": tuned.recipe.to_dict(), "trials": trials, **tuned.record()})
+    else:
+        display.show_tuned(tuned, model, output)
 
 
 def benchmark(

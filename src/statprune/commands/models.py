@@ -36,9 +36,9 @@ def prune(
         output: Folder to write; must not exist.
         recipe: YAML file with a whole recipe, instead of the options below.
         method: A short name in place of --criterion and --compensation, such as wanda, cvr+energy, sparsegpt,
-            cvr:alpha=0.25+energy:column.
-        criterion: magnitude, wanda, ria, z-pruner, cvr, sparsegpt, or a mapping such as '{"name": "cvr", "alpha": 0.5}'.
-            Default: cvr.
+            cvr:alpha=0.25+energy:column, cvr+least-squares:steps=5, or auto.
+        criterion: magnitude, wanda, ria, z-pruner, cvr, sparsegpt, or a mapping such as '{"name": "cvr", "alpha": 0.5}'; or
+            auto (auto:minutes=5), which tries methods out on the calibration windows first, see 'statprune tune'. Default: cvr.
         pattern: '50%' for half of the weights anywhere, '2:4' for two of every four, or a mapping. Default: 2:4.
         compensation: none, energy, activation-energy, least-squares, or a mapping such as
             '{"name": "energy", "clamp": [0.5, 2.0]}', or a list of several. Default: energy.
@@ -60,6 +60,7 @@ def prune(
         dtype: To compute in and to save as; auto takes the checkpoint's.
     """
     import statprune.checkpoint as checkpoint
+    from statprune.auto import choose
     from statprune.compress import prune as prune_model
 
     chosen = read_recipe(
@@ -73,8 +74,11 @@ def prune(
     display.show_plan(loaded, survey_model(loaded, chosen), chosen)
     sources = calibration or ["generated"]
     windows = calibrate(loaded, tokenizer, sources, samples, seqlen, seed)
+    batches = list(windows.split(batch_size))
+    with display.progress("choosing: seconds of the budget") as progress:
+        choice = choose(loaded, batches, chosen, progress=progress, say=display.say)
     with display.progress("pruning") as progress:
-        report = prune_model(loaded, windows.split(batch_size), chosen, progress=progress)
+        report = choice.sign(prune_model(loaded, batches, choice.recipe, progress=progress))
     protocol = {
         "model": model, "calibration": sources, "samples": samples, "seqlen": seqlen, "seed": seed,
         "batch_size": batch_size, "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device),

@@ -157,7 +157,9 @@ class Experiment:
         for pattern in self.patterns:
             for method in self.methods:
                 label, recipe = labelled(method, pattern=pattern, schedule=self.schedule)
-                is_calibrated = recipe.pruner().needs is not Statistic.NONE
+                if recipe.is_auto and self.measure == "runtime":
+                    raise ExperimentError(f"The experiment runtime times a method, and {label!r} is yet to choose one.")
+                is_calibrated = recipe.is_auto or recipe.pruner().needs is not Statistic.NONE
                 for samples in self.sizes or [self.samples]:
                     for seed in self.seeds:
                         calibration = (samples, seed) if is_calibrated else (None, None)

@@ -98,6 +98,10 @@ class ResultsFile:
         found = self._results.get(key)
         return found if found is not None and found.error is None else None
 
+    def results(self) -> list[Result]:
+        """All cells, in the order in which they were finished."""
+        return list(self._results.values())
+
     def add(self, result: Result) -> None:
         """Write a finished cell; it is on disk when this returns."""
         is_new = not self.path.exists()

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statprune.auto import plan
 from statprune.batches import bind_batches
 from statprune.checkpoint import fingerprint, load_config, load_tokenizer
-from statprune.compress import plan
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.errors import ExperimentError, StatpruneError
 from statprune.experiments.definition import Cell, Experiment

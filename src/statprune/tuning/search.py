@@ -1,0 +1,282 @@
+"""The search: candidates in rungs, until the budget is used up or everything was tried (see `halving`)."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from statprune.batches import bind_batches, dynamic_dims, example_batch
+from statprune.compress import plan, undisturbed
+from statprune.errors import CalibrationError
+from statprune.recipe import Recipe
+from statprune.selection import select
+from statprune.tracing import trace
+from statprune.tuning.candidates import (
+    BASELINE_SCHEDULE,
+    BASELINES,
+    KNOWN_GOOD,
+    METHODS,
+    SCHEDULES,
+    field_variations,
+    variations,
+)
+from statprune.tuning.halving import FIRST_SHARE, PARENTS, SECOND_SHARE, affordable, goes_on, num_batches, ranking, survivors
+from statprune.tuning.outcome import Tuned, write
+from statprune.tuning.prices import Prices
+from statprune.tuning.shared import plan_together, twins_at_once
+from statprune.tuning.trials import Stopwatch, Trial, Trials
+from statprune.tuning.windows import Halves, Scorer
+from statprune.walk import ForwardContext
+
+Progress = Callable[[int, int, str], None]
+"""Called with (seconds used, seconds in all, what is being done)."""
+
+
+class _OutOfTime(Exception):
+    """A candidate would take, or takes, longer than there is."""
+
+
+class Search:
+    """One run over one model; see `tune`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        halves: Halves,
+        recipe: Recipe,
+        output: str | Path | None,
+        forward_context: ForwardContext,
+        progress: Progress | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.halves, self.output = model, halves, output
+        self.forward_context, self.progress, self.say = forward_context, progress, say
+        data = recipe.to_dict()
+        self.seconds = 60.0 * data["criterion"]["minutes"]
+        self.others = {name: data[name] for name in data if name not in ("criterion", "compensation", "schedule")}
+        self.trials = Trials(output, protocol(model, halves, self.others) if output is not None else {})
+        device = next(model.parameters()).device
+        self.watch = Stopwatch(self.seconds, self.trials.seconds_before, device)
+        self.prices = Prices()
+        self.num_scoring = len(halves.scoring)
+        self.notes: list[str] = []
+        inputs = bind_batches(model, halves.pruning)
+        with undisturbed(model):
+            self.traced = trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
+            select(self.traced.groups, self.traced.left_out, recipe)
+
+    def run(self) -> Tuned:
+        """All rungs."""
+        everything = self._windows(self.num_scoring)
+        dense = self._dense(everything)
+        for method in BASELINES:
+            self._measure("baseline", self._recipe(method, BASELINE_SCHEDULE), [self.num_scoring])
+        took = self.watch.spent()
+        promising = self._shared_rungs()
+        skipped = self._last_rung(promising)
+        finalists = [trial for trial in self.trials.all if trial.windows == everything]
+        winner = finalists[ranking([trial.perplexity for trial in finalists])[0]]
+        if skipped and len(finalists) <= len(BASELINES):
+            self.notes = [
+                f"{self.seconds / 60:g} minutes were too few: only the baselines were measured, which took {took:.0f} s. "
+                f"Expect something better from {math.ceil(took / 15)} minutes or more."
+            ]
+        elif skipped:
+            self.notes.append(f"{skipped} candidates with a schedule of their own did not fit.")
+        tuned = Tuned(
+            winner, list(self.trials.all), dense, _count(self.halves.pruning), everything, self.watch.spent(), self.notes
+        )
+        for note in self.notes:
+            self.say(f"the budget: {note}")
+        if self.output is not None:
+            write(self.output, tuned)
+        return tuned
+
+    def _recipe(self, method: str, schedule: str) -> Recipe:
+        return Recipe.parse(method, schedule=schedule, **self.others)
+
+    def _windows(self, num_batches: int) -> int:
+        return _count(self.halves.scoring[:num_batches])
+
+    def _dense(self, windows: int) -> float:
+        known = self.trials.dense(windows)
+        if known is None:
+            self._advance("the dense model")
+            known = Scorer(self.model, self.halves.scoring, {}, self.forward_context).upto(self.num_scoring)
+            if not math.isfinite(known):
+                raise CalibrationError(
+                    f"The dense model's perplexity on the held-out half, {windows} windows, is {known}: expected windows of at "
+                    "least 2 tokens, and a model that predicts them."
+                )
+            self.trials.add_dense(windows, known, self.watch.lap())
+        self.say(f"dense: perplexity {known:.4f} on {windows} held-out windows")
+        return known
+
+    def _shared_rungs(self) -> list[Trial]:
+        """Methods, then variations of the best of them, all on the dense model's statistics; the best of both."""
+        methods = [self._recipe(method, "one-shot") for method in METHODS]
+        trials = self._shared_rung("methods", methods, FIRST_SHARE)
+        best = [trials[index].recipe for index in ranking([trial.perplexity for trial in trials])[:PARENTS]]
+        varied = {recipe.method: recipe for parent in best for recipe in variations(parent)}
+        known = {recipe.method for recipe in methods}
+        trials += self._shared_rung("variations", [varied[name] for name in varied if name not in known], SECOND_SHARE)
+        return [trials[index] for index in survivors([trial.perplexity for trial in trials])]
+
+    def _shared_rung(self, rung: str, recipes: Sequence[Recipe], share: float) -> list[Trial]:
+        """As many as can be afforded, from the first on."""
+        if not recipes:
+            return []
+        batches = num_batches(0, self.num_scoring)
+        windows = self._windows(batches)
+        known = [self.trials.find(rung, recipe, windows) for recipe in recipes]
+        for trial in filter(None, known):
+            self.prices.learn(trial, is_shared=True)
+        at_once = min(len(recipes), twins_at_once(self.model, self.traced, recipes[0]))
+        one_pass, scoring = self.prices.statistics("one-shot"), self.prices.scoring(windows)
+        costs = [
+            0.0 if trial else one_pass / at_once + self.prices.pruning(recipe) + scoring
+            for trial, recipe in zip(known, recipes, strict=True)
+        ]
+        seconds = share * self.watch.left()
+        until = self.watch.spent() + seconds
+        new = [recipes[index] for index in affordable(costs, seconds) if known[index] is None]
+        for start in range(0, len(new), at_once):
+            self._prune_together(rung, new[start : start + at_once], batches, until)
+        now_known = [self.trials.find(rung, recipe, windows) for recipe in recipes]
+        found = [one for one in now_known if one is not None]
+        if len(found) < len(recipes):
+            self.notes.append(f"{len(recipes) - len(found)} of the {len(recipes)} {rung} did not fit.")
+        return found
+
+    def _prune_together(self, rung: str, recipes: Sequence[Recipe], batches: int, until: float) -> None:
+        windows = self._windows(batches)
+        scoring = self.prices.scoring(windows)
+        started, seconds = time.perf_counter(), until - self.watch.spent()
+
+        def keep_going(fraction: float, pruning: Sequence[float]) -> int:
+            # Down to one: the pass over the batches is paid for already.
+            self._advance(f"{len(pruning)} {rung}, one walk")
+            statistics = time.perf_counter() - started - sum(pruning)
+            count = len(pruning)
+            while count > 1 and statistics + sum(pruning[:count]) / fraction + count * scoring > seconds:
+                count -= 1
+            return int(self.watch.agreed(count))
+
+        twins = plan_together(
+            self.model, self.halves.pruning, recipes, self.traced,
+            forward_context=self.forward_context, keep_going=keep_going,
+        )  # fmt: skip
+        statistics = (time.perf_counter() - started - sum(twin.seconds for twin in twins)) / len(twins)
+        for twin in twins:
+            self._advance(f"{twin.recipe.method}, one-shot")
+            scored = time.perf_counter()
+            perplexity = Scorer(self.model, self.halves.scoring, twin.weights, self.forward_context).upto(batches)
+            twin.weights.clear()
+            took = time.perf_counter() - scored
+            trial = Trial(rung, twin.recipe, windows, perplexity, statistics, twin.seconds, took, self.watch.lap())
+            self.trials.add(trial)
+            self.prices.learn(trial, is_shared=True)
+            self._tell(trial)
+
+    def _last_rung(self, promising: Sequence[Trial]) -> int:
+        """The promising ones with schedules of their own, or else the known good ones; returns how many did not fit."""
+        stages = sorted({num_batches(1, self.num_scoring), self.num_scoring})
+        scores: list[float] = []
+        skipped = 0
+        for recipe in self._last_candidates([trial.recipe for trial in promising]):
+            try:
+                self._measure("schedules", recipe, stages, scores)
+            except _OutOfTime:
+                skipped += 1
+        return skipped
+
+    def _last_candidates(self, promising: Sequence[Recipe]) -> list[Recipe]:
+        if not promising:
+            return [self._recipe(method, BASELINE_SCHEDULE) for method in (*KNOWN_GOOD, *METHODS)]
+        *usual, last = SCHEDULES
+        varied = [[replace(recipe, schedule=schedule) for schedule in usual] for recipe in promising]
+        best = varied[0]
+        candidates = [*best, *field_variations(best[0]), *(recipe for others in varied[1:] for recipe in others)]
+        return [*candidates, replace(promising[0], schedule=last)]
+
+    def _measure(self, rung: str, recipe: Recipe, stages: Sequence[int], rivals: list[float] | None = None) -> None:
+        """Score a recipe on more and more held-out batches, as long as it is among the best of its rivals.
+
+        Without rivals it is a baseline, which is measured whatever it takes.
+        """
+        scorer = None
+        for stage in stages:
+            windows = self._windows(stage)
+            trial = self.trials.find(rung, recipe, windows)
+            if trial is None:
+                if scorer is None:
+                    started = time.perf_counter()
+                    scorer, statistics, pruning = self._prune(recipe, is_limited=rivals is not None)
+                    started = time.perf_counter()
+                perplexity = scorer.upto(stage)
+                took = time.perf_counter() - started
+                trial = Trial(rung, recipe, windows, perplexity, statistics, pruning, took, self.watch.lap())
+                self.trials.add(trial)
+            self.prices.learn(trial)
+            self._tell(trial)
+            if rivals is not None and stage != stages[-1]:
+                rivals.append(trial.perplexity)
+                if not goes_on(rivals):
+                    return
+
+    def _prune(self, recipe: Recipe, *, is_limited: bool) -> tuple[Scorer, float, float]:
+        """A twin to score, and the seconds of statistics and of pruning."""
+        scoring = self.prices.scoring(self._windows(self.num_scoring))
+        price = self.prices.statistics(recipe.schedule) + self.prices.pruning(recipe) + scoring
+        if is_limited and price > self.watch.left():
+            raise _OutOfTime
+
+        def advance(done: int, total: int, name: str) -> None:
+            self._advance(f"{recipe.method}, {recipe.schedule}: {name}")
+            if is_limited and done < total and self.watch.left() < scoring:
+                raise _OutOfTime
+
+        twin = plan(
+            self.model, self.halves.pruning, recipe,
+            traced=self.traced, progress=advance, forward_context=self.forward_context,
+        )  # fmt: skip
+        scorer = Scorer(self.model, self.halves.scoring, twin.weights, self.forward_context)
+        return scorer, twin.report.seconds.get("walk", 0.0), twin.report.seconds["prune"]
+
+    def _tell(self, trial: Trial) -> None:
+        self.say(
+            f"{trial.recipe.method}, {trial.recipe.schedule}: perplexity {trial.perplexity:.4f} on {trial.windows} windows"
+        )
+
+    def _advance(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(min(int(self.seconds), int(self.watch.here())), max(1, int(self.seconds)), what)
+
+
+def _count(batches: Sequence[dict[str, Tensor]]) -> int:
+    return sum(len(batch["input_ids"]) for batch in batches)
+
+
+def protocol(model: nn.Module, halves: Halves, others: dict[str, Any]) -> dict[str, Any]:
+    """What trials must have in common to compare."""
+    named = dict(model.named_parameters())
+    tokens = {f"{index}.{name}": batch[name] for index, batch in enumerate(halves.pruning + halves.scoring) for name in batch}
+    first = next(model.parameters())
+    return {
+        "model": _digest(named), "calibration": _digest(tokens), "batch_size": halves.batch_size,
+        "dtype": str(first.dtype).removeprefix("torch."), "device": first.device.type, **others,
+    }  # fmt: skip
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest()[:16])

@@ -1,0 +1,367 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import statprune
+import statprune.compress as compress
+from statprune.errors import CalibrationError, ModelError, RecipeError, ResultsError, SiteError, TracingError
+from statprune.perplexity import evaluate
+from statprune.recipe import Recipe
+from statprune.tuning import shared
+from statprune.tuning.candidates import BASELINES, METHODS, field_variations, variations
+from statprune.tuning.search import Search
+from statprune.tuning.shared import plan_together
+from statprune.tuning.trials import Stopwatch, Trials
+from tiny_models import changed, classifier, gpt2, llama, refused, snapshot, t5, tokens
+
+FEW = ("cvr+least-squares", "wanda+energy", "ria", "cvr")
+ENOUGH = 10.0
+NONE = 1e-6
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Four methods, and few variations of two of them."""
+    monkeypatch.setattr("statprune.tuning.search.METHODS", FEW)
+    monkeypatch.setattr("statprune.tuning.candidates.VARIATIONS", {"cvr": {"alpha": (1.0,)}, "energy": {"strength": (0.5,)}})
+
+
+def tune(model=None, windows=None, **settings):
+    torch.manual_seed(1)
+    windows = tokens(8, 12) if windows is None else windows
+    return statprune.tune(
+        llama(num_hidden_layers=1) if model is None else model, windows.split(2), **{"minutes": ENOUGH, **settings}
+    )
+
+
+def measured(tuned):
+    return [(trial.recipe, trial.windows) for trial in tuned.trials]
+
+
+def test_the_winner_is_the_best_finalist_and_its_perplexity_can_be_measured_again(few):
+    torch.manual_seed(1)
+    model, windows = llama(), tokens(8, 12)
+    before = snapshot(model)
+    tuned = statprune.tune(model, windows.split(2), pattern="2:4", minutes=ENOUGH)
+    assert changed(model, before) == set()
+    assert (tuned.pruning_windows, tuned.held_out_windows, tuned.notes) == (4, 4, [])
+    assert tuned.winner.perplexity == min(trial.perplexity for trial in tuned.finalists)
+    assert {trial.rung for trial in tuned.finalists} == {"baseline", "schedules"}
+    assert {trial.rung for trial in tuned.trials} == {"baseline", "methods", "variations", "schedules"}
+    for trial in tuned.finalists:
+        weights = compress.plan(model, windows[::2].split(2), trial.recipe).weights
+        assert evaluate(model, windows[1::2], batch_size=2, weights=weights) == trial.perplexity
+    assert tuned.dense_perplexity == evaluate(model, windows[1::2], batch_size=2)
+
+
+def test_without_any_time_the_baselines_are_measured_to_the_end_and_it_says_what_was_missed(few):
+    said = []
+    tuned = tune(minutes=NONE, say=said.append)
+    assert [trial.recipe.method for trial in tuned.trials] == list(BASELINES)
+    assert {(trial.recipe.schedule, trial.windows) for trial in tuned.trials} == {("block", 4)}
+    assert tuned.winner.perplexity == min(trial.perplexity for trial in tuned.trials)
+    assert "too few: only the baselines were measured" in tuned.notes[0]
+    assert f"the budget: {tuned.notes[0]}" in said
+
+
+def test_with_enough_time_the_choice_does_not_depend_on_the_clock(few):
+    first, second = tune(), tune(minutes=2 * ENOUGH)
+    assert measured(first) == measured(second)
+    assert first.recipe == second.recipe
+    assert [trial.perplexity for trial in first.trials] == [trial.perplexity for trial in second.trials]
+
+
+def test_progress_is_in_seconds_of_the_budget(few):
+    seen = []
+    tune(minutes=1, progress=lambda *advanced: seen.append(advanced))
+    assert {total for _, total, _ in seen} == {60}
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert any("one walk" in what for *_, what in seen)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_twins_from_one_walk_are_those_of_a_plan_each(model, monkeypatch):
+    model, batches = model(), tokens(4, 12).split(2)
+    recipes = [Recipe.parse(method, pattern="2:4", schedule="one-shot") for method in METHODS]
+    traced = compress.plan(model, batches, recipes[0]).traced
+    context = torch.no_grad
+    for max_bytes in (shared.MAX_STATISTICS_BYTES, 1):
+        monkeypatch.setattr(shared, "MAX_STATISTICS_BYTES", max_bytes)
+        twins = plan_together(model, batches, recipes, traced, forward_context=context)
+        assert [twin.recipe for twin in twins] == recipes
+        for twin in twins:
+            alone = compress.plan(model, batches, twin.recipe, traced=traced).weights
+            assert twin.weights.keys() == alone.keys()
+            for name, weight in alone.items():
+                # The Gram of a walk that needs only moments is not there to add up: the moments are the same either way.
+                assert torch.equal(twin.weights[name], weight), (twin.recipe.method, name)
+                assert twin.weights[name].stride() == weight.stride()
+
+
+def test_twins_that_do_not_fit_in_memory_are_made_in_several_walks(few, monkeypatch):
+    at_once = tune()
+    walks = []
+    together = shared.plan_together
+    monkeypatch.setattr(shared, "MAX_TWIN_BYTES", 1)
+    monkeypatch.setattr("statprune.tuning.search.plan_together", lambda *a, **k: walks.append(len(a[2])) or together(*a, **k))
+    one_by_one = tune()
+    assert set(walks) == {1}
+    assert measured(one_by_one) == measured(at_once)
+    assert one_by_one.recipe == at_once.recipe
+
+
+def test_twins_are_dropped_from_the_end_where_they_take_too_long():
+    model, batches = llama(), tokens(4, 12).split(2)
+    recipes = [Recipe.parse(method, pattern="2:4", schedule="one-shot") for method in FEW]
+    traced = compress.plan(model, batches, recipes[0]).traced
+    seen = []
+
+    def keep_going(fraction, seconds):
+        seen.append((fraction, len(seconds)))
+        return max(1, len(seconds) - 1)
+
+    twins = plan_together(model, batches, recipes, traced, forward_context=torch.no_grad, keep_going=keep_going)
+    assert [twin.recipe for twin in twins] == recipes[:1]
+    assert [number for _, number in seen[:4]] == [4, 3, 2, 1]
+    assert [fraction for fraction, _ in seen] == sorted(fraction for fraction, _ in seen)
+    assert seen[-1][0] == 1.0
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [2, 5, 9])
+def test_an_interrupted_run_goes_on_and_measures_nothing_twice(few, tmp_path, monkeypatch, after):
+    whole = tune(output=tmp_path / "whole")
+    add, added = Trials.add, []
+
+    def stop(self, trial):
+        add(self, trial)
+        added.append((trial.recipe, trial.windows))
+        if len(added) == after:
+            raise Interrupted
+
+    monkeypatch.setattr(Trials, "add", stop)
+    with pytest.raises(Interrupted):
+        tune(output=tmp_path / "cut")
+    assert not (tmp_path / "cut" / "recipe.yaml").exists()
+    with (tmp_path / "cut" / "trials.jsonl").open("a") as file:
+        file.write('{"measure": "perpl')  # cut off in the middle of a line
+    monkeypatch.setattr(Trials, "add", lambda self, trial: add(self, trial) or added.append((trial.recipe, trial.windows)))
+    again = tune(output=tmp_path / "cut")
+    assert measured(again) == measured(whole)
+    assert len(added) == len(whole.trials)
+    assert all(added.count(one) == 1 for one in added)
+    assert (again.recipe, again.winner.perplexity) == (whole.recipe, whole.winner.perplexity)
+    assert again.seconds > sum(trial.seconds for trial in again.trials)  # what the first run used counts
+    for name in ("recipe.yaml", "tried.csv"):
+        columns = [line.rsplit(",", 2)[0] for line in (tmp_path / "cut" / name).read_text().splitlines()]
+        assert columns == [line.rsplit(",", 2)[0] for line in (tmp_path / "whole" / name).read_text().splitlines()]
+
+
+def test_a_finished_run_is_read_and_not_repeated_and_goes_further_with_more_minutes(few, tmp_path, monkeypatch):
+    short = tune(output=tmp_path, minutes=NONE)
+    assert len(short.trials) == len(BASELINES)
+    longer = tune(output=tmp_path, minutes=ENOUGH)
+    assert measured(longer)[: len(BASELINES)] == measured(short)
+    assert len(longer.trials) > len(short.trials)
+    monkeypatch.setattr("statprune.tuning.search.plan", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr("statprune.tuning.search.plan_together", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr("statprune.tuning.search.Scorer", lambda *a, **k: pytest.fail("scored again"))
+    assert tune(output=tmp_path, minutes=ENOUGH).trials == longer.trials
+
+
+def test_the_files_say_what_was_tried_and_the_recipe_can_be_used(few, tmp_path):
+    tuned = tune(output=tmp_path, pattern="50%")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == tuned.recipe
+    rows = list(csv.DictReader((tmp_path / "tried.csv").read_text().splitlines()))
+    assert len(rows) == len(tuned.trials)
+    (chosen,) = [row for row in rows if row["chosen"] == "True"]
+    assert (chosen["method"], float(chosen["perplexity"])) == (tuned.recipe.method, tuned.winner.perplexity)
+    table = (tmp_path / "tried.md").read_text()
+    assert table == tuned.to_markdown() + "\n"
+    assert table.count("**") == 2 * len(tuned.winner.row())
+    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2 + len(tuned.trials)  # the head and the dense model
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pattern": "1:4"}, "pattern.keep was 2 and is 1"),
+        ({"ignore": ["*.down_proj"]}, "ignore was"),
+        ({"model": gpt2}, "model was"),
+        ({"windows": torch.arange(3, 43).repeat(8, 1)[:, :12]}, "calibration was"),
+    ],
+)
+def test_a_folder_with_trials_of_something_else_is_refused(few, tmp_path, settings, named):
+    tune(output=tmp_path, minutes=NONE)
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    model = settings.pop("model", llama)()
+    with pytest.raises(ResultsError, match=named):
+        tune(model, output=tmp_path, minutes=NONE, **settings)
+    assert (tmp_path / "trials.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_is_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ResultsError, match=r"holds no trials.jsonl: expected a new folder"):
+        tune(output=tmp_path)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, "ten", True])
+def test_minutes_that_are_none_are_refused(minutes):
+    with refused(model := llama(), RecipeError, r"auto\(minutes=.*expected a number above 0"):
+        statprune.tune(model, tokens(4, 8).split(1), minutes=minutes)
+
+
+def test_what_cannot_be_scored_is_refused():
+    for model in (classifier(), t5()):
+        with refused(model, ModelError, "not a causal language model of transformers.*cannot be measured"):
+            statprune.tune(model, tokens(4, 8).split(1))
+    with refused(model := llama(), CalibrationError, "a single window: expected at least 2"):
+        statprune.tune(model, [tokens(1, 8)])
+    with refused(model, CalibrationError, "position_ids.*expected input_ids"):
+        statprune.tune(model, [{"input_ids": tokens(2, 8), "position_ids": torch.arange(8).expand(2, 8)}])
+    with refused(model, CalibrationError, "held-out half.*at least 2 tokens"):
+        statprune.tune(model, tokens(4, 1).split(2))
+
+
+def test_a_pattern_that_does_not_fit_or_exist_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("statprune.tuning.search.Scorer", lambda *a, **k: pytest.fail("scored"))
+    with refused(model := llama(), SiteError, "3:5 does not divide its width"):
+        statprune.tune(model, tokens(4, 8).split(2), pattern="3:5")
+    with refused(model, RecipeError, "fraction in"):
+        statprune.tune(model, tokens(4, 8).split(2), pattern="120%")
+    with refused(model, SiteError, "matches no weight"):
+        statprune.tune(model, tokens(4, 8).split(2), targets=["*.mpl.*"])
+
+
+def test_a_model_that_cannot_be_exported_is_refused(monkeypatch):
+    def fail(*_):
+        raise TracingError("torch.export cannot trace it")
+
+    monkeypatch.setattr("statprune.tuning.search.trace", fail)
+    with refused(model := llama(), TracingError, "cannot trace it"):
+        statprune.tune(model, tokens(4, 8).split(2))
+
+
+def test_targets_and_ignored_layers_hold_for_every_candidate(few):
+    tuned = tune(ignore=["*.down_proj"], targets=["*.mlp.*"])
+    assert {(trial.recipe.ignore, trial.recipe.targets) for trial in tuned.trials} == {(("*.down_proj",), ("*.mlp.*",))}
+
+
+def test_padding_counts_neither_in_the_statistics_nor_in_the_score(few):
+    windows = tokens(4, 8)
+    padded = {
+        "input_ids": torch.cat([windows, tokens(4, 4)], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(windows), torch.zeros(4, 4, dtype=torch.int64)], dim=1),
+    }
+    batches = [{name: value[rows] for name, value in padded.items()} for rows in (slice(0, 2), slice(2, 4))]
+    model = llama()
+    with_padding = statprune.tune(model, batches, minutes=NONE)
+    without = statprune.tune(model, windows.split(2), minutes=NONE)
+    expected = [one.perplexity for one in without.trials]
+    assert [one.perplexity for one in with_padding.trials] == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_of_several_lengths_and_a_tensor_of_windows_will_do(few):
+    tuned = statprune.tune(llama(), [tokens(3, 8), tokens(2, 12)], minutes=NONE)
+    assert (tuned.pruning_windows, tuned.held_out_windows) == (3, 2)
+    assert statprune.tune(llama(), tokens(5, 8), minutes=NONE).held_out_windows == 2
+
+
+def test_variations_change_one_setting_and_keep_the_rest():
+    recipe = Recipe.parse("cvr+least-squares:steps=5", pattern="2:4", schedule="one-shot", ignore=["*.down_proj"])
+    found = [one.method for one in variations(recipe)]
+    assert "cvr:alpha=0.25+least-squares:steps=5" in found
+    assert "cvr+least-squares:steps=10" in found
+    assert len(found) == len(set(found))
+    assert recipe.method not in found
+    assert all((one.ignore, one.schedule) == (recipe.ignore, "one-shot") for one in variations(recipe))
+    assert list(variations(Recipe.parse("magnitude"))) == []
+    for method in METHODS:
+        assert len({one.method for one in variations(Recipe.parse(method))}) == len(list(variations(Recipe.parse(method))))
+
+
+def test_variations_of_a_field_are_of_those_that_the_recipe_has(monkeypatch):
+    monkeypatch.setattr("statprune.tuning.candidates.FIELD_VARIATIONS", {"schedule": ("block", "walk"), "colour": ("red",)})
+    assert [one.schedule for one in field_variations(Recipe())] == ["block", "walk"]
+
+
+def test_every_listed_method_exists():
+    assert len({Recipe.parse(method).method for method in METHODS}) == len(METHODS)
+
+
+DDP_SCRIPT = """
+import os, sys
+import torch
+import statprune
+sys.path.insert(0, sys.argv[1])
+from tiny_models import llama, tokens
+from statprune.recipe import Recipe
+from statprune.tuning import search
+
+torch.set_num_threads(1)
+rank = int(sys.argv[2])
+torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{sys.argv[3]}.store")
+search.METHODS = ("cvr+least-squares", "wanda+energy", "ria", "cvr")
+torch.manual_seed(1)
+windows = tokens(16, 12)
+model = llama()
+if rank == 1:  # whose clock does not count
+    search.Stopwatch.here = lambda self: 1e9
+report = statprune.prune(model, windows[rank::2].split(2), Recipe("auto:minutes=1", pattern="2:4"))
+done = {"chosen": report.chosen_by["finalists"], "recipe": report.recipe, "weights": model.state_dict()}
+torch.save(done, f"{sys.argv[3]}.{rank}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ranks_choose_alike_by_the_windows_of_all_of_them_and_the_first_ones_clock(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(DDP_SCRIPT))
+    command = [sys.executable, str(script), __file__.rpartition("/")[0]]
+    running = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
+    first, second = (torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in (0, 1))
+    assert first["recipe"] == second["recipe"]
+    assert first["chosen"] == second["chosen"]
+    assert len(first["chosen"]) > len(BASELINES)
+    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+
+
+def test_a_stopwatch_counts_what_earlier_runs_used():
+    watch = Stopwatch(100.0, 60.0, torch.device("cpu"))
+    assert 60 <= watch.spent() < 61
+    assert 39 < watch.left() <= 40
+    assert 0 <= watch.lap() < 1
+
+
+def test_the_search_gives_up_a_candidate_that_takes_longer_than_is_left(few, monkeypatch):
+    prices = {"statistics": 0.0, "pruning": 0.0, "scoring": 0.0}
+    for name in prices:
+        monkeypatch.setattr(f"statprune.tuning.search.Prices.{name}", lambda *_: 1e-9)
+    pruned = []
+    prune_one = Search._prune
+
+    def slow(self, recipe, *, is_limited):
+        if is_limited and len(pruned) == 1:
+            self.watch.before = 1e9  # time is up while it is being pruned
+        pruned.append(recipe)
+        return prune_one(self, recipe, is_limited=is_limited)
+
+    monkeypatch.setattr(Search, "_prune", slow)
+    tuned = tune()
+    assert any("did not fit" in note for note in tuned.notes)
+    assert json.loads(json.dumps(tuned.record()))["measurements"] == len(tuned.trials)
