@@ -14,7 +14,7 @@ from statprune.errors import CalibrationError, ModelError, RecipeError, ResultsE
 from statprune.perplexity import evaluate
 from statprune.recipe import Recipe
 from statprune.tuning import shared
-from statprune.tuning.candidates import BASELINES, METHODS, field_variations, variations
+from statprune.tuning.candidates import BASELINES, METHODS, allocations, variations
 from statprune.tuning.search import Search
 from statprune.tuning.shared import plan_together
 from statprune.tuning.trials import Stopwatch, Trials
@@ -278,10 +278,10 @@ def test_windows_of_several_lengths_and_a_tensor_of_windows_will_do(few):
 
 
 def test_variations_change_one_setting_and_keep_the_rest():
-    recipe = Recipe.parse("cvr+least-squares:steps=5", pattern="2:4", schedule="one-shot", ignore=["*.down_proj"])
+    recipe = Recipe.parse("cvr+least-squares:steps=15", pattern="2:4", schedule="one-shot", ignore=["*.down_proj"])
     found = [one.method for one in variations(recipe)]
-    assert "cvr:alpha=0.25+least-squares:steps=5" in found
-    assert "cvr+least-squares:steps=10" in found
+    assert "cvr:alpha=0.25+least-squares:steps=15" in found
+    assert "cvr+least-squares:steps=40" in found
     assert len(found) == len(set(found))
     assert recipe.method not in found
     assert all((one.ignore, one.schedule) == (recipe.ignore, "one-shot") for one in variations(recipe))
@@ -290,9 +290,11 @@ def test_variations_change_one_setting_and_keep_the_rest():
         assert len({one.method for one in variations(Recipe.parse(method))}) == len(list(variations(Recipe.parse(method))))
 
 
-def test_variations_of_a_field_are_of_those_that_the_recipe_has(monkeypatch):
-    monkeypatch.setattr("statprune.tuning.candidates.FIELD_VARIATIONS", {"schedule": ("block", "walk"), "colour": ("red",)})
-    assert [one.schedule for one in field_variations(Recipe())] == ["block", "walk"]
+def test_allocations_are_tried_where_they_prune_as_many_weights():
+    recipe = Recipe.parse("wanda", pattern="70%", schedule="block")
+    assert [one.allocation["name"] for one in allocations(recipe)] == ["sensitivity", "owl"]
+    assert all((one.method, one.pattern, one.schedule) == ("wanda", recipe.pattern, "block") for one in allocations(recipe))
+    assert list(allocations(Recipe.parse("wanda", pattern="2:4"))) == []
 
 
 def test_every_listed_method_exists():

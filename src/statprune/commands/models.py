@@ -36,7 +36,7 @@ def prune(
         output: Folder to write; must not exist.
         recipe: YAML file with a whole recipe, instead of the options below.
         method: A short name in place of --criterion and --compensation, such as wanda, cvr+energy, sparsegpt,
-            cvr:alpha=0.25+energy:column, cvr+least-squares:steps=5, or auto.
+            cvr:alpha=0.25+energy:column, cvr+least-squares:steps=15, or auto.
         criterion: magnitude, wanda, ria, z-pruner, cvr, sparsegpt, or a mapping such as '{"name": "cvr", "alpha": 0.5}'; or
             auto (auto:minutes=5), which tries methods out on the calibration windows first, see 'statprune tune'. Default: cvr.
         pattern: '50%' for half of the weights anywhere, '2:4' for two of every four, or a mapping. Default: 2:4.

@@ -23,7 +23,7 @@ from statprune.tuning.candidates import (
     KNOWN_GOOD,
     METHODS,
     SCHEDULES,
-    field_variations,
+    allocations,
     variations,
 )
 from statprune.tuning.halving import FIRST_SHARE, PARENTS, SECOND_SHARE, affordable, goes_on, num_batches, ranking, survivors
@@ -202,7 +202,7 @@ class Search:
         *usual, last = SCHEDULES
         varied = [[replace(recipe, schedule=schedule) for schedule in usual] for recipe in promising]
         best = varied[0]
-        candidates = [*best, *field_variations(best[0]), *(recipe for others in varied[1:] for recipe in others)]
+        candidates = [*best, *allocations(best[0]), *(recipe for others in varied[1:] for recipe in others)]
         return [*candidates, replace(promising[0], schedule=last)]
 
     def _measure(self, rung: str, recipe: Recipe, stages: Sequence[int], rivals: list[float] | None = None) -> None:
