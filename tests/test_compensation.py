@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.compensation import COMPENSATIONS, energy, none
-from statprune.statistics import Statistic
+from statprune.compensation import COMPENSATIONS, activation_energy, energy, none
+from statprune.methods import build_compensation
+from statprune.statistics import InputMoments, Statistic
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NO_CLAMP = (1e-30, 1e30)
@@ -23,6 +24,15 @@ def random_weight(seed, *shape, kept=0.5, dtype=torch.float32):
     original = (torch.randn(shape, generator=generator) + torch.randn(shape[-1], generator=generator)).to(dtype)
     keep = torch.rand(shape, generator=generator) < kept
     return original, original.masked_fill(~keep, 0), keep
+
+
+def moments_of(seed, in_features, *stack):
+    """Of random tokens, channels of several sizes, with the Gram."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(*stack, 30, in_features, generator=generator) * (0.1 + torch.rand(in_features, generator=generator))
+    return InputMoments(
+        torch.full(stack, 30), tokens.double().sum(-2), tokens.double().square().sum(-2), (tokens.mT @ tokens).float()
+    )
 
 
 def reference_energy(original, keep, *, column=True, row=True, eps=1e-8, clamp=(0.5, 2.0), strength=1.0):
@@ -139,7 +149,7 @@ def test_energy_equals_a_plain_reference(out_features, in_features, settings, se
 )
 def test_pruned_weights_are_never_revived(name, stack, out_features, in_features, kept, dtype, seed):
     original, pruned, keep = random_weight(seed, *stack, out_features, in_features, kept=kept, dtype=dtype)
-    corrected = COMPENSATIONS[name](original, pruned, keep)
+    corrected = build_compensation({"name": name})(original, pruned, keep, moments_of(seed, in_features, *stack))
     assert (corrected.shape, corrected.dtype) == (original.shape, torch.float32)
     assert corrected[~keep].count_nonzero() == 0
     assert corrected.isfinite().all()
@@ -232,7 +242,7 @@ def test_a_stack_is_corrected_matrix_by_matrix():
 def test_compensating_does_not_change_its_inputs(name, dtype):
     inputs = random_weight(0, 5, 6, dtype=dtype)
     before = [tensor.clone() for tensor in inputs]
-    COMPENSATIONS[name](*inputs)
+    build_compensation({"name": name})(*inputs, moments_of(0, 6))
     assert all(torch.equal(tensor, old) for tensor, old in zip(inputs, before, strict=True))
 
 
@@ -252,5 +262,52 @@ def test_energy_refuses_settings_out_of_range(settings, message):
         energy(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), **settings)
 
 
-def test_no_compensation_needs_statistics():
-    assert {compensation.needs for compensation in COMPENSATIONS.values()} == {Statistic.NONE}
+def test_what_each_compensation_needs():
+    assert {name: build_compensation({"name": name}) for name in COMPENSATIONS}.keys() == COMPENSATIONS.keys()
+    assert (none.needs, energy.needs, activation_energy.needs) == (Statistic.NONE, Statistic.NONE, Statistic.MOMENTS)
+
+
+# --- activation-weighted ---------------------------------------------------------------------------------------------
+
+
+def with_second_moments(*second_moments):
+    sum_sq = torch.tensor(second_moments, dtype=torch.float64)
+    return InputMoments(torch.tensor(1), torch.zeros_like(sum_sq), sum_sq)
+
+
+def test_the_row_step_weighs_channels_by_their_second_moment_by_hand():
+    # E[x^2] = 3, 1, 0; divided by their mean 4/3: a = 9/4, 3/4, 0. Row 1, 5, 7: mu = (9/4 + 15/4) / 3 = 2,
+    # E_original = 9/4 * 1 + 3/4 * 9 = 9. Without the 5: E_pruned = 9/4 + 3/4 * 4 = 21/4. The 7 has no say, and moves as well.
+    original, keep = torch.tensor([[1.0, 5.0, 7.0]]), torch.tensor([[True, False, True]])
+    corrected = activation_energy(original, original * keep, keep, with_second_moments(3, 1, 0), column=False)
+    scale = sqrt(9 / 5.25)
+    assert_equals(corrected, [[2 - scale, 0, 2 + 5 * scale]])
+
+
+@quick
+@given(sizes, sizes, st.booleans(), st.booleans(), seeds)
+def test_where_all_channels_have_one_second_moment_it_is_energy(out_features, in_features, column, row, seed):
+    original, pruned, keep = random_weight(seed, out_features, in_features)
+    settings = {"column": column, "row": row, "strength": 0.7}
+    weighted = activation_energy(original, pruned, keep, with_second_moments(*[2.5] * in_features), **settings)
+    torch.testing.assert_close(weighted, energy(original, pruned, keep, **settings), rtol=1e-4, atol=1e-5)
+
+
+def test_its_column_step_is_that_of_energy():
+    original, pruned, keep = random_weight(0, 5, 6)
+    weighted = activation_energy(original, pruned, keep, moments_of(0, 6), row=False)
+    assert torch.equal(weighted, energy(original, pruned, keep, row=False))
+
+
+@pytest.mark.parametrize("second_moments", [[0.0] * 6, [0.0] * 5 + [1.0], [1e-30] * 6, [1e30, *[1e-30] * 5]])
+def test_channels_that_were_always_zero_leave_it_finite(second_moments):
+    original, pruned, keep = random_weight(0, 5, 6)
+    corrected = activation_energy(original, pruned, keep, with_second_moments(*second_moments))
+    assert corrected.isfinite().all()
+    assert corrected[~keep].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("settings", [{"eps": 0.0}, {"clamp": (2.0, 0.5)}, {"strength": 1.1}])
+def test_activation_energy_refuses_what_energy_refuses(settings):
+    with pytest.raises(ValueError, match=r"energy\("):
+        activation_energy(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2).bool(), moments_of(0, 2), **settings)

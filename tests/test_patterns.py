@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from statprune.patterns import NM, Unstructured, parse_shorthand
+from statprune.patterns import NM, Counted, Unstructured, parse_shorthand
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -278,3 +278,27 @@ def test_a_pattern_prints_as_its_shorthand(pattern):
 def test_shorthands_out_of_range_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_shorthand(text)
+
+
+# --- on the way to a pattern -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Unstructured(0.5), Unstructured(0.5, "layer"), Counted(20, 8), Counted(20, 8, "layer"), NM(2, 4), NM(1, 4)],
+    ids=repr,
+)
+def test_a_mask_on_the_way_has_its_share_and_ends_at_the_pattern(pattern):
+    score = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    counts = [int((~pattern.partly(score, share)).sum()) for share in (0.0, 0.25, 0.5, 1.0)]
+    whole = int((~pattern(score)).sum())
+    assert (counts[0], counts[2], counts[3]) == (0, whole // 2, whole)
+    assert 0 < counts[1] <= whole // 4
+    assert torch.equal(pattern.partly(score, 1.0), pattern(score))
+
+
+def test_a_mask_on_the_way_to_two_of_four_by_hand():
+    # The lowest two of each group may go: 1 2 and 5 6; half of the four that will go are the lowest of these.
+    score = torch.tensor([[1.0, 9.0, 2.0, 8.0, 7.0, 5.0, 6.0, 9.0]])
+    assert NM(2, 4).partly(score, 0.5).int().tolist() == [[0, 1, 0, 1, 1, 1, 1, 1]]
+    assert NM(2, 4).partly(score, 0.75).int().tolist() == [[0, 1, 0, 1, 1, 0, 1, 1]]
