@@ -71,6 +71,7 @@ def test_what_unstructured_weights_compete_in_is_for_the_chosen_method_unless_it
         (lambda: Recipe("auto:hours=1"), "'auto' has no setting 'hours'.*Its settings are minutes"),
         (lambda: Recipe.parse("auto+energy"), "auto chooses the compensation itself"),
         (lambda: Recipe("auto", compensation="least-squares"), "auto chooses the compensation itself"),
+        (lambda: Recipe("auto", pattern="50%", allocation="owl"), "`auto` tries allocations itself"),
         (lambda: Recipe("autoo"), "does not exist.*Did you mean 'auto'"),
         (lambda: Recipe("auto", pattern="5:4"), "expected 0 < keep <= of"),
     ],

@@ -373,3 +373,13 @@ class TestMeasuring:
             for _ in range(3):
                 torch.ones(size, dtype=torch.uint8)
         assert 0.9 * size < cost.peak_memory < 1.9 * size
+
+
+def test_what_auto_chose_is_written_down(settings, tmp_path):
+    given = {**settings, "methods": ["wanda", "auto:minutes=0.0001"], "patterns": ["2:4"], "samples": 4}
+    outcome = run([Experiment.load("correction", given)], tmp_path / "out")
+    assert outcome.failures == []
+    chosen = {line["label"]: line["chosen"] for line in lines(tmp_path / "out")}
+    assert chosen.pop("auto:minutes=0.0001") in {"wanda (block)", "cvr+energy (block)", "sparsegpt (block)"}
+    assert set(chosen.values()) == {None}
+    assert "What auto chose: 2:4, seed 0: " in outcome.tables["correction"]

@@ -1,5 +1,6 @@
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,7 @@ def test_correction_has_the_shares_of_what_sparsegpt_loses_and_takes():
         cell("cvr+least-squares", "70%", 12.0, 3.0, seed=1),
         failed("wanda", "70%"),
     ]
+    results[2] = replace(results[2], chosen="ria (walk)")
     assert lines("correction", results) == [
         "**tiny**",
         "",
@@ -276,6 +278,8 @@ def test_correction_has_the_shares_of_what_sparsegpt_loses_and_takes():
         "|---|---:|---:|",
         "| sparsegpt | 1.00x | 1.00x |",
         "| cvr+least-squares | 0.50x | 0.25x |",
+        "",
+        "What auto chose: 2:4, seed 0: ria (walk).",
         "",
         "Memory beyond what was held before, while pruning and measuring, at most [MiB]:",
         "",
@@ -312,10 +316,10 @@ def test_csv_has_a_row_for_each_metric(tmp_path):
         head, *rows = csv.reader(file)
     assert tuple(head) == COLUMNS
     assert rows == [
-        ["perplexity", "tiny", "dense", "", "", "", "", "perplexity", "4.0", "1.5", "", ""],
-        ["runtime", "tiny", 'odd, "label"', "2:4", "walk", "8", "1", "statistics", "0.1", "2.0", "1024", ""],
-        ["runtime", "tiny", 'odd, "label"', "2:4", "walk", "8", "1", "total", "0.3", "2.0", "1024", ""],
-        ["perplexity", "tiny", "cvr", "50%", "", "128", "0", "", "", "0.0", "", "out of memory"],
+        ["perplexity", "tiny", "dense", "", "", "", "", "perplexity", "4.0", "1.5", "", "", ""],
+        ["runtime", "tiny", 'odd, "label"', "2:4", "walk", "8", "1", "statistics", "0.1", "2.0", "1024", "", ""],
+        ["runtime", "tiny", 'odd, "label"', "2:4", "walk", "8", "1", "total", "0.3", "2.0", "1024", "", ""],
+        ["perplexity", "tiny", "cvr", "50%", "", "128", "0", "", "", "0.0", "", "", "out of memory"],
     ]
 
 

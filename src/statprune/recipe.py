@@ -214,6 +214,11 @@ class Recipe:
         name, sparsity = self.allocation["name"], getattr(rule, "sparsity", None)
         if name == "uniform":
             return
+        if self.is_auto:
+            raise RecipeError(
+                f"Recipe(criterion={self.method!r}, allocation={name!r}): `auto` tries allocations itself. Leave it out, or "
+                "name a method."
+            )
         if isinstance(pattern, NM) and not 0 < (sparsity or 0) <= 1 - pattern.keep / pattern.of:
             raise RecipeError(
                 f"Recipe(pattern='{pattern}', allocation={name!r}) with sparsity={sparsity}: with {pattern} every layer that "

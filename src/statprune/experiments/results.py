@@ -61,6 +61,9 @@ class Result:
     peak_memory: int | None = None
     """Bytes beyond what was held when the cell began: on the GPU, or resident in main memory; None where it cannot be read."""
 
+    chosen: str | None = None
+    """Where the method is `auto`: what it chose."""
+
     error: str | None = None
     """Why there are no values."""
 

@@ -1,7 +1,7 @@
 """Run experiments: for each model, cell after cell, each written when it is finished; what is in the file is not run again."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from torch import Tensor
 from statprune.auto import plan
 from statprune.batches import bind_batches
 from statprune.checkpoint import fingerprint, load_config, load_tokenizer
+from statprune.compress import PruningPlan
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.errors import ExperimentError, StatpruneError
 from statprune.experiments.definition import Cell, Experiment
@@ -158,9 +159,9 @@ class _Bench:
             if (known := file.get(result.key)) is not None:
                 return replace(known, label=cell.label), False
             with measured(self.model.device) as cost:
-                values, peak_memory = self._measure(cell, experiment, tasks)
+                values, peak_memory, chosen = self._measure(cell, experiment, tasks)
             peak_memory = cost.peak_memory if peak_memory is None else peak_memory
-            result = replace(result, values=values, seconds=cost.seconds, peak_memory=peak_memory)
+            result = replace(result, values=values, seconds=cost.seconds, peak_memory=peak_memory, chosen=chosen)
         except Exception as e:  # whatever a method, a model or a task raises: it is this cell's result, and the grid goes on
             result = replace(result, error=_reason(e))
         file.add(result)
@@ -179,8 +180,10 @@ class _Bench:
             details["tasks"] = f"{tasks.digest()} in lm-eval {version('lm-eval')}"
         return details
 
-    def _measure(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None) -> tuple[dict[str, float], int | None]:
-        """The values, and the peak memory where it is not that of the whole cell."""
+    def _measure(
+        self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None
+    ) -> tuple[dict[str, float], int | None, str | None]:
+        """The values, the peak memory where it is not that of the whole cell, and what `auto` chose."""
         batch_size = experiment.batch_size
         if cell.samples is not None and cell.seed is not None:
             windows = self._calibration(cell.samples, cell.seed)
@@ -190,23 +193,24 @@ class _Bench:
             assert cell.recipe is not None
             inputs = bind_batches(self.model, windows.split(batch_size))
             groups = survey(self.model, cell.recipe).groups
-            return measure_block(self.model, groups, inputs, cell.recipe.pruner(), rounds=experiment.rounds)
-        weights, seconds = {}, {}
+            return *measure_block(self.model, groups, inputs, cell.recipe.pruner(), rounds=experiment.rounds), None
+        twin, seconds = PruningPlan(), {}
         if cell.recipe is not None:
             with measured(self.model.device) as cost:
-                weights = self._prune(windows.split(batch_size), cell.recipe)
+                twin = self._prune(windows.split(batch_size), cell.recipe)
             seconds = {"pruning seconds": cost.seconds}
+        chosen = _described(Recipe.from_dict(twin.report.recipe)) if twin.report.chosen_by else None
         if cell.measure == "zero-shot":
             assert tasks is not None
-            return tasks(self.model, self.tokenizer, weights=weights, batch_size=batch_size), None
-        perplexity = evaluate(self.model, self._evaluation(), batch_size=batch_size, weights=weights)
-        return {"perplexity": perplexity, **seconds}, None
+            return tasks(self.model, self.tokenizer, weights=twin.weights, batch_size=batch_size), None, chosen
+        perplexity = evaluate(self.model, self._evaluation(), batch_size=batch_size, weights=twin.weights)
+        return {"perplexity": perplexity, **seconds}, None, chosen
 
-    def _prune(self, batches: Sequence[Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    def _prune(self, batches: Sequence[Tensor], recipe: Recipe) -> PruningPlan:
         shapes = tuple(dict.fromkeys(tuple(batch.shape) for batch in batches))
         twin = plan(self.model, batches, recipe, traced=self._traced.get(shapes))
         self._traced[shapes] = twin.traced
-        return twin.weights
+        return twin
 
     def _calibration(self, samples: int, seed: int) -> Tensor:
         if (samples, seed) not in self._windows:
@@ -235,6 +239,12 @@ def _write(experiment: Experiment, results: Sequence[Result], output: Path) -> s
     if experiment.name in PICTURED and any(result.error is None for result in results):
         plot(experiment.name, results, output / f"{experiment.name}.png")
     return table
+
+
+def _described(recipe: Recipe) -> str:
+    assert isinstance(recipe.allocation, Mapping)
+    allocation = recipe.allocation["name"]
+    return f"{recipe.method} ({recipe.schedule}{'' if allocation == 'uniform' else f', {allocation}'})"
 
 
 def _short(model: str, models: Sequence[str]) -> str:

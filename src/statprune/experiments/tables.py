@@ -31,7 +31,8 @@ from statprune.experiments.results import DENSE, Result
 from statprune.patterns import NM, Unstructured, parse_shorthand
 
 COLUMNS = (
-    "measure", "model", "label", "pattern", "schedule", "samples", "seed", "metric", "value", "seconds", "peak_memory", "error",
+    "measure", "model", "label", "pattern", "schedule", "samples", "seed", "metric", "value", "seconds", "peak_memory",
+    "chosen", "error",
 )  # fmt: skip
 """Of the CSV."""
 
@@ -52,7 +53,7 @@ def write_csv(results: Iterable[Result], path: str | Path) -> None:
         for r in results:
             for metric, value in r.values.items() if r.error is None else [("", None)]:
                 cell = (r.measure, r.model, r.label, r.pattern, r.recipe.get("schedule"), r.samples, r.seed)
-                writer.writerow((*cell, metric, value, r.seconds, r.peak_memory, r.error))
+                writer.writerow((*cell, metric, value, r.seconds, r.peak_memory, r.chosen, r.error))
 
 
 def markdown(experiment: str, results: Sequence[Result], published: Published) -> str:
@@ -212,6 +213,8 @@ def _correction_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str
             for place, cell in cells.items()
             if (known := [r.peak_memory for r in cell if r.peak_memory is not None])
         }
+        if chosen := [f"{r.pattern}, seed {r.seed}: {escape(r.chosen)}" for r in of_model if r.chosen is not None]:
+            yield "What auto chose: " + "; ".join(chosen) + "."
         yield "Memory beyond what was held before, while pruning and measuring, at most [MiB]:"
         yield grid(["method"], patterns, peaks)
 
