@@ -145,7 +145,7 @@ def test_what_is_no_language_model_is_measured_by_the_error_of_its_output():
     with torch.no_grad():
         model[0].weight *= 1e-4  # next to its bias nobody will miss it
         model[0].bias.fill_(1.0)
-    twin = statprune.plan(model, batches, Recipe.parse("wanda", pattern="50%", allocation="sensitivity"))
+    twin = statprune.plan(model, batches, Recipe.parse("wanda", pattern="50%", allocation="sensitivity:spread=0.2"))
     sparsity = {site.name: site.sparsity for site in twin.report.sites}
     assert sparsity["0"] == pytest.approx(0.7, abs=0.02)
     assert sum(zeros(twin).values()) == 96

@@ -198,8 +198,8 @@ class Recipe:
                 if self._compensations:
                     raise ValueError("auto chooses the compensation itself: leave it out.")
                 return
-            weight = torch.linspace(1.0, 2.0, width)[None]
-            self.pruner()(weight, InputMoments.zeros(width, gram=True).add(weight).add(-weight))
+            moments = InputMoments.zeros(width, gram=True).add(torch.eye(width)).add(-torch.eye(width))
+            self.pruner()(torch.linspace(1.0, 2.0, width)[None], moments)
         except (ValueError, TypeError) as e:
             raise RecipeError(
                 f"Recipe(criterion={self.criterion}, pattern={self.pattern}, compensation={self.compensation}): {e}"
