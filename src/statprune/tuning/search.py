@@ -202,8 +202,10 @@ class Search:
         *usual, last = SCHEDULES
         varied = [[replace(recipe, schedule=schedule) for schedule in usual] for recipe in promising]
         best = varied[0]
-        candidates = [*best, *allocations(best[0]), *(recipe for others in varied[1:] for recipe in others)]
-        return [*candidates, replace(promising[0], schedule=last)]
+        known_good = self._recipe(KNOWN_GOOD[0], BASELINE_SCHEDULE)
+        rest = [*allocations(best[0]), *(recipe for others in varied[1:] for recipe in others)]
+        candidates = [known_good, *best, *rest, replace(promising[0], schedule=last)]
+        return [recipe for index, recipe in enumerate(candidates) if recipe not in candidates[:index]]
 
     def _measure(self, rung: str, recipe: Recipe, stages: Sequence[int], rivals: list[float] | None = None) -> None:
         """Score a recipe on more and more held-out batches, as long as it is among the best of its rivals.
