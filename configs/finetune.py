@@ -52,7 +52,7 @@ def main(
     def run(callbacks: list[Callback], steps: int) -> tuple[CausalLM, float]:
         """The perplexity of the dense model, or of what the callback made of it, after so many steps."""
         seed_everything(seed, verbose=False)
-        module = CausalLM(model, learning_rate=learning_rate, weight_decay=0.0)
+        module = CausalLM(model, learning_rate=learning_rate, weight_decay=0.0).train()
         data = TextData(
             model, train=train, validation=validation, seqlen=seqlen, batch_size=batch_size,
             train_samples=batch_size * max(1, steps), calibration_samples=calibration_samples, seed=seed,

@@ -24,8 +24,8 @@ METHODS = (
 """The most promising first, as measured on one small LLaMA."""
 
 KNOWN_GOOD = ("cvr+least-squares:steps=15", "cvr+least-squares")
-"""The first is always among those that get a schedule of their own: on two small models of two families it lost least at every
-sparsity. Both are tried at once where the budget is too small to look for something better."""
+"""The first is tried right after the baselines: on two small models of two families it lost least at every sparsity. The others
+are tried where the budget is too small to look for something better."""
 
 SCHEDULES: tuple[Schedule, ...] = ("block", "walk", "one-shot")
 """Tried with the methods that one-shot statistics have found good; the last only with the best."""

@@ -78,8 +78,11 @@ class Search:
         for method in BASELINES:
             self._measure("baseline", self._recipe(method, BASELINE_SCHEDULE), [self.num_scoring])
         took = self.watch.spent()
+        scores: list[float] = []
+        # Before the shared rungs, so that a small budget is not used up when its turn comes.
+        skipped = self._with_schedules([self._recipe(KNOWN_GOOD[0], BASELINE_SCHEDULE)], scores)
         promising = self._shared_rungs()
-        skipped = self._last_rung(promising)
+        skipped += self._with_schedules(self._last_candidates([trial.recipe for trial in promising]), scores)
         finalists = [trial for trial in self.trials.all if trial.windows == everything]
         winner = finalists[ranking([trial.perplexity for trial in finalists])[0]]
         if skipped and len(finalists) <= len(BASELINES):
@@ -184,12 +187,11 @@ class Search:
             self.prices.learn(trial, is_shared=True)
             self._tell(trial)
 
-    def _last_rung(self, promising: Sequence[Trial]) -> int:
-        """The promising ones with schedules of their own, or else the known good ones; returns how many did not fit."""
+    def _with_schedules(self, recipes: Sequence[Recipe], scores: list[float]) -> int:
+        """Recipes with schedules of their own, each as far as it keeps up with the others; returns how many did not fit."""
         stages = sorted({num_batches(1, self.num_scoring), self.num_scoring})
-        scores: list[float] = []
         skipped = 0
-        for recipe in self._last_candidates([trial.recipe for trial in promising]):
+        for recipe in recipes:
             try:
                 self._measure("schedules", recipe, stages, scores)
             except _OutOfTime:
@@ -198,14 +200,13 @@ class Search:
 
     def _last_candidates(self, promising: Sequence[Recipe]) -> list[Recipe]:
         if not promising:
-            return [self._recipe(method, BASELINE_SCHEDULE) for method in (*KNOWN_GOOD, *METHODS)]
+            return [self._recipe(method, BASELINE_SCHEDULE) for method in (*KNOWN_GOOD[1:], *METHODS)]
         *usual, last = SCHEDULES
         varied = [[replace(recipe, schedule=schedule) for schedule in usual] for recipe in promising]
         best = varied[0]
-        known_good = self._recipe(KNOWN_GOOD[0], BASELINE_SCHEDULE)
         rest = [*allocations(best[0]), *(recipe for others in varied[1:] for recipe in others)]
-        candidates = [known_good, *best, *rest, replace(promising[0], schedule=last)]
-        return [recipe for index, recipe in enumerate(candidates) if recipe not in candidates[:index]]
+        candidates = [*best, *rest, replace(promising[0], schedule=last)]
+        return [recipe for recipe in candidates if recipe != self._recipe(KNOWN_GOOD[0], BASELINE_SCHEDULE)]
 
     def _measure(self, rung: str, recipe: Recipe, stages: Sequence[int], rivals: list[float] | None = None) -> None:
         """Score a recipe on more and more held-out batches, as long as it is among the best of its rivals.
