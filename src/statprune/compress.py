@@ -62,23 +62,7 @@ def prune(
     progress: Progress | None = None,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> PruningReport:
-    """Prune a model in place.
-
-    Args:
-        model: any `nn.Module`; it is calibrated in eval mode and keeps the modes, the device and the dtype it has.
-        batches: calibration data: token tensors [batch, length], dicts of tensors (an `attention_mask` marks padding with 0),
-            or tuples of the arguments of `forward`. Shapes may differ from batch to batch.
-        recipe: how; the default is the paper's method at 2:4.
-        progress: called after each input group.
-        forward_context: entered around model code, such as an autocast.
-
-    Returns:
-        What was done, for each weight.
-
-    Raises:
-        StatpruneError: bad data, weights, names or widths; before anything is changed. One case cannot be seen so early:
-            activations that are finite on the first batch and not on a later one. The message says so.
-    """
+    """Prune a model in place, by a recipe that names its method; else as `auto.prune`, which is what users call."""
     landing = _Commit(model)
     return _run(model, batches, recipe or Recipe(), landing, progress, forward_context).report
 
@@ -92,20 +76,7 @@ def plan(
     progress: Progress | None = None,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> PruningPlan:
-    """What `prune` would do, with the model unchanged; costs a second copy of the pruned weights.
-
-    Args:
-        model: as for `prune`; so are the other arguments and the errors.
-        batches: calibration data.
-        recipe: how.
-        traced: the graph from an earlier plan for this model (`PruningPlan.traced`), which saves the export; batches must have
-            the shapes it was traced with.
-        progress: called after each input group.
-        forward_context: entered around model code.
-
-    Raises:
-        TracingError: `traced` does not hold for the shape of a batch.
-    """
+    """What `prune` would do, with the model unchanged, by a recipe that names its method; else as `auto.plan`."""
     return _run(model, batches, recipe or Recipe(), _Twin(), progress, forward_context, traced)
 
 
