@@ -6,6 +6,7 @@ runtime:      seconds of statistics and of pruning, a bar a method
 correction:   perplexity over the seconds it took, a point a method, and the front of those that nothing beats in both
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -174,22 +175,31 @@ def _runtime(results: Sequence[Result]) -> "Figure":
 
 
 def _correction(results: Sequence[Result]) -> "Figure":
+    from matplotlib import ticker
+
     cells = group(pruned(results), lambda r: (r.model, r.pattern))
     dense = group([r for r in results if r.label == DENSE], lambda r: r.model)
     panels = {f"{model}, {pattern}": [*dense.get(model, []), *cell] for (model, pattern), cell in cells.items()}
     drawn, axes = _panels(panels, height=3.0)
+    # Where no line tells compensations apart, markers do.
+    compensations = dict.fromkeys(label.partition("+")[2] for label in _labels(results))
+    markers = dict(zip(compensations, itertools.cycle("osD^vP*X<>h"), strict=False))
     for ax, of_panel in zip(axes, panels.values(), strict=True):
         points = []
         for label, of_label in group(pruned(of_panel), lambda r: r.label).items():
             seconds, perplexity = (statistics.fmean(finished(of_label, name)) for name in ("pruning seconds", "perplexity"))
             points.append((seconds, perplexity))
-            ax.plot([seconds], [perplexity], label=label, zorder=3, **{**_style(label, _labels(results)), "linestyle": ""})
+            style = {**_style(label, _labels(results)), "linestyle": "", "marker": markers[label.partition("+")[2]]}
+            ax.plot([seconds], [perplexity], label=label, zorder=3, **style)
         front = [(x, y) for x, y in sorted(points) if all(y <= other for at, other in points if at <= x)]
         ax.step(*zip(*front, strict=True), where="post", color=_GREY, linewidth=0.9, zorder=2)
         if of_dense := finished([r for r in of_panel if r.label == DENSE], "perplexity"):
             ax.axhline(statistics.fmean(of_dense), color=_GREY, linewidth=1.0, linestyle=(0, (6, 4)), label=DENSE, zorder=1)
         ax.set_xlabel("seconds to calibrate and prune")
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
         ax.set_yscale("log" if _is_wide(ax) else "linear")
     _finish_lines(drawn, axes)
     return drawn
@@ -229,7 +239,8 @@ def _finish_lines(drawn: "Figure", axes: Sequence["Axes"]) -> None:
     if len(axes) == 1:
         drawn.legend(handles.values(), handles.keys(), loc="outside right upper")
     else:
-        drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        columns = 4 if max(map(len, handles)) <= 20 else 3
+        drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
 def _is_wide(ax: "Axes") -> bool:
