@@ -16,8 +16,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from statprune.checkpoint import refuse_existing
 from statprune.data import standard_library_text
-from statprune.modules import CausalLM, TextData
-from statprune.quickstart import train_tokenizer
+from statprune.experiments.quickstart import train_tokenizer
+from statprune.training.modules import CausalLM, TextData
 
 
 def main(output: str, steps: int = 1600, batch_size: int = 16, seqlen: int = 256, seed: int = 0) -> None:

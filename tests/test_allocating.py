@@ -11,16 +11,16 @@ from torch import nn
 
 import statprune
 from statprune import Recipe
-from statprune.allocating import allocate, error_energy
-from statprune.batches import bind_batches
+from statprune.allocation import allocate, error_energy
 from statprune.checkpoint import save, verify
 from statprune.errors import CalibrationError, CheckpointError, NonFiniteError, SiteError
-from statprune.losses import TOKENS_PER_CHUNK, total_divergence
-from statprune.patterns import Counted, Unstructured
-from statprune.pruning import PrunedWeight
+from statprune.methods.patterns import Counted, Unstructured
+from statprune.methods.pruner import PrunedWeight
+from statprune.methods.statistics import InputMoments
+from statprune.model.inputs import bind_batches
+from statprune.model.kinds import TOKENS_PER_CHUNK, total_divergence
+from statprune.model.trace import trace
 from statprune.selection import select
-from statprune.statistics import InputMoments
-from statprune.tracing import trace
 from tiny_models import classifier, llama, refused, snapshot, t5, tokens
 
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_changed(batches):
 def test_a_loss_that_is_not_finite_names_the_layer(batches, monkeypatch):
     model = llama()
     values = iter([float("nan"), *[1.0] * 20])
-    monkeypatch.setattr("statprune.allocating.total_divergence", lambda *_: torch.tensor(next(values), dtype=torch.float64))
+    monkeypatch.setattr("statprune.allocation.total_divergence", lambda *_: torch.tensor(next(values), dtype=torch.float64))
     with refused(model, NonFiniteError, re.escape("is nan with model.layers.0.self_attn.q_proj pruned")):
         statprune.prune(model, batches, Recipe.parse("wanda", pattern="50%", allocation="sensitivity"))
 

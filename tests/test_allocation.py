@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.allocation import (
+from statprune.errors import RecipeError
+from statprune.methods.budget import (
     budget,
     choose_layers,
     least_loss_sparsities,
@@ -15,8 +16,7 @@ from statprune.allocation import (
     owl_sparsities,
     whole_counts,
 )
-from statprune.errors import RecipeError
-from statprune.patterns import Counted, Unstructured
+from statprune.methods.patterns import Counted, Unstructured
 from statprune.recipe import Recipe, labelled
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)

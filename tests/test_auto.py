@@ -7,13 +7,13 @@ from torch.utils.data import DataLoader
 
 import statprune
 from statprune import CausalLM, Recipe, StatisticalPruning
-from statprune.auto import choose
+from statprune.api import choose
 from statprune.checkpoint import verify
-from statprune.cli import main
-from statprune.compare import compare
+from statprune.commands.cli import main
 from statprune.errors import ExperimentError, ModelError, RecipeError
+from statprune.experiments.compare import compare
 from statprune.experiments.definition import Experiment
-from statprune.modules import WindowDataset
+from statprune.training.modules import WindowDataset
 from statprune.tuning.candidates import BASELINES
 from statprune.tuning.search import Search
 from tiny_models import changed, classifier, llama, refused, snapshot, tokens
@@ -139,7 +139,7 @@ def test_the_callback_chooses_once_and_keeps_the_choice(searches):
     pruning = StatisticalPruning(Recipe("auto:minutes=1", pattern="2:4"), dataloader=data)
     key, reports = pruning.state_key, []
 
-    class Watch(statprune.callback.Callback):
+    class Watch(statprune.training.callback.Callback):
         def on_validation_end(self, trainer, pl_module):
             reports.append(pruning.report)
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import statprune
 from statprune import Recipe
-from statprune.batches import bind_batches, dynamic_dims, example_batch
 from statprune.errors import SiteError, TracingError
-from statprune.segments import blocks
-from statprune.sites import InputGroup, LinearSite
-from statprune.statistics import InputMoments
-from statprune.tracing import trace
-from statprune.walk import _Executor, walk
+from statprune.methods.statistics import InputMoments
+from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
+from statprune.model.segments import blocks
+from statprune.model.sites import InputGroup, LinearSite
+from statprune.model.trace import trace
+from statprune.model.walk import _Executor, walk
 from tiny_models import classifier, gpt2, llama, refused, t5, tokens
 
 METHODS = ["wanda", "cvr+energy", "sparsegpt"]
@@ -423,7 +423,7 @@ def test_layers_that_share_their_inputs_with_an_earlier_block_are_pruned_with_th
 def test_a_graph_from_an_earlier_plan_saves_the_export(monkeypatch, schedule):
     model, batches = llama(num_hidden_layers=1), [tokens(2, 6), tokens(3, 5)]
     first = statprune.plan(model, batches, recipe_of("cvr+energy", schedule))
-    monkeypatch.setattr("statprune.compress.trace", lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr("statprune.engine.trace", lambda *_: pytest.fail("exported again"))
     again = statprune.plan(model, batches, recipe_of("cvr+energy", schedule), traced=first.traced)
     assert again.traced is first.traced
     assert_same_weights(again.weights, first.weights, rtol=0, atol=0)

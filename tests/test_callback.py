@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from statprune import CausalLM, Perplexity, Recipe, StatisticalPruning, TextData
 from statprune.checkpoint import load_model, verify
 from statprune.errors import CalibrationError, CheckpointError
-from statprune.modules import WindowDataset
+from statprune.training.modules import WindowDataset
 
 TOKENS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
 
@@ -292,7 +292,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 from statprune import CausalLM, Recipe, StatisticalPruning
-from statprune.modules import WindowDataset
+from statprune.training.modules import WindowDataset
 sys.path.insert(0, sys.argv[1])
 from test_callback import TOKENS, tiny_llama
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from statprune.checkpoint import load_model, verify
-from statprune.cli import COMMANDS, main
+from statprune.commands.cli import COMMANDS, main
 from statprune.perplexity import evaluate
 
 TEXT = "to be or not to be, that is the question\n" * 40
@@ -210,9 +210,9 @@ def test_benchmark_measures_both_and_gives_their_ratio(capsys, tiny_model_folder
 
 
 def test_quickstart_leaves_models_that_the_other_commands_take(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("statprune.quickstart.MAX_CHARACTERS", 30_000)
-    monkeypatch.setattr("statprune.quickstart.METHODS", ("wanda", "cvr+energy"))
-    monkeypatch.setattr("statprune.quickstart.PATTERNS", ("2:4",))
+    monkeypatch.setattr("statprune.experiments.quickstart.MAX_CHARACTERS", 30_000)
+    monkeypatch.setattr("statprune.experiments.quickstart.METHODS", ("wanda", "cvr+energy"))
+    monkeypatch.setattr("statprune.experiments.quickstart.PATTERNS", ("2:4",))
     output = tmp_path / "quick"
     assert main(["quickstart", "--output", str(output), "--steps", "2"]) == 0
     out = capsys.readouterr().out
@@ -230,6 +230,8 @@ def test_every_option_of_every_command_has_a_help(capsys, command):
 
 
 def test_a_wrong_option_is_a_usage_error_of_a_real_process():
-    done = subprocess.run([sys.executable, "-m", "statprune.cli", "prune", "x"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "statprune.commands.cli", "prune", "x"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "output" in done.stderr

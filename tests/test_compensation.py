@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.compensation import COMPENSATIONS, activation_energy, energy, none
-from statprune.methods import build_compensation
-from statprune.statistics import InputMoments, Statistic
+from statprune.grammar import build_compensation
+from statprune.methods.compensations import COMPENSATIONS, activation_energy, energy, none
+from statprune.methods.statistics import InputMoments, Statistic
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NO_CLAMP = (1e-30, 1e30)

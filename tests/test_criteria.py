@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.criteria import CRITERIA, cvr, magnitude, optimal_brain, ria, wanda, z_pruner
-from statprune.statistics import InputMoments, Statistic
+from statprune.methods.criteria import CRITERIA, cvr, magnitude, optimal_brain, ria, wanda, z_pruner
+from statprune.methods.statistics import InputMoments, Statistic
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 

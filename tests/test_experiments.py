@@ -14,15 +14,15 @@ import yaml
 
 from statprune import Recipe, plan
 from statprune.checkpoint import load_model, load_tokenizer
-from statprune.cli import main
+from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.errors import ExperimentError, RecipeError, ResultsError
 from statprune.experiments import running
+from statprune.experiments.cost import measured, peak_of_tensors
 from statprune.experiments.definition import NAMES, Experiment
-from statprune.experiments.results import Result, ResultsFile
-from statprune.experiments.running import CELLS, run
-from statprune.measuring import measured, peak_of_tensors
+from statprune.experiments.run import CELLS, run
 from statprune.perplexity import evaluate
+from statprune.results import Result, ResultsFile
 from test_zero_shot import write_task
 
 WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
@@ -336,7 +336,16 @@ class TestCommand:
     def test_a_killed_process_loses_and_repeats_no_cell(self, tmp_path, settings):
         own = {**settings, "methods": ["wanda", "cvr", "cvr+energy", "ria"], "patterns": ["50%", "2:4"]}
         out = tmp_path / "out"
-        command = [sys.executable, "-m", "statprune.cli", "experiment", "perplexity", *options(own), "--output", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "statprune.commands.cli",
+            "experiment",
+            "perplexity",
+            *options(own),
+            "--output",
+            str(out),
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (out / CELLS).exists():

@@ -3,7 +3,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statprune.tuning.halving import FINALISTS, FRACTIONS, affordable, goes_on, num_batches, ranking, survivors
+from statprune.tuning.rungs import FINALISTS, FRACTIONS, affordable, goes_on, num_batches, ranking, survivors
 
 scores_of = st.lists(st.floats(min_value=1, max_value=1e9) | st.just(math.nan) | st.just(math.inf), min_size=1, max_size=40)
 costs_of = st.lists(st.floats(min_value=0, max_value=100), max_size=20)

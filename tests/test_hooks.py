@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import statprune
-from statprune.batches import bind_batches
 from statprune.errors import CalibrationError, NonFiniteError, SiteError
-from statprune.hooks import find_linear_modules
+from statprune.model.hooks import find_linear_modules
+from statprune.model.inputs import bind_batches
 from tiny_models import classifier, gpt2, llama, refused, t5, tokens
 
 ONE_SHOT = statprune.Recipe(pattern="2:4", schedule="one-shot")

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from statprune import Recipe, prune
-from statprune.criteria import CRITERIA, wanda
 from statprune.errors import NonFiniteError
-from statprune.least_squares import LeastSquares
-from statprune.patterns import NM, Pattern, Unstructured
-from statprune.pruning import CompensatedPruner, MaskPruner
-from statprune.statistics import InputMoments, Statistic
+from statprune.methods.criteria import CRITERIA, wanda
+from statprune.methods.least_squares import LeastSquares
+from statprune.methods.patterns import NM, Pattern, Unstructured
+from statprune.methods.pruner import CompensatedPruner, MaskPruner
+from statprune.methods.statistics import InputMoments, Statistic
 from tiny_models import classifier, llama, tokens
 
 EXACT = LeastSquares(iterations=500, tolerance=0.0, damping=0.0)
@@ -193,7 +193,7 @@ def test_layers_that_share_inputs_share_one_normalised_gram(monkeypatch):
     weight, pruned, keep, moments = layer(9, 4, 8)
     made = []
     monkeypatch.setattr(
-        "statprune.least_squares._normalised", lambda *args: made.append(args) or (torch.eye(8), torch.ones(1, 8))
+        "statprune.methods.least_squares._normalised", lambda *args: made.append(args) or (torch.eye(8), torch.ones(1, 8))
     )
     for _ in range(3):
         LeastSquares()(weight, pruned, keep, moments)

@@ -13,8 +13,8 @@ import statprune
 from statprune import Recipe
 from statprune.checkpoint import RECORD, load_model, load_tokenizer, save, verify
 from statprune.errors import AdapterError, MaskError, NonFiniteError
-from statprune.lora import load_adapter, merge_adapters
 from statprune.report import PruningReport
+from statprune.training.lora import load_adapter, merge_adapters
 from test_cli import run
 from tiny_models import gpt2, llama
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 import statprune
 from statprune import Recipe
 from statprune.checkpoint import verify
-from statprune.cli import main
-from statprune.compensation import COMPENSATIONS
-from statprune.criteria import CRITERIA
+from statprune.commands.cli import main
 from statprune.errors import RecipeError
-from statprune.methods import PRUNERS, known_compensations, known_criteria, known_pruners
-from statprune.sparsegpt import SparseGPT
-from statprune.statistics import InputMoments, Statistic
+from statprune.grammar import PRUNERS, known_compensations, known_criteria, known_pruners
+from statprune.methods.compensations import COMPENSATIONS
+from statprune.methods.criteria import CRITERIA
+from statprune.methods.sparsegpt import SparseGPT
+from statprune.methods.statistics import InputMoments, Statistic
 from tiny_models import llama, tokens
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -190,9 +190,9 @@ from dataclasses import dataclass
 
 import torch
 
-from statprune.patterns import Pattern
-from statprune.pruning import PrunedWeight
-from statprune.statistics import Statistic, needs
+from statprune.methods.patterns import Pattern
+from statprune.methods.pruner import PrunedWeight
+from statprune.methods.statistics import Statistic, needs
 
 
 @needs(Statistic.NONE)
@@ -232,7 +232,7 @@ def negated(original, pruned, keep, moments=None, *, loudly: bool = False, label
     return pruned * (-10 if loudly else -1)
 '''
 ENTRY_POINTS = """
-[statprune.criteria]
+[statprune.methods.criteria]
 smallest = {module}:smallest
 mean_only = {module}:mean_only
 
@@ -286,7 +286,7 @@ def test_an_installed_package_adds_names(install):
 def test_names_are_looked_up_once(install, monkeypatch):
     install()
     Recipe.parse("smallest+negated")
-    monkeypatch.setattr("statprune.methods.entry_points", lambda **group: pytest.fail("looked up again"))
+    monkeypatch.setattr("statprune.grammar.entry_points", lambda **group: pytest.fail("looked up again"))
     Recipe.parse("halved+negated")
 
 
@@ -377,12 +377,21 @@ def test_a_folder_keeps_its_promises_for_those_who_have_not_got_the_package(inst
 @pytest.mark.parametrize(
     ("entry_points", "origin"),
     [
-        ("[statprune.criteria]\nwanda = {module}:smallest\n", "'wanda' = '{module}:smallest' in statprune.criteria"),
-        ("[statprune.criteria]\nsparsegpt = {module}:smallest\n", "'sparsegpt' = '{module}:smallest' in statprune.criteria"),
+        (
+            "[statprune.methods.criteria]\nwanda = {module}:smallest\n",
+            "'wanda' = '{module}:smallest' in statprune.methods.criteria",
+        ),
+        (
+            "[statprune.methods.criteria]\nsparsegpt = {module}:smallest\n",
+            "'sparsegpt' = '{module}:smallest' in statprune.methods.criteria",
+        ),
         ("[statprune.pruners]\ncvr = {module}:Halved\n", "'cvr' = '{module}:Halved' in statprune.pruners"),
         ("[statprune.compensations]\nenergy = {module}:negated\n", "'energy' = '{module}:negated' in statprune.compensations"),
-        ("[statprune.criteria]\na+b = {module}:smallest\n", "'a+b' = '{module}:smallest' in statprune.criteria"),
-        ("[statprune.criteria]\n2:4 = {module}:smallest\n", "in statprune.criteria"),
+        (
+            "[statprune.methods.criteria]\na+b = {module}:smallest\n",
+            "'a+b' = '{module}:smallest' in statprune.methods.criteria",
+        ),
+        ("[statprune.methods.criteria]\n2:4 = {module}:smallest\n", "in statprune.methods.criteria"),
     ],
 )
 def test_a_name_that_is_taken_or_is_none_is_refused(install, entry_points, origin):
@@ -394,14 +403,14 @@ def test_a_name_that_is_taken_or_is_none_is_refused(install, entry_points, origi
 
 
 def test_two_packages_with_one_name_are_refused(install):
-    install("[statprune.criteria]\nmine = {module}:smallest\n", package="one")
-    install("[statprune.criteria]\nmine = {module}:mean_only\n", package="other")
+    install("[statprune.methods.criteria]\nmine = {module}:smallest\n", package="one")
+    install("[statprune.methods.criteria]\nmine = {module}:mean_only\n", package="other")
     with pytest.raises(RecipeError, match=r"'mine' = .* \(package (one|other)\): expected a name .* that is not taken"):
         Recipe()
 
 
 def test_a_criterion_and_a_pruner_of_one_name_are_refused(install):
-    install("[statprune.criteria]\nmine = {module}:smallest\n\n[statprune.pruners]\nmine = {module}:Halved\n")
+    install("[statprune.methods.criteria]\nmine = {module}:smallest\n\n[statprune.pruners]\nmine = {module}:Halved\n")
     with pytest.raises(RecipeError, match=r"'mine' = .* that is not taken"):
         Recipe.parse("mine")
 
@@ -414,8 +423,8 @@ def test_a_compensation_may_have_the_name_of_a_criterion(install):
 @pytest.mark.parametrize(
     ("entry_points", "source", "reason"),
     [
-        ("[statprune.criteria]\nmine = {module}:nothing\n", SOURCE, "AttributeError: "),
-        ("[statprune.criteria]\nmine = no_such_module_anywhere:f\n", SOURCE, "ModuleNotFoundError: No module named"),
+        ("[statprune.methods.criteria]\nmine = {module}:nothing\n", SOURCE, "AttributeError: "),
+        ("[statprune.methods.criteria]\nmine = no_such_module_anywhere:f\n", SOURCE, "ModuleNotFoundError: No module named"),
         ("[statprune.pruners]\nmine = {module}:f\n", "raise OSError('no licence')", "OSError: no licence"),
         ("[statprune.compensations]\nmine = {module}:f\n", "def f(:", "SyntaxError: "),
     ],

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from statprune.patterns import NM, Counted, Unstructured, parse_shorthand
+from statprune.methods.patterns import NM, Counted, Unstructured, parse_shorthand
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,7 +5,7 @@ from matplotlib.colors import same_color
 
 from statprune.errors import ExperimentError
 from statprune.experiments.plots import PICTURED, figure, plot
-from statprune.experiments.results import Result
+from statprune.results import Result
 
 
 def measured(label, pattern, perplexity, model="tiny", samples=128, seed=0):

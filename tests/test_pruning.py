@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.compensation import COMPENSATIONS, energy, none
-from statprune.criteria import CRITERIA, cvr, magnitude, wanda
-from statprune.methods import build_compensation
-from statprune.patterns import NM, Unstructured
-from statprune.pruning import compose, energy_sq
-from statprune.statistics import InputMoments, Statistic
+from statprune.grammar import build_compensation
+from statprune.methods.compensations import COMPENSATIONS, energy, none
+from statprune.methods.criteria import CRITERIA, cvr, magnitude, wanda
+from statprune.methods.patterns import NM, Unstructured
+from statprune.methods.pruner import compose, energy_sq
+from statprune.methods.statistics import InputMoments, Statistic
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = [NM(2, 4), NM(1, 4), Unstructured(0.5), Unstructured(0.3), Unstructured(0.5, rank_over="layer")]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statprune.errors import RecipeError, SiteError, StatpruneError
-from statprune.patterns import NM, Unstructured
+from statprune.methods.patterns import NM, Unstructured
+from statprune.methods.statistics import InputMoments, Statistic
+from statprune.model.sites import InputGroup, LeftOut, LinearSite
 from statprune.recipe import Recipe
 from statprune.selection import select
-from statprune.sites import InputGroup, LeftOut, LinearSite
-from statprune.statistics import InputMoments, Statistic
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 

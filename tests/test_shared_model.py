@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 import statprune
 from statprune import Recipe
-from statprune.batches import bind_batches
 from statprune.checkpoint import load_model
-from statprune.cli import main
+from statprune.commands.cli import main
+from statprune.model.inputs import bind_batches
+from statprune.model.trace import trace
 from statprune.perplexity import evaluate
-from statprune.tracing import trace
 
 PROTOTYPE = {
     ("wanda", "50%"): 25.21,

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from statprune.batches import ModelInputs, bind_batches, dynamic_dims, example_batch
 from statprune.errors import TracingError
-from statprune.sites import LinearSite
-from statprune.tracing import trace
+from statprune.model.inputs import ModelInputs, bind_batches, dynamic_dims, example_batch
+from statprune.model.sites import LinearSite
+from statprune.model.trace import trace
 from tiny_models import VOCABULARY, classifier, gpt2, llama, t5, tokens
 
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import statprune
-from statprune import Recipe, sparsegpt
-from statprune.criteria import wanda
+from statprune import Recipe
 from statprune.errors import SiteError
-from statprune.factorisation import inverse_factor
-from statprune.patterns import NM, Unstructured
-from statprune.sparsegpt import SparseGPT
-from statprune.statistics import InputMoments, Statistic
+from statprune.methods import sparsegpt
+from statprune.methods.criteria import wanda
+from statprune.methods.inverse import inverse_factor
+from statprune.methods.patterns import NM, Unstructured
+from statprune.methods.sparsegpt import SparseGPT
+from statprune.methods.statistics import InputMoments, Statistic
 from tiny_models import changed, llama, refused, snapshot, tokens
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.statistics import InputMoments, Statistic, needs
+from statprune.methods.statistics import InputMoments, Statistic, needs
 
 FLOAT_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,8 +8,8 @@ import pytest
 from statprune.errors import ExperimentError
 from statprune.experiments.grid import ratio, superscript, three_digits, two_decimals
 from statprune.experiments.published import Published
-from statprune.experiments.results import Result
 from statprune.experiments.tables import COLUMNS, markdown, sparsity, write_csv
+from statprune.results import Result
 
 PUBLISHED = Published.load(Path(__file__).parents[1] / "configs" / "paper" / "published.yaml")
 LLAMA = "Llama-2-13b-hf"

@@ -8,11 +8,11 @@ from torch import nn
 from torch.func import functional_call
 
 import statprune
-from statprune.batches import bind_batches
 from statprune.errors import SiteError, TracingError
-from statprune.pruning import PrunedWeight
-from statprune.sites import LinearSite
-from statprune.transform import PruneLinears, apply_
+from statprune.methods.pruner import PrunedWeight
+from statprune.model.inputs import bind_batches
+from statprune.model.sites import LinearSite
+from statprune.model.transform import PruneLinears, apply_
 from tiny_models import classifier, gpt2, llama, refused, snapshot, tokens
 
 RECIPE = statprune.Recipe(pattern="2:4")

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import statprune
-import statprune.compress as compress
+import statprune.engine as compress
 from statprune.errors import CalibrationError, ModelError, RecipeError, ResultsError, SiteError, TracingError
 from statprune.perplexity import evaluate
 from statprune.recipe import Recipe
 from statprune.tuning import shared
 from statprune.tuning.candidates import BASELINES, METHODS, allocations, variations
 from statprune.tuning.search import Search
-from statprune.tuning.shared import plan_together
 from statprune.tuning.trials import Stopwatch, Trials
+from statprune.tuning.twins import plan_together
 from tiny_models import changed, classifier, gpt2, llama, refused, snapshot, t5, tokens
 
 FEW = ("cvr+least-squares", "wanda+energy", "ria", "cvr")

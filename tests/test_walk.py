@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import statprune
-from statprune.batches import bind_batches, dynamic_dims, example_batch
-from statprune.segments import batch_independent
-from statprune.statistics import InputMoments
-from statprune.tracing import trace
-from statprune.walk import _Executor, fit_mask, walk
+from statprune.methods.statistics import InputMoments
+from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
+from statprune.model.segments import batch_independent
+from statprune.model.trace import trace
+from statprune.model.walk import _Executor, fit_mask, walk
 from tiny_models import llama, t5, tokens
 
 RECIPE = statprune.Recipe(criterion="cvr", pattern="50%", compensation="energy")

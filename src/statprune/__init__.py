@@ -9,21 +9,21 @@ Reading order, which is also the direction of the imports and of the data:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from statprune.auto import plan, prune
-from statprune.compress import PruningPlan
+from statprune.api import plan, prune
+from statprune.engine import PruningPlan
 from statprune.errors import StatpruneError
-from statprune.patterns import NM, Unstructured
+from statprune.methods.patterns import NM, Unstructured
+from statprune.methods.statistics import InputMoments
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
-from statprune.statistics import InputMoments
 
 if TYPE_CHECKING:
-    from statprune.callback import StatisticalPruning
-    from statprune.lora import merge_adapters
-    from statprune.modules import CausalLM, TextData
     from statprune.perplexity import Perplexity
+    from statprune.training.callback import StatisticalPruning
+    from statprune.training.lora import merge_adapters
+    from statprune.training.modules import CausalLM, TextData
     from statprune.tuning.outcome import Tuned
-    from statprune.tuning.running import tune
+    from statprune.tuning.tune import tune
 
 __all__ = [
     "NM",
@@ -46,13 +46,13 @@ __all__ = [
 
 # Lightning and torchmetrics take seconds to import, and `prune` needs neither.
 _IMPORTED_AT_USE = {
-    "StatisticalPruning": "callback",
-    "CausalLM": "modules",
-    "TextData": "modules",
+    "StatisticalPruning": "training.callback",
+    "CausalLM": "training.modules",
+    "TextData": "training.modules",
     "Perplexity": "perplexity",
     "Tuned": "tuning.outcome",
-    "merge_adapters": "lora",
-    "tune": "tuning.running",
+    "merge_adapters": "training.lora",
+    "tune": "tuning.tune",
 }
 
 

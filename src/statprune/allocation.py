@@ -1,257 +1,300 @@
-"""Allocation: how sparse each layer becomes where the model as a whole has a budget.
+"""Allocating: collect from the dense model what an allocation needs, before anything is pruned.
 
-    uniform       ▆▆▆▆▆▆▆▆    every layer as sparse as the pattern says
-    owl           ▃▅▆▆▆▇▇▆    blocks with more outliers keep more
-    sensitivity   ▂▇▅▆█▆▇▃    the pruning that costs the least loss for each weight, wherever it is
-
-Everything here is arithmetic on what `allocating` collects: shares of outliers, curves of errors, counts. An allocation of
-an unstructured pattern prunes exactly the number of weights that the pattern would prune in one matrix of the budget's size;
-one of an N:M pattern says which layers are pruned at all.
+One pass over the calibration batches. A group's statistics are dropped as soon as its layers are known, so it holds no more
+than the walk does. With `sensitivity`, each layer is then pruned alone and the probe batches are run; the model is untouched.
 """
 
-import math
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from statprune.patterns import Unstructured
+from statprune.errors import CalibrationError, NonFiniteError, SiteError
+from statprune.methods.budget import (
+    Owl,
+    Sensitivity,
+    Uniform,
+    budget,
+    choose_layers,
+    least_loss_sparsities,
+    marginal_rates,
+    outlier_share,
+    owl_sparsities,
+    whole_counts,
+)
+from statprune.methods.patterns import NM, Counted, Pattern, Unstructured
+from statprune.methods.pruner import PrunedWeight
+from statprune.methods.statistics import InputMoments, Statistic
+from statprune.model.hooks import observe_modules
+from statprune.model.inputs import ModelInputs
+from statprune.model.kinds import is_causal, predictions_of, total_divergence
+from statprune.model.segments import blocks
+from statprune.model.sites import InputGroup, LeftOut, LinearSite, TracedModel
+from statprune.model.walk import ForwardContext, OnGroup, walk
+from statprune.recipe import Recipe
+from statprune.selection import Selection
 
-FLOOR = 0.01
-"""An increase of the loss below this fraction of the mean increase counts as this fraction: less is noise."""
+NUM_POINTS = 5
+"""Sparsities at which a layer's error is computed: the bounds, the target, and one on either side of it."""
 
-_BISECTIONS = 200
-"""Halvings of an interval: more than a float64 can tell apart."""
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Every layer as sparse as the pattern says."""
-
-
-@dataclass(frozen=True)
-class Owl:
-    """Outlier-weighed layer-wise sparsity (Yin et al. 2024, ICML, arXiv 2310.05175): blocks with more outliers keep more.
-
-    Deviations: weights count alike, where the authors' code has blocks count alike, so that the model's sparsity is exact;
-    keep ratios stay within `spread` of the target, where the authors' span `2 spread` between the extreme blocks wherever
-    the target is. Theirs and ours are linear in the share of outliers, with the target as their mean.
-    """
-
-    threshold: float = 5.0
-    """An entry of `|W| * ||X||` is an outlier above this many times the mean entry of its block, > 0."""
-
-    spread: float = 0.08
-    """How far a block's sparsity may be from the target, in [0, 1]."""
-
-    sparsity: float | None = None
-    """Only with N:M patterns: the fraction of the weights in scope that is to be zero."""
-
-    def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ValueError(f"owl(threshold={self.threshold}): expected more than 0.")
-        _check_bounds("owl", self.spread, self.sparsity)
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """Measured sensitivity under a global budget: prune where it costs the least loss for each weight.
+class Allocation:
+    """What to prune, and which layers have a pattern of their own."""
 
-    Minimises `sum_l dL_l e_l(s_l) / e_l(S)` over the layers' sparsities s_l. dL_l is the loss that pruning layer l alone at the
-    target S makes, and e_l(s) the energy of its output error at the sparsity s.
+    selection: Selection
+    patterns: dict[str, Counted] = field(default_factory=dict)
+    """By parameter name; the recipe's pattern holds for all others."""
 
-    For a causal language model dL_l is the Kullback-Leibler divergence of its next-token distribution from the dense model's:
-    the increase of the cross-entropy that is to be expected where the dense model is right. The increase on the probes' own
-    next tokens estimates the same with far more noise, and was negative for a quarter of the layers of a trained model, where
-    the divergence never is. For any other model it is the relative error energy of the output.
-
-    Costs one pass of the dense model over the calibration batches, one forward pass over `probes` batches for each layer, and
-    `allocating.NUM_POINTS` prunings of each layer more.
-    """
-
-    spread: float = 0.1
-    """How far a layer's sparsity may be from the target, in [0, 1]. CVR+EC at 70 % on a trained LLaMA of 20 M parameters
-    (perplexity 24.2 dense over all windows; one probe of 4 x 512 tokens, 30 windows of 512): 28.03 with the same sparsity
-    everywhere, 27.00 with 0.1, 27.70 with 0.2. What is extrapolated further from the target is known less well."""
-
-    probes: int = 1
-    """Calibration batches that the loss is measured on, >= 1; on each rank."""
-
-    sparsity: float | None = None
-    """Only with N:M patterns: the fraction of the weights in scope that is to be zero."""
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.probes, int) and self.probes >= 1):
-            raise ValueError(f"sensitivity(probes={self.probes}): expected a whole number of batches, at least 1.")
-        _check_bounds("sensitivity", self.spread, self.sparsity)
+    def record(self, site: LinearSite) -> dict[str, Any] | None:
+        """A site's own pattern as plain data."""
+        own = self.patterns.get(site.parameter)
+        return None if own is None else {"name": "counted", **asdict(own)}
 
 
-AllocationRule = Uniform | Owl | Sensitivity
-
-ALLOCATIONS: dict[str, Callable[..., AllocationRule]] = {"uniform": Uniform, "owl": Owl, "sensitivity": Sensitivity}
-"""Allocations by the name a recipe uses."""
-
-
-def _check_bounds(name: str, spread: Any, sparsity: Any) -> None:
-    if not 0 <= spread <= 1:
-        raise ValueError(f"{name}(spread={spread}): expected a number in [0, 1], such as 0.1 for 10 % of a layer's weights.")
-    if sparsity is not None and not 0 < sparsity < 1:
-        raise ValueError(f"{name}(sparsity={sparsity}): expected a fraction in (0, 1), such as 0.4.")
-
-
-def outlier_share(entries: Sequence[Tensor], threshold: float) -> float:
-    """The share of entries above `threshold` times the mean of them all.
+@torch.no_grad()
+def allocate(
+    model: nn.Module,
+    traced: TracedModel | None,
+    selection: Selection,
+    batches: Sequence[ModelInputs],
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    forward_context: ForwardContext = contextlib.nullcontext,
+) -> Allocation:
+    """Carry out a recipe's allocation; `uniform` costs nothing. All ranks come to the same one.
 
     Args:
-        entries: of a block: `|W| * ||X||` of each of its layers, any shapes.
-        threshold: see `Owl`.
+        model: dense, and left so.
+        traced: its graph; None where there is none, and module hooks collect.
+        selection: the layers that share the budget.
+        batches: calibration data, on the model's device.
+        recipe: its `allocation` and its pattern; with `sensitivity` its whole pruner is tried out.
+        progress: called after each layer that was measured.
+        forward_context: entered around model code.
+
+    Raises:
+        NonFiniteError: NaN or infinity in activations, or in the loss with one layer pruned.
+        CalibrationError: `sensitivity` on a model without a tensor among its outputs, or with nothing to predict.
+        SiteError: a layer cannot be pruned.
     """
-    size = sum(entry.numel() for entry in entries)
-    mean = sum(float(entry.sum(dtype=torch.float64)) for entry in entries) / max(1, size)
-    return sum(int((entry > threshold * mean).sum()) for entry in entries) / max(1, size)
+    rule, pattern = recipe.build_allocation(), recipe.build_pattern()
+    if isinstance(rule, Uniform):
+        return Allocation(selection)
+
+    def observe(on_group: OnGroup, needs: Statistic) -> None:
+        if traced is None:
+            observe_modules(model, selection.groups, batches, on_group, needs=needs, forward_context=forward_context)
+        else:  # nothing is pruned on the way, so that every layer's statistics are the dense model's
+            walk(traced, selection.groups, batches, on_group, needs=needs, forward_context=forward_context)
+
+    sizes = torch.tensor([rows * columns for rows, columns in (site.shape for site in selection.sites)])
+    target = pattern.sparsity if isinstance(pattern, Unstructured) else 0.0
+    sparsities = torch.full(sizes.shape, target, dtype=torch.float64)
+    harms = torch.zeros(sizes.shape, dtype=torch.float64)
+    if isinstance(rule, Owl):
+        harms = _outlier_shares(model, selection, observe, rule.threshold)
+        sparsities = owl_sparsities(harms, sizes, target, rule.spread)
+    elif isinstance(pattern, NM) or (target and rule.spread):
+        probe = _Probe(model, batches[: rule.probes], forward_context)
+        found = _Sensitivities(model, recipe, _points(target, rule), probe, len(selection.sites), progress)
+        observe(found, Statistic.most(Statistic.MOMENTS, recipe.pruner().needs))
+        increases = found.increases()
+        harms = increases / sizes
+        if found.points:
+            points = torch.tensor(found.points, dtype=torch.float64)
+            errors = torch.tensor(found.errors, dtype=torch.float64)
+            rates = marginal_rates(increases, errors, errors[:, found.points.index(target)], points)
+            sparsities = least_loss_sparsities(rates, points, sizes, target)
+    if isinstance(pattern, Unstructured):
+        counts = whole_counts(sparsities, [site.shape for site in selection.sites], target, rule.spread)
+        return Allocation(
+            selection,
+            {
+                site.parameter: Counted(count, site.shape[1], pattern.rank_over)
+                for site, count in zip(selection.sites, counts, strict=True)
+            },
+        )
+    assert isinstance(pattern, NM)
+    assert rule.sparsity is not None, "a recipe with an N:M pattern and an allocation has a sparsity"
+    return Allocation(_dense_layers(selection, pattern, harms, rule.sparsity, recipe))
 
 
-def owl_sparsities(shares: Tensor, sizes: Tensor, target: float, spread: float) -> Tensor:
-    """Sparsities that fall linearly as the share of outliers rises, within `spread` of the target, which is their mean.
+def _outlier_shares(
+    model: nn.Module, selection: Selection, observe: Callable[[OnGroup, Statistic], None], threshold: float
+) -> Tensor:
+    """[sites], float64: the share of outliers in the block that each site is in."""
+    root_mean_square: dict[str, Tensor] = {}
+
+    def note(group: InputGroup, moments: InputMoments) -> None:
+        root_mean_square.update({site.parameter: moments.second_moment.sqrt().float() for site in group.sites})
+
+    observe(note, Statistic.MOMENTS)
+    share_of = {}
+    for block in blocks(selection.groups):
+        sites = [site for group in block for site in group.sites]
+        entries = [_weight(model, site).float().abs() * root_mean_square[site.parameter] for site in sites]
+        share_of.update(dict.fromkeys((site.parameter for site in sites), outlier_share(entries, threshold)))
+    return torch.tensor([share_of[site.parameter] for site in selection.sites], dtype=torch.float64)
+
+
+def _points(target: float, rule: Sensitivity) -> list[float]:
+    """The sparsities at which errors are computed; none where the pattern leaves no choice (N:M)."""
+    if not target:
+        return []
+    low, high = max(0.0, target - rule.spread), min(1.0, target + rule.spread)
+    return [low, (low + target) / 2, target, (target + high) / 2, high]
+
+
+class _Sensitivities:
+    """Prunes one layer after the other on its own, and keeps what that does to its output and to the model's loss."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        points: list[float],
+        probe: "_Probe",
+        num_sites: int,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.recipe, self.points, self.probe = model, recipe, points, probe
+        self.num_sites, self.progress = num_sites, progress
+        self.errors: list[list[float]] = []
+        self.names: list[str] = []
+        self.losses: list[Tensor] = []
+
+    def __call__(self, group: InputGroup, moments: InputMoments) -> None:
+        for site in group.sites:
+            weight = _weight(self.model, site)
+            if self.points:
+                pattern = self.recipe.build_pattern()
+                assert isinstance(pattern, Unstructured)
+                trials = [self._prune(site, weight, moments, _at(point, site, pattern)) for point in self.points]
+                self.errors.append([error_energy(weight, pruned, moments) for pruned in trials])
+                at_target = trials[self.points.index(pattern.sparsity)]
+            else:
+                at_target = self._prune(site, weight, moments, None)
+            self.losses.append(self.probe({site.parameter: site.view(at_target.weight).contiguous()}))
+            self.names.append(site.name)
+            if self.progress is not None:
+                self.progress(len(self.names), self.num_sites, f"sensitivity of {site.name}")
+
+    def _prune(self, site: LinearSite, weight: Tensor, moments: InputMoments, pattern: Pattern | None) -> PrunedWeight:
+        try:
+            return self.recipe.pruner(pattern)(weight, moments)
+        except ValueError as e:
+            raise SiteError(f"{site.name}: {e}") from e
+
+    def increases(self) -> Tensor:
+        """[sites], float64: the loss that each layer's pruning makes, over all ranks (see `_Probe`)."""
+        totals = torch.stack(self.losses)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        totals = totals.cpu()
+        if not bool(totals[0, 1] > 0):
+            raise CalibrationError(
+                "Allocation 'sensitivity': on the probe batches the model's output is 0 everywhere, or all padding. Expected "
+                "other batches first, or more `probes`. Nothing was changed."
+            )
+        losses = totals[:, 0] / totals[:, 1]
+        for name, loss in zip(self.names, losses, strict=True):
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(
+                    f"Allocation 'sensitivity': the loss on the probe batches is {float(loss)} with {name} pruned. In float16, "
+                    "try bfloat16 or float32. Nothing was changed."
+                )
+        return losses
+
+
+def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> float:
+    """The energy of what pruning changes in a layer's output, summed over tokens and outputs.
+
+    With a Gram it is exact. Without one channels count as uncorrelated, and only the weights that went are counted: what a
+    compensation does with the mean of a channel is not to be seen in a diagonal.
 
     Args:
-        shares: [layers], float64: `outlier_share` of the block that each layer is in.
-        sizes: [layers], int64: weights in each layer.
-        target: the sparsity of all weights together.
-        spread: see `Owl`.
-
-    Returns:
-        [layers], float64; may be outside of [0, 1], which `whole_counts` mends.
+        weight: [out, in], dense.
+        pruned: the same, pruned.
+        moments: of the inputs.
     """
-    from_mean = shares - (shares * sizes).sum() / sizes.sum()
-    furthest = from_mean.abs().max()
-    return target - spread * from_mean / torch.where(furthest > 0, furthest, 1.0)
+    if moments.gram is not None:
+        change = weight.float() - pruned.weight.float()
+        return float(((change @ moments.gram) * change).sum(dtype=torch.float64))
+    gone = weight.float().masked_fill(pruned.keep, 0.0)
+    return float((gone.square().sum(dim=0, dtype=torch.float64) * moments.sum_sq).sum())
 
 
-def marginal_rates(increases: Tensor, errors: Tensor, at_target: Tensor, points: Tensor) -> Tensor:
-    """What a further per cent of each layer costs: slopes of its error curve, scaled to the measured increase of the loss.
+class _Probe:
+    """Measures the model with some weights replaced, as (numerator, denominator) of a mean over tokens or outputs.
 
-    Args:
-        increases: [layers], float64: of the loss, with this layer alone pruned at the target.
-        errors: [layers, points], float64: the error energy at each sparsity; any unit.
-        at_target: [layers], float64: the same at the target.
-        points: [points], float64: the sparsities, increasing; 3 or more.
-
-    Returns:
-        [layers, points], float64, never falling from point to point: where a curve is not convex, what is behind the fall
-        costs as much as what is before it.
+    A causal language model: the divergence of its next-token distribution from the dense model's, per token. Any other: the
+    energy of the output's error over the energy of the dense output. The dense model's predictions on the probe batches are
+    kept: batch x length x vocabulary numbers for each.
     """
-    least = FLOOR * increases.clamp_min(0).mean()
-    # Where nothing is measured to cost anything, the errors alone decide.
-    scale = increases.clamp_min(least) if least > 0 else at_target
-    slopes = torch.gradient(errors, spacing=(points,), dim=-1, edge_order=2)[0]
-    relative = torch.where(at_target[:, None] > 0, slopes / at_target[:, None], 0.0)
-    return torch.cummax(scale[:, None] * relative, dim=-1).values
+
+    def __init__(self, model: nn.Module, batches: Sequence[ModelInputs], forward_context: ForwardContext) -> None:
+        self.model, self.batches, self.forward_context = model, batches, forward_context
+        self.is_language = is_causal(model)
+        self.dense = [self._predict(batch, {}) for batch in batches]
+
+    def __call__(self, weights: dict[str, Tensor]) -> Tensor:
+        """[2], float64."""
+        return torch.stack([self._measure(number, batch, weights) for number, batch in enumerate(self.batches)]).sum(0)
+
+    def _measure(self, number: int, batch: ModelInputs, weights: dict[str, Tensor]) -> Tensor:
+        expected, predicted = self.dense[number], self._predict(batch, weights)
+        mask = batch.kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == predicted.shape[:-1]:
+            expected, predicted = (values[mask != 0] for values in (expected, predicted))
+        if self.is_language:
+            num_tokens = predicted.numel() // predicted.shape[-1]
+            return torch.stack([total_divergence(expected, predicted), torch.tensor(num_tokens).to(predicted.device).double()])
+        expected = expected.double()
+        return torch.stack([(predicted.double() - expected).square().sum(), expected.square().sum()])
+
+    def _predict(self, batch: ModelInputs, weights: dict[str, Tensor]) -> Tensor:
+        with self.forward_context():
+            found = predictions_of(functional_call(self.model, weights, batch.args, batch.kwargs))
+        if found is None:
+            raise CalibrationError(
+                f"Allocation 'sensitivity': {type(self.model).__name__} returns no tensor to compare. Use 'owl', which looks "
+                "at weights and inputs alone. Nothing was changed."
+            )
+        return found
 
 
-def least_loss_sparsities(rates: Tensor, points: Tensor, sizes: Tensor, target: float) -> Tensor:
-    """The sparsities that cost least together: every layer is pruned until a further weight costs the same everywhere.
-
-    Minimises `sum_l integral of rates_l`, rates being linear between the points, subject to
-    `sum_l sizes_l s_l = target sum_l sizes_l`, by bisection on the Lagrange multiplier.
-
-    Args:
-        rates: [layers, points], float64, of whole layers (see `marginal_rates`): divided by the size, the cost of one weight.
-        points: [points], float64, increasing: the first and the last one are the bounds of every layer.
-        sizes: [layers]: weights in each layer.
-        target: between the bounds.
-
-    Returns:
-        [layers], float64.
-    """
-    sizes = sizes.double()
-    per_weight = rates / sizes[:, None]
-
-    def sparsities(price: Tensor) -> Tensor:
-        index = torch.searchsorted(per_weight, price.expand(len(sizes), 1).contiguous(), right=True)[:, 0]
-        low, high = (index - 1).clamp_min(0), index.clamp_max(len(points) - 1)
-        below, above = (per_weight.gather(-1, at[:, None])[:, 0] for at in (low, high))
-        share = torch.where(above > below, (price - below) / (above - below), 0.0).clamp(0, 1)
-        return points[low] + share * (points[high] - points[low])
-
-    margin = per_weight.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    low, high = per_weight.min() - margin, per_weight.max() + margin
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        is_enough = (sparsities(middle) * sizes).sum() >= target * sizes.sum()
-        low, high = (low, middle) if is_enough else (middle, high)
-    # Where a rate is flat the sparsity jumps at that price: all that jump are equally good, and share what is left.
-    few, many = sparsities(low), sparsities(high)
-    missing, jump = target * sizes.sum() - (few * sizes).sum(), ((many - few) * sizes).sum()
-    return few + (missing / jump).clamp(0, 1) * (many - few) if jump > 0 else many
+def _weight(model: nn.Module, site: LinearSite) -> Tensor:
+    return site.view(model.get_parameter(site.parameter).detach())
 
 
-def whole_counts(sparsities: Tensor, shapes: Sequence[tuple[int, int]], target: float, spread: float) -> list[int]:
-    """How many weights each layer loses: whole numbers near the sparsities, and exactly as many together as asked for.
-
-    Args:
-        sparsities: [layers], float64: what they should be near; where a bound is in the way, all others move alike.
-        shapes: (out, in) of each layer.
-        target: the sparsity of all weights together; the number pruned is rounded down.
-        spread: how far a layer may be from the target. One weight is kept in every row, as `Unstructured` does.
-
-    Returns:
-        Counts whose sum is `Unstructured(target).num_pruned(all weights)`, or less where no more can go.
-    """
-    sizes = torch.tensor([rows * columns for rows, columns in shapes])
-    room = torch.tensor([rows * (columns - 1) for rows, columns in shapes])
-    lower = ((target - spread) * sizes).floor().long().clamp_min(0).minimum(room)
-    upper = ((target + spread) * sizes).ceil().long().minimum(room)
-    total = min(Unstructured(target, "layer").num_pruned(int(sizes.sum())), int(upper.sum()))
-
-    def shifted(by: float) -> Tensor:
-        return ((sparsities + by) * sizes).clamp(lower, upper)
-
-    low, high = -2.0 - float(sparsities.abs().max()), 2.0 + float(sparsities.abs().max())
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if float(shifted(middle).sum()) >= total else (middle, high)
-    ideal = shifted(high)
-    # 0.7 * 30 is 21 to everybody; the sum of such products is not.
-    counts = (ideal + 1e-6).floor().long().clamp(lower, upper)
-    while missing := total - int(counts.sum()):
-        step = 1 if missing > 0 else -1
-        is_free = (counts < upper) if step > 0 else (counts > lower)
-        order = torch.argsort((ideal - counts) * step, descending=True, stable=True)
-        counts[[int(index) for index in order if is_free[index]][: abs(missing)]] += step
-    return [int(count) for count in counts]
+def _at(sparsity: float, site: LinearSite, pattern: Unstructured) -> Counted:
+    """The site at this sparsity, one weight in every row being kept."""
+    rows, columns = site.shape
+    return Counted(min(round(sparsity * rows * columns), rows * (columns - 1)), columns, pattern.rank_over)
 
 
-def choose_layers(harms: Sequence[float], counts: Sequence[int], total: int) -> list[int]:
-    """Which layers to prune so that at least `total` weights go, those of the least harm for each weight first.
-
-    Greedy, and then greedily back: a layer that is not needed after all stays dense, the most harmful one first.
-
-    Args:
-        harms: of pruning each layer, for each weight that goes.
-        counts: how many weights go in each layer.
-        total: at most the sum of the counts.
-
-    Returns:
-        The layers' numbers, increasing.
-    """
-    chosen: list[int] = []
-    num_pruned = 0
-    for index in sorted(range(len(harms)), key=lambda index: harms[index]):
-        if num_pruned >= total:
-            break
-        chosen.append(index)
-        num_pruned += counts[index]
-    for index in list(reversed(chosen)):
-        if num_pruned - counts[index] >= total:
-            chosen.remove(index)
-            num_pruned -= counts[index]
-    return sorted(chosen)
-
-
-def budget(sparsity: float, num_weights: int) -> int:
-    """The least number of zeros among so many weights that makes this sparsity."""
-    # 0.4 * 35 is 14.000000000000002 in floating point; nobody who asks for 40 % means 15.
-    return math.ceil(sparsity * num_weights - 1e-6)
+def _dense_layers(selection: Selection, pattern: NM, harms: Tensor, sparsity: float, recipe: Recipe) -> Selection:
+    """The selection without the layers that need not be pruned for this sparsity."""
+    sites = selection.sites
+    counts = [rows * columns // pattern.of * (pattern.of - pattern.keep) for rows, columns in (site.shape for site in sites)]
+    num_weights = sum(rows * columns for rows, columns in (site.shape for site in sites))
+    chosen = {sites[index].parameter for index in choose_layers(harms.tolist(), counts, budget(sparsity, num_weights))}
+    reached = sum(count for site, count in zip(sites, counts, strict=True) if site.parameter in chosen) / num_weights
+    assert not isinstance(recipe.allocation, str)
+    reason = (
+        f"dense by the allocation {recipe.allocation['name']}: {pattern} in the other layers makes {100 * reached:.4g} % of "
+        f"the weights in scope zero, {100 * sparsity:.4g} % were asked for"
+    )
+    groups = [
+        replace(group, sites=tuple(site for site in group.sites if site.parameter in chosen)) for group in selection.groups
+    ]
+    dense = [LeftOut(site.name, site.shape, reason) for site in sites if site.parameter not in chosen]
+    return Selection(tuple(group for group in groups if group.sites), (*selection.left_out, *dense))

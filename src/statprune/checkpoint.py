@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from statprune.errors import CheckpointError, ModelError
-from statprune.methods import split
-from statprune.patterns import SITE_PATTERNS
-from statprune.pruning import energy_sq
+from statprune.grammar import split
+from statprune.methods.patterns import SITE_PATTERNS
+from statprune.methods.pruner import energy_sq
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
 

@@ -53,6 +53,10 @@ class ResultsError(StatpruneError, ValueError):
     """A file of results cannot be read, or holds numbers that do not compare with this run."""
 
 
+class RanksError(StatpruneError, RuntimeError):
+    """The processes that work together do not all take part."""
+
+
 class ExperimentError(StatpruneError, RuntimeError):
     """An experiment cannot run, or some of its cells failed."""
 
@@ -61,3 +65,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'cvr'?"` for the closest known name, or an empty string where nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says in its first line; the name of its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

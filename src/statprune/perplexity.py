@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from statprune.errors import CalibrationError
-from statprune.tracing import eval_mode
+from statprune.model.trace import eval_mode
 
 TOKENS_PER_CHUNK = 1024
 """Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from statprune.allocation import ALLOCATIONS, AllocationRule
 from statprune.errors import RecipeError, nearest
-from statprune.methods import (
+from statprune.grammar import (
     AUTO,
     Part,
     YamlLoader,
@@ -29,9 +28,10 @@ from statprune.methods import (
     split,
     usual_ranking,
 )
-from statprune.patterns import NM, PATTERNS, SHORTHAND_HELP, Pattern, Unstructured, parse_shorthand
-from statprune.pruning import WeightPruner
-from statprune.statistics import InputMoments
+from statprune.methods.budget import ALLOCATIONS, AllocationRule
+from statprune.methods.patterns import NM, PATTERNS, SHORTHAND_HELP, Pattern, Unstructured, parse_shorthand
+from statprune.methods.pruner import WeightPruner
+from statprune.methods.statistics import InputMoments
 
 Schedule = Literal["walk", "block", "one-shot"]
 SCHEDULES = ("walk", "block", "one-shot")

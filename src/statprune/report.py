@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from statprune.sites import LeftOut
+from statprune.model.sites import LeftOut
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from statprune.errors import SiteError, nearest
+from statprune.model.sites import InputGroup, LeftOut, LinearSite
 from statprune.recipe import Recipe
-from statprune.sites import InputGroup, LeftOut, LinearSite
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
-from statprune.commands.models import evaluate, inspect, merge, prune, verify
+from statprune.commands.one_model import evaluate, inspect, merge, prune, verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from statprune import display
-from statprune.commands.shared import calibrate
+from statprune.commands import display
+from statprune.commands.options import calibrate
 from statprune.errors import ExperimentError
-from statprune.opening import DType, open_causal
+from statprune.loading import DType, open_causal
 from statprune.recipe import Schedule
 
 
@@ -45,7 +45,7 @@ def compare(
     import dataclasses
 
     import statprune.checkpoint as checkpoint
-    import statprune.compare as comparison
+    import statprune.experiments.compare as comparison
     from statprune.data import evaluation_windows
 
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
@@ -108,7 +108,7 @@ def tune(
         json: Print one JSON object with everything that was tried instead of a table.
     """
     import statprune.checkpoint as checkpoint
-    from statprune.tuning.running import tune as tune_model
+    from statprune.tuning.tune import tune as tune_model
 
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
     windows = calibrate(loaded, checkpoint.load_tokenizer(model), calibration, samples, seqlen, seed)
@@ -153,7 +153,7 @@ def benchmark(
     import torch
 
     import statprune.checkpoint as checkpoint
-    from statprune.benchmark import measure_walk
+    from statprune.experiments.walk_cost import measure_walk
 
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size, rounds=rounds)
     if calibration is None:
@@ -220,7 +220,7 @@ def experiment(
     """
     given = {key: value for key, value in locals().items() if key not in ("name", "output")}
     from statprune.experiments.definition import OWNER, PAPER, Experiment
-    from statprune.experiments.running import run
+    from statprune.experiments.run import run
 
     if name == "all":
         own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in PAPER}
@@ -244,8 +244,8 @@ def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int
         steps: Training steps; the default takes about a minute on two cores.
         seed: Of the initial weights and of the windows.
     """
-    from statprune.compare import markdown_table
-    from statprune.quickstart import quickstart as run
+    from statprune.experiments.compare import markdown_table
+    from statprune.experiments.quickstart import quickstart as run
 
     cells = run(output, steps=steps, seed=seed, say=display.say)
     print(markdown_table(cells))

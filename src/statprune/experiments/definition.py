@@ -8,10 +8,10 @@ from typing import Any, Literal
 import yaml
 
 from statprune.errors import ExperimentError, nearest
-from statprune.methods import YamlLoader
-from statprune.patterns import parse_shorthand
+from statprune.grammar import YamlLoader
+from statprune.methods.patterns import parse_shorthand
+from statprune.methods.statistics import Statistic
 from statprune.recipe import Method, Recipe, Schedule, labelled
-from statprune.statistics import Statistic
 
 Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
 PAPER: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation")

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from statprune.experiments.results import DENSE, Result
+from statprune.results import DENSE, Result
 
 Row = tuple[str, ...]
 """A row's head: the label, and perhaps the pattern. Rows that differ in nothing but the label compete."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from statprune.errors import ExperimentError, nearest
 from statprune.experiments.grid import finished, ratio, spread, three_digits
-from statprune.experiments.results import DENSE, Result
 from statprune.experiments.tables import REFERENCE, group, pruned, sparsity
-from statprune.patterns import Unstructured, parse_shorthand
+from statprune.methods.patterns import Unstructured, parse_shorthand
+from statprune.results import DENSE, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

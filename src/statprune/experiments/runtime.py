@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statprune.batches import ModelInputs
 from statprune.errors import ExperimentError
-from statprune.measuring import measured, peak_of_tensors
-from statprune.pruning import WeightPruner
-from statprune.segments import blocks
-from statprune.sites import InputGroup
-from statprune.statistics import InputMoments, Statistic
-from statprune.tracing import eval_mode, without_cache
+from statprune.experiments.cost import measured, peak_of_tensors
+from statprune.methods.pruner import WeightPruner
+from statprune.methods.statistics import InputMoments, Statistic
+from statprune.model.inputs import ModelInputs
+from statprune.model.segments import blocks
+from statprune.model.sites import InputGroup
+from statprune.model.trace import eval_mode, without_cache
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from statprune.experiments.grid import (
     two_decimals,
 )
 from statprune.experiments.published import Published
-from statprune.experiments.results import DENSE, Result
-from statprune.patterns import NM, Unstructured, parse_shorthand
+from statprune.methods.patterns import NM, Unstructured, parse_shorthand
+from statprune.results import DENSE, Result
 
 COLUMNS = (
     "measure", "model", "label", "pattern", "schedule", "samples", "seed", "metric", "value", "seconds", "peak_memory",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from statprune.patterns import Unstructured
+from statprune.methods.patterns import Unstructured
 from statprune.recipe import Recipe, Schedule
 
 BASELINES = ("wanda", "cvr+energy", "sparsegpt")

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statprune.batches import bind_batches, dynamic_dims, example_batch
-from statprune.compress import plan, undisturbed
+from statprune.engine import plan, undisturbed
 from statprune.errors import CalibrationError
+from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
+from statprune.model.trace import trace
+from statprune.model.walk import ForwardContext
 from statprune.recipe import Recipe
 from statprune.selection import select
-from statprune.tracing import trace
 from statprune.tuning.candidates import (
     BASELINE_SCHEDULE,
     BASELINES,
@@ -26,13 +27,12 @@ from statprune.tuning.candidates import (
     allocations,
     variations,
 )
-from statprune.tuning.halving import FIRST_SHARE, PARENTS, SECOND_SHARE, affordable, goes_on, num_batches, ranking, survivors
+from statprune.tuning.clock import Prices
+from statprune.tuning.halves import Halves, Scorer
 from statprune.tuning.outcome import Tuned, write
-from statprune.tuning.prices import Prices
-from statprune.tuning.shared import plan_together, twins_at_once
+from statprune.tuning.rungs import FIRST_SHARE, PARENTS, SECOND_SHARE, affordable, goes_on, num_batches, ranking, survivors
 from statprune.tuning.trials import Stopwatch, Trial, Trials
-from statprune.tuning.windows import Halves, Scorer
-from statprune.walk import ForwardContext
+from statprune.tuning.twins import plan_together, twins_at_once
 
 Progress = Callable[[int, int, str], None]
 """Called with (seconds used, seconds in all, what is being done)."""

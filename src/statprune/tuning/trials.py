@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from statprune.errors import ResultsError
-from statprune.experiments.results import DENSE, Result, ResultsFile
 from statprune.recipe import Recipe
 from statprune.report import versions
+from statprune.results import DENSE, Result, ResultsFile
 
 TRIALS = "trials.jsonl"
 

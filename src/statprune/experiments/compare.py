@@ -1,0 +1,91 @@
+"""Compare methods: prune a twin for each cell of methods x patterns, and measure its perplexity on held-out windows."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from statprune.api import plan
+from statprune.perplexity import evaluate
+from statprune.recipe import Method, labelled
+
+METHODS = ("magnitude", "wanda", "cvr", "magnitude+energy", "wanda+energy", "cvr+energy")
+PATTERNS = ("50%", "4:8", "2:4")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement."""
+
+    method: str
+    pattern: str
+    perplexity: float
+    seconds: float
+    """For calibrating and pruning; the first cell's include the export."""
+    recipe: dict[str, Any]
+
+
+def compare(
+    model: nn.Module,
+    calibration: Tensor,
+    evaluation: Tensor,
+    *,
+    methods: Sequence[Method] = METHODS,
+    patterns: Sequence[str] = PATTERNS,
+    schedule: str = "walk",
+    batch_size: int = 1,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Cell]:
+    """Measure every method with every pattern; the dense model is the first cell, and is left as it was.
+
+    Args:
+        model: a causal language model.
+        calibration: token windows [windows, length].
+        evaluation: other token windows [windows, length].
+        methods: what to compare.
+        patterns: at which sparsities.
+        schedule: `"walk"`, `"block"` or `"one-shot"`, for all that have none of their own.
+        batch_size: windows in one forward pass.
+        progress: called with (cells done, cells in all, what was measured).
+
+    Raises:
+        StatpruneError: as `prune`; recipes are checked before anything runs.
+    """
+    recipes = [
+        (*labelled(method, pattern=str(pattern), schedule=schedule), str(pattern)) for pattern in patterns for method in methods
+    ]
+    cells = [Cell("dense", "", evaluate(model, evaluation, batch_size=batch_size), 0.0, {})]
+    traced = None
+    for index, (label, recipe, pattern) in enumerate(recipes):
+        started = time.perf_counter()
+        twin = plan(model, calibration.split(batch_size), recipe, traced=traced)
+        traced = twin.traced
+        seconds = time.perf_counter() - started
+        perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
+        cells.append(Cell(label, pattern, perplexity, seconds, twin.report.recipe))
+        if progress is not None:
+            progress(index + 1, len(recipes), f"{label} {pattern}: {perplexity:.3f}")
+    return cells
+
+
+def markdown_table(cells: Iterable[Cell]) -> str:
+    """Methods down, patterns across, the best of each pattern in bold; the dense perplexity above."""
+    dense, *others = list(cells)
+    patterns = list(dict.fromkeys(cell.pattern for cell in others))
+    methods = list(dict.fromkeys(cell.method for cell in others))
+    values = {(cell.method, cell.pattern): cell.perplexity for cell in others}
+    best = {pattern: min(cell.perplexity for cell in others if cell.pattern == pattern) for pattern in patterns}
+
+    def text(method: str, pattern: str) -> str:
+        value = values[method, pattern]
+        return f"**{value:.2f}**" if value == best[pattern] else f"{value:.2f}"
+
+    return "\n".join(
+        [
+            f"| perplexity (dense {dense.perplexity:.2f}) | " + " | ".join(patterns) + " |",
+            "|---|" + "---|" * len(patterns),
+            *(f"| {method} | " + " | ".join(text(method, pattern) for pattern in patterns) + " |" for method in methods),
+        ]
+    )

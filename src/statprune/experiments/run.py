@@ -1,0 +1,268 @@
+"""Run experiments: for each model, cell after cell, each written when it is finished; what is in the file is not run again."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statprune.api import plan
+from statprune.checkpoint import fingerprint, load_config, load_tokenizer
+from statprune.data import calibration_windows, evaluation_windows
+from statprune.engine import PruningPlan
+from statprune.errors import ExperimentError, StatpruneError
+from statprune.experiments.cost import measured
+from statprune.experiments.definition import Cell, Experiment
+from statprune.experiments.plots import PICTURED, plot
+from statprune.experiments.published import Published
+from statprune.experiments.runtime import measure_block
+from statprune.experiments.tables import markdown, write_csv
+from statprune.experiments.zero_shot import ZeroShot
+from statprune.loading import choose_device, load_causal, window_length
+from statprune.model.inputs import bind_batches
+from statprune.model.sites import TracedModel
+from statprune.model.survey import survey
+from statprune.perplexity import evaluate
+from statprune.recipe import Recipe
+from statprune.report import versions
+from statprune.results import Result, ResultsFile
+
+CELLS = "cells.jsonl"
+
+Advance = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of experiments gave."""
+
+    tables: dict[str, str]
+    """Markdown, by experiment."""
+
+    failures: list[str]
+    """One line for each cell, model or experiment that failed."""
+
+
+def run(
+    experiments: Sequence[Experiment],
+    output: str | Path,
+    *,
+    progress: Advance = lambda done, total, what: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Measure every cell that is not in the output folder yet, and write tables and pictures of all.
+
+    Args:
+        experiments: of one protocol (see `Experiment.protocol`). Each model is loaded once for all of them.
+        output: a folder; gets `cells.jsonl`, and for each experiment NAME.csv, NAME.md and, where there is one, NAME.png.
+        progress: called with (cells done, cells in all, what is next).
+        say: called with each new result in words.
+
+    Returns:
+        The tables, and what failed; a cell that fails is recorded, and the rest goes on.
+
+    Raises:
+        ResultsError: the folder holds results of another protocol or other versions.
+        ExperimentError: the experiments have several protocols; matplotlib is missing.
+    """
+    output = Path(output)
+    file = ResultsFile(output / CELLS, _common_protocol(experiments), versions())
+    failures: list[str] = []
+    tasks = _open_tasks(experiments, failures)
+    ready = [experiment for experiment in experiments if experiment.measure != "zero-shot" or tasks is not None]
+    models = list(dict.fromkeys(model for experiment in ready for model in experiment.model))
+    jobs = [
+        (model, experiment, cell)
+        for model in models
+        for experiment in ready
+        if model in experiment.model
+        for cell in experiment.cells()
+    ]
+    found: dict[str, list[Result]] = {experiment.name: [] for experiment in ready}
+    bench: _Bench | None = None
+    unusable: set[str] = set()
+    for done, (model, experiment, cell) in enumerate(jobs):
+        title = f"{experiment.name}: {_short(model, models)}: {' '.join(_words(cell))}"
+        progress(done, len(jobs), title)
+        if model in unusable:
+            continue
+        if bench is None or bench.path != model:
+            try:
+                bench = None  # before the next model comes into memory
+                bench = _Bench(model, _short(model, models), experiment)
+            except Exception as e:  # whatever loading it raises: the next model may do
+                unusable.add(model)
+                failures.append(f"{model}: {_reason(e)}")
+                continue
+        result, is_new = bench.result(cell, experiment, tasks, file)
+        found[experiment.name].append(result)
+        if result.error is not None:
+            failures.append(f"{title}: {result.error}")
+        elif is_new:
+            say(f"{title}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in result.values.items()))
+    progress(len(jobs), len(jobs), "")
+    shown = [experiment for experiment in ready if found[experiment.name]]
+    tables: dict[str, str] = {experiment.name: _write(experiment, found[experiment.name], output) for experiment in shown}
+    return Outcome(tables, failures)
+
+
+def _common_protocol(experiments: Sequence[Experiment]) -> dict[str, Any]:
+    protocol = experiments[0].protocol()
+    if any(experiment.protocol() != protocol for experiment in experiments):
+        raise ExperimentError(
+            "These experiments have several protocols, and one output folder holds one: give --calibration, --text, --windows, "
+            "--seqlen, --batch-size, --dtype and --device for all, or run them one by one into folders of their own."
+        )
+    if any(experiment.name in PICTURED for experiment in experiments) and find_spec("matplotlib") is None:
+        raise ExperimentError("The pictures need matplotlib: pip install 'statprune[experiments]'.")
+    device = torch.device(choose_device(experiments[0].device))
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {**protocol, "hardware": hardware}
+
+
+def _open_tasks(experiments: Sequence[Experiment], failures: list[str]) -> ZeroShot | None:
+    for experiment in experiments:
+        if experiment.measure == "zero-shot":
+            try:
+                return ZeroShot(experiment.tasks or [], limit=experiment.questions, text=experiment.text)
+            except StatpruneError as e:
+                failures.append(f"{experiment.name}: {e}")
+    return None
+
+
+class _Bench:
+    """One model, and what its cells share: the evaluation windows, calibration windows and the traced graph."""
+
+    def __init__(self, path: str, name: str, experiment: Experiment) -> None:
+        self.path, self.name, self.experiment = path, name, experiment
+        config = load_config(path)
+        self.seqlen = window_length(config, experiment.seqlen)
+        self.model = load_causal(path, experiment.dtype, experiment.device)
+        self.tokenizer = load_tokenizer(path)
+        self.fingerprint = fingerprint(path, config)
+        self._windows: dict[Any, Tensor] = {}
+        self._traced: dict[Any, TracedModel | None] = {}
+
+    def result(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None, file: ResultsFile) -> tuple[Result, bool]:
+        """The cell's result, and whether it was measured now; a failure is a result with an error."""
+        result = Result(
+            cell.measure, self.name, cell.label, cell.pattern, cell.samples, cell.seed,
+            recipe=cell.recipe.to_dict() if cell.recipe else {}, details={"model": self.fingerprint, "seqlen": self.seqlen},
+        )  # fmt: skip
+        try:
+            result.details.update(self._data_details(cell, experiment, tasks))
+            if (known := file.get(result.key)) is not None:
+                return replace(known, label=cell.label), False
+            with measured(self.model.device) as cost:
+                values, peak_memory, chosen = self._measure(cell, experiment, tasks)
+            peak_memory = cost.peak_memory if peak_memory is None else peak_memory
+            result = replace(result, values=values, seconds=cost.seconds, peak_memory=peak_memory, chosen=chosen)
+        except Exception as e:  # whatever a method, a model or a task raises: it is this cell's result, and the grid goes on
+            result = replace(result, error=_reason(e))
+        file.add(result)
+        return result, True
+
+    def _data_details(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None) -> dict[str, Any]:
+        """What the tokens and the tasks are, so that a text that has changed since gives another cell."""
+        details: dict[str, Any] = {}
+        if cell.samples is not None and cell.seed is not None:
+            details["calibration_tokens"] = _digest(self._calibration(cell.samples, cell.seed))
+        if cell.measure == "perplexity":
+            details["evaluation_tokens"] = _digest(self._evaluation())
+        elif cell.measure == "runtime":
+            details["rounds"] = experiment.rounds
+        elif tasks is not None:
+            details["tasks"] = f"{tasks.digest()} in lm-eval {version('lm-eval')}"
+        return details
+
+    def _measure(
+        self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None
+    ) -> tuple[dict[str, float], int | None, str | None]:
+        """The values, the peak memory where it is not that of the whole cell, and what `auto` chose."""
+        batch_size = experiment.batch_size
+        if cell.samples is not None and cell.seed is not None:
+            windows = self._calibration(cell.samples, cell.seed)
+        else:
+            windows = torch.zeros(1, self.seqlen, dtype=torch.int64)  # any tokens do, to find the layers
+        if cell.measure == "runtime":
+            assert cell.recipe is not None
+            inputs = bind_batches(self.model, windows.split(batch_size))
+            groups = survey(self.model, cell.recipe).groups
+            return *measure_block(self.model, groups, inputs, cell.recipe.pruner(), rounds=experiment.rounds), None
+        twin, seconds = PruningPlan(), {}
+        if cell.recipe is not None:
+            with measured(self.model.device) as cost:
+                twin = self._prune(windows.split(batch_size), cell.recipe)
+            seconds = {"pruning seconds": cost.seconds}
+        chosen = _described(Recipe.from_dict(twin.report.recipe)) if twin.report.chosen_by else None
+        if cell.measure == "zero-shot":
+            assert tasks is not None
+            return tasks(self.model, self.tokenizer, weights=twin.weights, batch_size=batch_size), None, chosen
+        perplexity = evaluate(self.model, self._evaluation(), batch_size=batch_size, weights=twin.weights)
+        return {"perplexity": perplexity, **seconds}, None, chosen
+
+    def _prune(self, batches: Sequence[Tensor], recipe: Recipe) -> PruningPlan:
+        shapes = tuple(dict.fromkeys(tuple(batch.shape) for batch in batches))
+        twin = plan(self.model, batches, recipe, traced=self._traced.get(shapes))
+        self._traced[shapes] = twin.traced
+        return twin
+
+    def _calibration(self, samples: int, seed: int) -> Tensor:
+        if (samples, seed) not in self._windows:
+            self._windows[samples, seed] = calibration_windows(
+                self.experiment.calibration,
+                tokenizer=self.tokenizer,
+                model=self.model,
+                samples=samples,
+                seqlen=self.seqlen,
+                seed=seed,
+            )
+        return self._windows[samples, seed]
+
+    def _evaluation(self) -> Tensor:
+        if "evaluation" not in self._windows:
+            windows = evaluation_windows(self.experiment.text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen)
+            self._windows["evaluation"] = windows[: self.experiment.windows]
+        return self._windows["evaluation"]
+
+
+def _write(experiment: Experiment, results: Sequence[Result], output: Path) -> str:
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(results, output / f"{experiment.name}.csv")
+    table = markdown(experiment.name, results, Published.load())
+    (output / f"{experiment.name}.md").write_text(table + "\n", encoding="utf-8")
+    if experiment.name in PICTURED and any(result.error is None for result in results):
+        plot(experiment.name, results, output / f"{experiment.name}.png")
+    return table
+
+
+def _described(recipe: Recipe) -> str:
+    assert isinstance(recipe.allocation, Mapping)
+    allocation = recipe.allocation["name"]
+    return f"{recipe.method} ({recipe.schedule}{'' if allocation == 'uniform' else f', {allocation}'})"
+
+
+def _short(model: str, models: Sequence[str]) -> str:
+    """The last part of a folder's or hub name, or the whole where two models share it."""
+    last = [Path(other).resolve().name if Path(other).is_dir() else other.rpartition("/")[2] for other in models]
+    name = last[models.index(model)]
+    return name if last.count(name) == 1 else model
+
+
+def _words(cell: Cell) -> list[str]:
+    samples = f"{cell.samples} sequences, seed {cell.seed}" if cell.samples is not None else ""
+    return [word for word in (cell.label, cell.pattern, samples) if word]
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, StatpruneError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,183 @@
+"""Least squares on the support: the best a layer can do with the weights that stay, by the Gram of its inputs.
+
+For a row w with kept places S and the Gram H = sum of x x^T, the row w' that is zero outside of S and minimises
+(w' - w) H (w' - w)^T, which is the sum over tokens of the squared change of the output. All rows of a layer at once, by
+conjugate gradients with a diagonal preconditioner: an iteration is one product [out, in] x [in, in] and nothing is factorised.
+
+Why conjugate gradients and not ADMM with the mask fixed (as in Boza 2024, arXiv 2401.02938), which costs the same product an
+iteration and a factorisation before: on a trained LLaMA's layers, 20 iterations are within 0.2 % of the exact optimum in most
+layers and 6 % in the worst, ADMM's with its best step size within 0.1 and 2 %, and that step size differs from layer to layer;
+at 80 % sparsity conjugate gradients are ahead. They need no step size, and no iteration makes the error larger.
+
+With `steps` the mask is reached gradually, and ADMM does win: its second variable remembers what the pruned weights would be
+worth, so that a step can bring one back. Each of its steps prunes a little more, where the criterion scores what the step made
+of the weights; the conjugate gradients then finish on the mask that came out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from statprune.methods.statistics import InputMoments, Statistic
+
+PENALTY = 0.3
+"""ADMM's step size, beside a Gram whose diagonal is 1. Of 0.1, 0.3, 1 and 3 the best for 4:8 and 2:4, and near the best for
+50 % and 80 %, by the error under the Gram on five layers of a trained LLaMA."""
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """A compensation: the kept weights that change the layer's output the least."""
+
+    steps: int = 0
+    """In how many steps of ADMM the mask is reached; 0 takes the mask that the criterion chooses on the dense weight. After
+    step k of n the share `1 - (1 - k/n)^3` of the weights to prune is gone, so that the first steps take the most."""
+
+    iterations: int = 20
+    """At most, of conjugate gradients."""
+
+    tolerance: float = 1e-3
+    """They end where an iteration gains less than this share of what all have gained."""
+
+    damping: float = 0.01
+    """Added to H's diagonal, as a fraction of each entry; holds back weights that few tokens decide."""
+
+    def __post_init__(self) -> None:
+        if not self.steps >= 0 or not self.iterations >= 1:
+            raise ValueError(
+                f"least-squares(steps={self.steps}, iterations={self.iterations}): expected 0 steps or more, and at least one "
+                "iteration."
+            )
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"least-squares(tolerance={self.tolerance}): expected a fraction in [0, 1).")
+        if not self.damping >= 0:
+            raise ValueError(f"least-squares(damping={self.damping}): expected a fraction, 0 or more.")
+
+    @property
+    def needs(self) -> Statistic:
+        """The Gram."""
+        return Statistic.GRAM
+
+    def __call__(self, original: Tensor, pruned: Tensor, keep: Tensor, moments: InputMoments | None) -> Tensor:
+        """Solve on a mask, starting from what the pruner left.
+
+        Args:
+            original: [..., out, in], the weight before pruning, any float dtype.
+            pruned: [..., out, in], the weight after pruning; where it is a solution already, nothing changes.
+            keep: [..., out, in], bool, True = kept.
+            moments: of the layer's inputs, with the Gram.
+
+        Returns:
+            [..., out, in], float32, exactly 0 where `keep` is False. The error under the damped Gram is never above that of
+            `pruned`, but for rounding.
+
+        Raises:
+            ValueError: the statistics have no Gram, or it is so large that float32 cannot hold the products.
+        """
+        gram_II, scale_1I = self._normalised(moments)
+        # An autocast of the caller's would compute the products in its low precision.
+        with torch.autocast(original.device.type, enabled=False):
+            solution = _conjugate_gradients(
+                original.float() / scale_1I, pruned.float() / scale_1I, keep, gram_II, self.iterations, self.tolerance
+            )
+        if not bool(torch.isfinite(solution).all()):
+            raise ValueError(
+                "least-squares: the Gram of its inputs is too large for float32. Are there absurdly large activations? "
+                "Leave the layer dense with `ignore`, or use a compensation without the Gram, such as energy."
+            )
+        return solution.mul_(scale_1I).masked_fill_(~keep, 0.0)
+
+    def approach(
+        self, original: Tensor, moments: InputMoments | None, choose: Callable[[Tensor, float], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Reach a mask in `steps` steps of ADMM.
+
+        Args:
+            original: [..., out, in], the weight before pruning, any float dtype.
+            moments: of the layer's inputs, with the Gram.
+            choose: the keep mask for a candidate weight [..., out, in] and a share in (0, 1] of what is to be pruned.
+
+        Returns:
+            A weight [..., out, in], float32, to start the solution from, and its mask: `choose`'s for the share 1.
+
+        Raises:
+            ValueError: as when called.
+        """
+        gram_II, scale_1I = self._normalised(moments)
+        assert moments is not None
+        inverse_II = moments.derive(("ADMM inverse", self.damping), lambda: _regularised_inverse(gram_II))
+        with torch.autocast(original.device.type, enabled=False):
+            # In the method's own terms: V = X + U, where X solves without the mask, Z = V masked, and U adds up X - Z.
+            dense_OI = original.float() / scale_1I
+            target_OI = dense_OI @ gram_II
+            candidate_OI, multiplier_OI = dense_OI, torch.zeros_like(dense_OI)
+            for step in range(1, self.steps + 1):
+                keep_OI = choose(candidate_OI * scale_1I, 1 - (1 - step / self.steps) ** 3)
+                masked_OI = candidate_OI.masked_fill(~keep_OI, 0.0)
+                if step > 1:  # before, there is no X, and V is the dense weight
+                    multiplier_OI = candidate_OI - masked_OI
+                free_OI = torch.add(target_OI, masked_OI - multiplier_OI, alpha=PENALTY) @ inverse_II
+                candidate_OI = free_OI + multiplier_OI
+            candidate_OI *= scale_1I
+            return candidate_OI, choose(candidate_OI, 1.0)
+
+    def _normalised(self, moments: InputMoments | None) -> tuple[Tensor, Tensor]:
+        if moments is None or moments.gram is None:
+            raise ValueError("least-squares needs the Gram of the layer's inputs: expected moments collected with `gram=True`.")
+        gram = moments.gram
+        normalised: tuple[Tensor, Tensor] = moments.derive(
+            ("normalised gram", self.damping), lambda: _normalised(gram, self.damping)
+        )
+        return normalised
+
+
+def _normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The Gram [..., in, in] with ones on its diagonal, plus the damping; and the weights' scale [..., 1, in] beside it.
+
+    A channel that was always 0 gets the scale 1 and stays 0 in the Gram: nothing moves its weights.
+    """
+    diagonal_I = gram.diagonal(dim1=-2, dim2=-1)
+    scale_I = torch.where(diagonal_I > 0, diagonal_I, 1.0).rsqrt()
+    gram_II = gram * scale_I[..., :, None] * scale_I[..., None, :]
+    gram_II.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)
+    return gram_II, scale_I[..., None, :]
+
+
+def _regularised_inverse(gram_II: Tensor) -> Tensor:
+    """(H + penalty)^-1 of a normalised Gram; the penalty is so large that float32 will do."""
+    regularised_II = gram_II + PENALTY * torch.eye(gram_II.shape[-1], device=gram_II.device)
+    lower_II, info = torch.linalg.cholesky_ex(regularised_II)
+    if bool(info.any()):
+        raise ValueError(
+            "least-squares: the Gram of its inputs cannot be factorised. Are there infinite or absurdly large activations? "
+            "Leave the layer dense with `ignore`, or take the mask at once, with steps=0."
+        )
+    return torch.cholesky_inverse(lower_II)
+
+
+def _conjugate_gradients(
+    target_OI: Tensor, start_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, iterations: int, tolerance: float
+) -> Tensor:
+    """Minimise (x - target) gram (x - target)^T for each row over the kept places, from `start`."""
+    support_OI = keep_OI.to(start_OI.dtype)
+    solution_OI = start_OI * support_OI
+    residual_OI = ((target_OI - solution_OI) @ gram_II).mul_(support_OI)
+    direction_OI = residual_OI.clone()
+    residual_sq_O1 = residual_OI.square().sum(dim=-1, keepdim=True)
+    gained = torch.zeros_like(residual_sq_O1)
+    for _ in range(iterations):
+        product_OI = direction_OI @ gram_II
+        curvature_O1 = (direction_OI * product_OI).sum(dim=-1, keepdim=True)
+        # A row that is solved, or whose direction the Gram does not see, stays as it is.
+        length_O1 = torch.where(curvature_O1 > 0, residual_sq_O1 / curvature_O1, 0.0)
+        solution_OI.addcmul_(direction_OI, length_O1)
+        gain_O1 = length_O1 * residual_sq_O1
+        gained += gain_O1
+        if not bool(gain_O1.sum() > tolerance * gained.sum()):
+            break
+        residual_OI.addcmul_(product_OI.mul_(support_OI), length_O1, value=-1)
+        previous_O1, residual_sq_O1 = residual_sq_O1, residual_OI.square().sum(dim=-1, keepdim=True)
+        direction_OI.mul_(torch.where(previous_O1 > 0, residual_sq_O1 / previous_O1, 0.0)).add_(residual_OI)
+    return solution_OI

@@ -1,0 +1,128 @@
+"""WeightPruner: one weight and the moments of its inputs in, one pruned weight out.
+
+This is the wide seam. Most methods are a criterion, a pattern and a compensation in a row (`compose`); a method that
+chooses and updates at once implements the protocol itself (`sparsegpt`), and a compensation may follow it as well.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from statprune.methods.patterns import Pattern
+from statprune.methods.statistics import InputMoments, Statistic
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """What pruning one weight gave."""
+
+    weight: Tensor
+    """[..., out, in], the original weight's dtype; exactly 0 where `keep` is False."""
+
+    keep: Tensor
+    """[..., out, in], bool: True = kept."""
+
+
+class WeightPruner(Protocol):
+    """Chooses which weights stay and what they become."""
+
+    @property
+    def needs(self) -> Statistic:
+        """What it must know about the inputs; the walk collects no more than that."""
+
+    def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """Prune [..., out, in]; `moments` is None where `needs` is none. The weight itself is not changed."""
+
+    def fits(self, in_features: int) -> bool:
+        """Whether rows of this width can be pruned."""
+
+
+@dataclass(frozen=True)
+class MaskPruner:
+    """A criterion and a pattern: what stays is as it was."""
+
+    criterion: Callable[..., Tensor]
+    pattern: Pattern
+
+    @property
+    def needs(self) -> Statistic:
+        """What the criterion needs."""
+        return needs_of(self.criterion)
+
+    def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """Prune [..., out, in]."""
+        keep = self.pattern(self.criterion(weight, moments))
+        return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
+
+    def fits(self, in_features: int) -> bool:
+        """Whether the pattern fits rows of this width."""
+        return self.pattern.fits(in_features)
+
+
+@dataclass(frozen=True)
+class CompensatedPruner:
+    """Any pruner, and a compensation of what it left, against the original weight.
+
+    Where the compensation has `steps`, it reaches the mask in so many, and asks the criterion for each (see `LeastSquares`).
+    """
+
+    pruner: WeightPruner
+    compensation: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        if self._steps and not isinstance(self.pruner, MaskPruner):
+            raise ValueError(
+                f"steps={self._steps}: a mask is reached in steps where the compensation follows a criterion at once, as in "
+                "cvr+least-squares:steps=15; not after another compensation, or a pruner that updates by itself."
+            )
+
+    @property
+    def _steps(self) -> int:
+        steps: int = getattr(self.compensation, "steps", 0)
+        return steps
+
+    @property
+    def needs(self) -> Statistic:
+        """What the pruner and the compensation need."""
+        return Statistic.most(self.pruner.needs, needs_of(self.compensation))
+
+    def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
+        original = weight.float()
+        pruned = self.pruner(original, moments) if not self._steps else self._approach(original, moments)
+        corrected = self.compensation(original, pruned.weight, pruned.keep, moments)
+        # The mask again, after the cast: what the file promises as zeros are zeros whatever the compensation did.
+        # Not in place: a compensation that hands back `original` hands back the caller's own weight.
+        return PrunedWeight(corrected.to(weight.dtype).masked_fill(~pruned.keep, 0.0), pruned.keep)
+
+    def _approach(self, original: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        assert isinstance(self.pruner, MaskPruner)
+        criterion, pattern = self.pruner.criterion, self.pruner.pattern
+        weight, keep = self.compensation.approach(  # type: ignore[attr-defined]
+            original, moments, lambda candidate, share: pattern.partly(criterion(candidate, moments), share)
+        )
+        return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
+
+    def fits(self, in_features: int) -> bool:
+        """Whether rows of this width can be pruned."""
+        return self.pruner.fits(in_features)
+
+
+def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Callable[..., Tensor]) -> CompensatedPruner:
+    """A WeightPruner from a criterion, a pattern and a compensation, in this order."""
+    return CompensatedPruner(MaskPruner(criterion, pattern), compensation)
+
+
+def needs_of(function: Callable[..., Any]) -> Statistic:
+    """What a criterion or a compensation declares to need; the moments where it declares nothing."""
+    # A functools.partial, which is how a recipe fixes settings, does not show its function's attributes.
+    declared: Statistic = getattr(getattr(function, "func", function), "needs", Statistic.MOMENTS)
+    return declared
+
+
+def energy_sq(weight: Tensor) -> float:
+    """Sum of squared weights, accumulated in float64; the "energy" that reports and checkpoints quote."""
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64).square())

@@ -1,0 +1,156 @@
+"""The fallback where a model cannot be exported: module hooks, and the statistics of the dense model.
+
+Sees the modules `nn.Linear` and `transformers.Conv1D` only. Whoever uses it says so, and why.
+"""
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from statprune.errors import CalibrationError
+from statprune.methods.statistics import InputMoments, Statistic
+from statprune.model.inputs import ModelInputs, is_transformers_model
+from statprune.model.sites import InputGroup, LeftOut, LinearSite
+from statprune.model.walk import ForwardContext, OnGroup, complete, fit_mask
+
+
+@torch.no_grad()
+def find_linear_modules(
+    model: nn.Module, example: ModelInputs, *, forward_context: ForwardContext = contextlib.nullcontext
+) -> tuple[list[InputGroup], list[LeftOut]]:
+    """Linear modules in the order in which one batch reaches them; neighbours called on the same tensor form a group.
+
+    Raises:
+        CalibrationError: the model cannot run the batch.
+    """
+    names_of_module = {module: name for name, module in _linear_modules(model).items()}
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    with _hooked(names_of_module, lambda *call: calls.append(call)), forward_context():
+        result = _run(model, example, 0)
+    # An output model of transformers is a mapping; a cache in it is an object that tree_leaves leaves whole.
+    outputs = [leaf for leaf in tree_leaves(dict(result) if hasattr(result, "items") else result) if isinstance(leaf, Tensor)]
+    transformers_models: list[Any] = [module for module in model.modules() if is_transformers_model(module)]
+    heads = [module.get_output_embeddings() for module in transformers_models]
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    num_calls = Counter(id(module.weight) for module, _, _ in calls)
+
+    grouped: list[list[LinearSite]] = []
+    seen: set[int] = set()
+    last_tensor: Tensor | None = None
+    for module, tensor, output in calls:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        own_name = f"{names_of_module[module]}.weight".removeprefix(".")
+        rows, columns = weight.shape
+        is_out_in = isinstance(module, nn.Linear)
+        site = LinearSite(
+            name=own_name.removesuffix(".weight"),
+            parameter=own_name,
+            layout="out_in" if is_out_in else "in_out",
+            shape=(rows, columns) if is_out_in else (columns, rows),
+            aliases=tuple(name for name in names_of[id(weight)] if name != own_name),
+            num_reads=num_calls[id(weight)],
+            feeds_output=module in heads or any(_hands_on(output, leaf) for leaf in outputs),
+        )
+        if tensor is not last_tensor:
+            grouped.append([])
+        grouped[-1].append(site)
+        last_tensor = tensor
+    left_out = [
+        LeftOut(name.removesuffix(".weight"), tuple(parameter.shape), "not the weight of a linear module that ran")
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in seen
+    ]
+    return [InputGroup(tuple(sites)) for sites in grouped], left_out
+
+
+@torch.no_grad()
+def observe_modules(
+    model: nn.Module,
+    groups: Sequence[InputGroup],
+    batches: Sequence[ModelInputs],
+    on_group: OnGroup,
+    *,
+    needs: Statistic = Statistic.MOMENTS,
+    forward_context: ForwardContext = contextlib.nullcontext,
+) -> None:
+    """Run all batches through the dense model once, and hand every group its statistics afterwards.
+
+    Raises:
+        NonFiniteError: a group's input holds NaN or infinity; names the first such layer, before anything is pruned.
+        CalibrationError: padding in the batches of an encoder-decoder; the model cannot run a batch.
+    """
+    leaders = {model.get_submodule(group.sites[0].parameter.rpartition(".")[0]): group for group in groups}
+    device = next(model.parameters()).device
+    moments = {
+        group.name: InputMoments.zeros(group.in_features, gram=needs is Statistic.GRAM, device=device) for group in groups
+    }
+    for number, batch in enumerate(batches):
+        mask = _padding_mask(batch, number)
+
+        def add(module: nn.Module, tensor: Tensor, _: Tensor, mask: Tensor | None = mask) -> None:
+            moments[leaders[module].name].add(tensor, fit_mask(mask, tensor))
+
+        with _hooked(leaders, add), forward_context():
+            _run(model, batch, number)
+    totals = [complete(group, moments[group.name]) for group in groups]
+    for group, total in zip(groups, totals, strict=True):
+        on_group(group, total)
+
+
+def _run(model: nn.Module, batch: ModelInputs, number: int) -> Any:
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except Exception as e:
+        raise CalibrationError(f"{type(model).__name__} cannot run calibration batch {number}: {e}.") from e
+
+
+def _padding_mask(batch: ModelInputs, number: int) -> Tensor | None:
+    mask = batch.kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if any(name.startswith("decoder_") for name in batch.kwargs) and not bool(mask.all()):
+        raise CalibrationError(
+            f"Calibration batch {number} has padding, and without a graph of the model nothing tells the encoder's tokens from "
+            "the decoder's. Give batches without padding."
+        )
+    return mask
+
+
+def _hands_on(output: Tensor, leaf: Tensor) -> bool:
+    """Whether an output of the model is a linear's result as it is: the same memory, or the same numbers in another dtype."""
+    if leaf.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
+        return True
+    return leaf.shape == output.shape and torch.equal(leaf, output.to(leaf.dtype))
+
+
+def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        or (type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor))
+    }
+
+
+@contextlib.contextmanager
+def _hooked(modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], Any]) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        see(module, next(iter([*args, *kwargs.values()])), output)
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

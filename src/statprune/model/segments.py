@@ -1,0 +1,214 @@
+"""Segments: where a schedule cuts the graph, what runs in between, and what each value is kept for.
+
+walk       ──┤q k v├──┤o├──┤gate up├──┤down├──...            every node once
+block      ──┤q k v───o───gate up───down├ prune, then again from q k v to the next block's q k v
+one-shot   ──q k v───o───gate up───down───...├ prune
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from statprune.errors import TracingError
+from statprune.model.nodes import is_mutable, written_to
+from statprune.model.sites import InputGroup, LinearSite, TracedModel
+from statprune.recipe import Schedule
+
+
+@dataclass
+class Segment:
+    """A stretch of the graph that every batch runs through before the next stretch begins."""
+
+    steps: list["Node | InputGroup"] = field(default_factory=list)
+    """A node is executed; a group's tensor is added to the group's statistics."""
+
+    dies_after: dict[int, list[Node]] = field(default_factory=dict)
+    """The values that nothing reads after a step, by the step's index."""
+
+    is_rehearsal: bool = False
+    """Whether the values made here are thrown away, because these steps run again with pruned weights."""
+
+    prunes: list[tuple[InputGroup, InputGroup]] = field(default_factory=list)
+    """(the group that was observed, its sites to prune now), when every batch has run through."""
+
+    releases: list[Node] = field(default_factory=list)
+    """Values from before a rehearsal that nothing reads after it."""
+
+    @property
+    def groups(self) -> list[InputGroup]:
+        """The groups whose statistics are complete when every batch has run through."""
+        return [step for step in self.steps if isinstance(step, InputGroup)]
+
+
+def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, schedule: Schedule = "walk") -> list[Segment]:
+    """Cut the graph where the schedule prunes, just before a group's first reader; only nodes that a group's input needs run.
+
+    Raises:
+        TracingError: as `walk`.
+    """
+    needed = _needed(traced, groups) - made_of_weights(traced)
+    observed_at: dict[Node, list[InputGroup]] = defaultdict(list)
+    for group in groups:
+        observed_at[group.first_reader].append(group)  # type: ignore[index]
+    steps: list[Node | InputGroup] = []
+    for node in traced.graph_module.graph.nodes:
+        steps += observed_at[node]
+        if node in needed and node.op not in ("placeholder", "get_attr", "output"):
+            steps.append(node)
+    origin = {group.first_reader: group for group in groups}
+    stages: dict[Schedule, list[list[tuple[InputGroup, InputGroup]]]] = {
+        "walk": [[(group, group)] for group in groups],
+        "block": [[(origin[part.first_reader], part) for part in members] for members in blocks(groups)],
+        "one-shot": [[(group, group) for group in groups]],
+    }
+    segments, cut = [], 0
+    seen: set[int] = set()
+    for pairs in stages[schedule]:
+        stage = [group for group, _ in pairs if id(group) not in seen]
+        seen |= {id(group) for group in stage}
+        if not stage:
+            segments.append(Segment(prunes=pairs))
+            continue
+        first, last = ([step is group for step in steps].index(True) for group in (stage[0], stage[-1]))
+        observed = {id(group) for group in stage}
+        if schedule == "block" and first < last:
+            segments.append(Segment([step for step in steps[cut:first] if isinstance(step, Node)]))
+            segments.append(Segment(steps[first : last + 1], is_rehearsal=True, prunes=pairs))
+            cut = first
+        else:
+            observing = [step for step in steps[cut : last + 1] if isinstance(step, Node) or id(step) in observed]
+            segments.append(Segment(observing, prunes=pairs))
+            cut = last + 1
+    _mark_last_reads(segments)
+    if any(segment.is_rehearsal for segment in segments):
+        _refuse_written_buffers(traced)
+    return segments
+
+
+def blocks(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
+    """Neighbouring groups of one block: of one outermost numbered submodule, such as `model.layers.3` or `encoder.block.0`.
+
+    A group outside of any, such as an embedding's projection, is a block of its own. Sites of one group that belong to several
+    blocks (the keys of every decoder block read what the encoder gave) come with their own block, as a group for each.
+    """
+
+    def block_of(site: LinearSite) -> str:
+        path = site.parameter.split(".")
+        number = next((index for index, part in enumerate(path) if part.isdecimal()), len(path))
+        return ".".join(path[: number + 1])
+
+    found: list[tuple[str, list[InputGroup]]] = []
+    waiting: dict[str, list[InputGroup]] = {}
+    for group in groups:
+        of_block: dict[str, list[LinearSite]] = {}
+        for site in group.sites:
+            of_block.setdefault(block_of(site), []).append(site)
+        (block, part), *later = ((block, replace(group, sites=tuple(sites))) for block, sites in of_block.items())
+        if not found or found[-1][0] != block:
+            found.append((block, waiting.pop(block, [])))
+        found[-1][1].append(part)
+        for block, part in later:
+            waiting.setdefault(block, []).append(part)
+    return [*(members for _, members in found), *waiting.values()]
+
+
+def _mark_last_reads(segments: Sequence[Segment]) -> None:
+    last_read: dict[Node, tuple[Segment, int]] = {}
+    for segment in segments:
+        in_here: dict[Node, tuple[Segment, int]] = {}
+        for index, step in enumerate(segment.steps):
+            for read in [step.input_node] if isinstance(step, InputGroup) else [*step.all_input_nodes, step]:
+                in_here[read] = (segment, index)  # type: ignore[index]
+        last_read |= in_here
+        if segment.is_rehearsal:  # works on copies, so what it does not read again it may drop
+            for node, (_, index) in in_here.items():
+                segment.dies_after.setdefault(index, []).append(node)
+    for node, (segment, index) in last_read.items():
+        if segment.is_rehearsal:
+            segment.releases.append(node)
+        else:
+            segment.dies_after.setdefault(index, []).append(node)
+
+
+def _refuse_written_buffers(traced: TracedModel) -> None:
+    for node in written_to(list(traced.graph_module.graph.nodes)):
+        if node.op == "get_attr":
+            raise TracingError(
+                f"schedule 'block' runs every block twice, and this model writes to its buffer {node.target} when it runs: "
+                "use schedule 'walk'."
+            )
+
+
+def _needed(traced: TracedModel, groups: Sequence[InputGroup]) -> set[Node]:
+    """The groups' inputs, whatever writes to a tensor in place, and everything that these read."""
+    nodes = traced.graph_module.graph.nodes
+    frontier = [group.input_node for group in groups if group.input_node] + [node for node in nodes if is_mutable(node)]
+    needed: set[Node] = set()
+    while frontier:
+        node = frontier.pop()
+        if node not in needed:
+            needed.add(node)
+            frontier.extend(node.all_input_nodes)
+    return needed
+
+
+def made_of_weights(traced: TracedModel) -> set[Node]:
+    """Transposes, casts and the like of prunable weights.
+
+    They may stand in the graph before the cut at which their weight is pruned, so they are made when they are read.
+    """
+    prunable = prunable_names(traced)
+    made: set[Node] = set()
+    for node in traced.graph_module.graph.nodes:
+        if node.op == "get_attr" and node.target in prunable:
+            made.add(node)
+        elif node.op == "call_function" and not is_mutable(node):
+            sources = node.all_input_nodes
+            if any(read in made for read in sources) and all(read in made or read.op == "get_attr" for read in sources):
+                made.add(node)
+    return made
+
+
+def prunable_names(traced: TracedModel) -> dict[str, str]:
+    """Every name of every site's parameter, and the name that the site has for it."""
+    sites = [site for group in traced.groups for site in group.sites]
+    return {name: site.parameter for site in sites for name in (site.parameter, *site.aliases)}
+
+
+def batch_independent(traced: TracedModel) -> set[Node]:
+    """Nodes that read the shapes of a batch and never its values: positions, causal masks, rotary tables.
+
+    They are computed once for all batches of a shape. A causal mask for each of 128 batches of 2048 tokens would take
+    half a gigabyte.
+    """
+    nodes = list(traced.graph_module.graph.nodes)
+    prunable = prunable_names(traced)
+    written = written_to(nodes)  # what one batch writes to, the next must not read
+    independent: set[Node] = set()
+    for node in nodes:
+        if node in written:
+            continue
+        if node.op == "get_attr":
+            is_independent = node.target not in prunable
+        elif node.op == "call_function":
+            is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            is_region = isinstance(node.target, torch._ops.HigherOrderOperator)
+            is_independent = _is_size(node) or (
+                not is_random and not is_region and all(read in independent for read in node.all_input_nodes)
+            )
+        else:
+            is_independent = False
+        if is_independent:
+            independent.add(node)
+    return independent
+
+
+def _is_size(node: Node) -> bool:
+    """A size that follows from the sizes of the inputs; that of what `nonzero` gives does not."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) and str(node.target).startswith("aten.sym_") and not free_unbacked_symbols(value)

@@ -1,0 +1,81 @@
+"""Landing pruned weights: in a twin graph that leaves the model alone, or in the model itself.
+
+Two ways, one mathematics. `PruneLinears(weights)(graph_module)` is the `torch.fx` pass: a graph whose linear nodes read
+the pruned weights while the original stays as it was. `apply_` writes them into the model, and `hold_` makes zeros of them
+again after somebody else (an optimizer, an adapter) has written there. No other function of this package changes a model.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from statprune.errors import SiteError
+from statprune.methods.pruner import PrunedWeight
+from statprune.model.sites import LinearSite
+
+
+class PruneLinears(PassBase):
+    """A pass that returns a graph module reading pruned weights; everything else is shared with the original.
+
+    Args:
+        weights: by parameter name, as the parameter is stored (see `LinearSite.view`).
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = dict(weights)
+
+    def requires(self, graph_module: GraphModule) -> None:
+        """Refuse a graph that does not read a weight of the plan.
+
+        Raises:
+            SiteError: names the weight.
+        """
+        read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+        for name in self.weights:
+            if not read.intersection(_names_of(graph_module, name)):
+                raise SiteError(f"PruneLinears: the graph does not read {name}. Was it traced from another model?")
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """The twin; the graph module that came in is not changed."""
+        graph = Graph()
+        graph.output(graph.graph_copy(graph_module.graph, {}))
+        graph._codegen = graph_module.graph._codegen
+        # A new GraphModule has containers of its own that refer to the same parameters, so replacing one there does
+        # not reach the original.
+        twin = GraphModule(graph_module, graph)
+        held = dict(twin.named_parameters(remove_duplicate=False))
+        for name, weight in self.weights.items():
+            parameter = nn.Parameter(weight, requires_grad=False)
+            for tied in held.keys() & _names_of(graph_module, name):
+                container, _, attribute = tied.rpartition(".")
+                setattr(twin.get_submodule(container), attribute, parameter)
+        return PassResult(twin, modified=bool(self.weights))
+
+
+@torch.no_grad()
+def apply_(model: nn.Module, site: LinearSite, pruned: PrunedWeight) -> None:
+    """Write a pruned weight into the model, in place: ties, optimizers and sharded parameters keep working."""
+    site.view(model.get_parameter(site.parameter)).copy_(pruned.weight)
+    torch.clear_autocast_cache()  # inside an autocast of the caller's, a low-precision copy of the dense weight may live on
+
+
+@torch.no_grad()
+def hold_(parameter: Tensor, keep: Tensor) -> None:
+    """Make exact zeros of a parameter's pruned places again, in place; what is kept does not change.
+
+    Args:
+        parameter: as it is stored, any dtype.
+        keep: bool, of the parameter's own shape and on its device: True = kept.
+    """
+    parameter.masked_fill_(~keep, 0)  # a product with the mask would leave NaN where NaN was written
+    torch.clear_autocast_cache()
+
+
+def _names_of(module: nn.Module, name: str) -> set[str]:
+    """All names of the parameter that has this name."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {other for other, parameter in parameters.items() if parameter is parameters.get(name)}

@@ -1,0 +1,1 @@
+"""What a Trainer runs, and what follows a pruning: the callback, fine-tuning with the mask held, adapters."""

@@ -1,0 +1,124 @@
+"""Training that goes on after pruning: the pruned weights stay exactly zero, whatever the optimizer does.
+
+    backward           gradients      zero where pruned: clipping norms and moments see the kept weights only
+    optimizer step     weights        zero where pruned: weight decay, or an orthogonalized update, may have moved them
+                       state          zero where pruned: moments from before the pruning would go on pushing
+
+A mask is not stored anywhere: a weight is pruned where it is zero. So the mask comes back from any checkpoint of the model, and
+the number of zeros, which is recorded, tells whether it is the right one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from statprune.errors import MaskError
+from statprune.methods.pruner import energy_sq
+from statprune.model.transform import hold_
+from statprune.report import PruningReport, SiteReport
+
+
+class HeldMasks:
+    """Keep masks of a model's pruned weights, each in its parameter's own layout (True = kept).
+
+    Args:
+        model: holds the pruned weights, where they will be trained.
+        sites: the weights to hold, and how many zeros each of them has at least. A weight may have more: a kept one that has
+            become exactly zero cannot be told from a pruned one, and is held as well.
+
+    Raises:
+        MaskError: a weight has fewer zeros than recorded, or does not exist.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[SiteReport]) -> None:
+        self.sites = tuple(sites)
+        self._parameter_of: dict[str, nn.Parameter] = {}
+        self._keep_of: dict[nn.Parameter, Tensor] = {}
+        for site in self.sites:
+            try:
+                parameter = model.get_parameter(site.parameter)
+            except AttributeError as e:
+                raise absent(site, model) from e
+            keep = keep_mask(site, parameter)
+            self._parameter_of[site.name] = parameter
+            self._keep_of[parameter] = keep
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights, where there are gradients."""
+        for parameter, keep in self._keep_of.items():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~keep, 0)
+
+    def mask_weights(self, optimizer: Optimizer) -> None:
+        """Zero the pruned weights that this optimizer has just stepped."""
+        for parameter in _parameters_of(optimizer):
+            if parameter in self._keep_of:
+                hold_(parameter, self._keep_of[parameter])
+
+    @torch.no_grad()
+    def mask_optimizer_state(self, optimizer: Optimizer) -> None:
+        """Zero, at pruned places, every floating-point tensor of the optimizer's state that has the weight's shape.
+
+        Those are moments, whatever the optimizer calls them. Integer state holds codes (8-bit optimizers), of which 0
+        is not the number zero; it is left alone.
+        """
+        for parameter in _parameters_of(optimizer):
+            if parameter not in self._keep_of:
+                continue
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                    value.masked_fill_(~self._keep_of[parameter].to(value.device), 0)
+
+    def check(self) -> None:
+        """Raise MaskError, naming the first weight, where a pruned one is not exactly zero."""
+        for name, parameter in self._parameter_of.items():
+            regrown = int((parameter.detach()[~self._keep_of[parameter]] != 0).sum())
+            if regrown:
+                raise MaskError(
+                    f"{name}: {regrown:,} pruned weights are not zero after the training, though they were after every "
+                    "optimizer step. Something else wrote to them, such as an average of weights that began before the pruning."
+                )
+
+
+def keep_mask(site: SiteReport, parameter: Tensor) -> Tensor:
+    """Where a pruned weight is not zero: bool, of the parameter's shape. MaskError where it has fewer zeros than recorded."""
+    keep = parameter.detach() != 0
+    if (num_zeros := keep.numel() - int(keep.sum())) < site.num_zeros:
+        raise MaskError(
+            f"{site.name} has {num_zeros:,} zeros, but {site.num_zeros:,} were recorded when it was pruned: weights grew "
+            "back, or this is another model. Go on from a checkpoint that was saved with the mask held, or prune this "
+            "model anew."
+        )
+    return keep
+
+
+def absent(site: SiteReport, model: nn.Module) -> MaskError:
+    """The error for a pruned weight that the model does not have."""
+    return MaskError(f"{type(model).__name__} has no parameter {site.parameter}, which was pruned. Is this another model?")
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise MaskError, naming it, for a parameter of which this process holds a part only."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise MaskError(
+                f"The parameter {name} is sharded: masks are held on whole weights. Train on one device, or with DDP."
+            )
+
+
+def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:
+    """The same report with the zeros and the energy that the weights have now."""
+    sites = []
+    for site in report.sites:
+        weight = model.get_parameter(site.parameter).detach()
+        sites.append(replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight)))
+    return replace(report, sites=sites)
+
+
+def _parameters_of(optimizer: Optimizer) -> Iterable[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -1,0 +1,96 @@
+"""Dense and pruned quality over one validation epoch of a Trainer."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from statprune.engine import PruningPlan
+from statprune.model.inputs import is_transformers_model
+from statprune.model.kinds import is_causal, predictions_of
+from statprune.model.trace import eval_mode
+from statprune.perplexity import Perplexity
+
+
+class Measurement:
+    """Dense and pruned quality over one validation epoch."""
+
+    def __init__(self, pl_module: LightningModule, target: nn.Module, trainer: Trainer) -> None:
+        self.pl_module, self.target, self.trainer = pl_module, target, trainer
+        self.twin: PruningPlan | None = None
+        self.perplexities: dict[str, Perplexity] = {}
+        self.error_sq = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
+
+    @torch.no_grad()
+    def add(self, batch: Any, *, dense: bool = False, pruned: bool = False) -> None:
+        """Run the model on a validation batch, dense, pruned or both."""
+        device = self.pl_module.device
+        inputs = move_data_to_device(model_inputs(self.pl_module, self.target, batch), device)
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
+        results = {}
+        with eval_mode(self.target), self.trainer.precision_plugin.val_step_context():
+            if dense:
+                results["dense"] = predictions_of(self.target(*args, **kwargs))
+            if pruned:
+                weights = self.twin.weights if self.twin is not None else {}
+                results["pruned"] = predictions_of(functional_call(self.target, weights, args, kwargs))
+        for name, predictions in results.items():
+            if predictions is not None and (scored := self._scored(predictions, inputs, batch)) is not None:
+                metric = self.perplexities.setdefault(f"{name}_perplexity", Perplexity().to(device))
+                metric.update(scored[0], scored[1].to(device))
+        if len(results) == 2 and results["dense"] is not None and results["pruned"] is not None:
+            dense_values, difference = results["dense"].double(), (results["pruned"].double() - results["dense"].double())
+            self.error_sq += torch.stack([difference.square().sum(), dense_values.square().sum()])
+
+    def values(self) -> dict[str, float]:
+        """What was measured, over all ranks."""
+        values = {name: float(metric.compute()) for name, metric in self.perplexities.items()}
+        if self.twin is not None:
+            difference, dense = self.trainer.strategy.reduce(self.error_sq, reduce_op="sum").tolist()
+            if dense:
+                values["pruned_output_error"] = (difference / dense) ** 0.5
+        return values
+
+    def _scored(self, predictions: Tensor, inputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
+        """(logits, targets) where the model predicts tokens or classes that the batch knows; None where it does not."""
+        target = batch.get("labels") if isinstance(batch, Mapping) else None
+        if target is None and isinstance(batch, tuple | list) and len(batch) > 1:
+            target = batch[1]
+        if is_causal(self.target) and isinstance(inputs, dict):
+            tokens = target if isinstance(target, Tensor) else inputs.get("input_ids")
+            if not isinstance(tokens, Tensor) or tokens.shape != predictions.shape[:-1]:
+                return None
+            mask = inputs.get("attention_mask")
+            padding = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device) == 0
+            return predictions[:, :-1], tokens.long().masked_fill(padding, -100)[:, 1:]
+        if isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == predictions.shape[:-1]:
+            return predictions, target
+        return None
+
+
+def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> Any:
+    """The inputs of `target.forward` in a batch of this LightningModule's loaders: a dict, or a tuple."""
+    if hasattr(pl_module, "calibration_inputs"):
+        batch = pl_module.calibration_inputs(batch)
+        return batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    parameters = [
+        parameter
+        for parameter in inspect.signature(target.forward).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if isinstance(batch, Mapping):
+        # A transformers model makes its decoder inputs of labels; another model would return its loss for them.
+        known = {parameter.name for parameter in parameters} - (set() if is_transformers_model(target) else {"labels"})
+        return {name: value for name, value in batch.items() if name in known}
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    required = sum(parameter.default is parameter.empty for parameter in parameters)
+    values = tuple(batch)[: max(1, required)]
+    if is_transformers_model(target):
+        return {"input_ids" if not values[0].is_floating_point() else target.main_input_name: values[0]}
+    return values

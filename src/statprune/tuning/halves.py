@@ -1,0 +1,103 @@
+"""The calibration windows, cut in two halves: one to prune on, one to score on."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from statprune.errors import CalibrationError, ModelError
+from statprune.model.inputs import ModelInputs, bind_batches, is_transformers_model
+from statprune.model.trace import eval_mode
+from statprune.perplexity import Perplexity
+
+INPUTS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Batches of model inputs."""
+
+    pruning: list[dict[str, Tensor]]
+    """Windows 0, 2, 4 ... of the calibration set."""
+
+    scoring: list[dict[str, Tensor]]
+    """Windows 1, 3, 5 ..."""
+
+    batch_size: int
+    """Windows in a batch, at most: as many as the largest given batch has."""
+
+
+def halve(model: nn.Module, batches: Tensor | Iterable[Any]) -> Halves:
+    """Deal the windows out in turns, so that both halves hold the same kinds of text.
+
+    Args:
+        model: a causal language model.
+        batches: token windows [windows, length], or batches of them as `prune` takes.
+
+    Raises:
+        ModelError: not a causal language model of transformers, so there is no perplexity.
+        CalibrationError: fewer than two windows, or inputs that are no tokens and mask of them; or as `prune`.
+    """
+    if not is_transformers_model(model) or model.config.is_encoder_decoder or not model.can_generate():  # type: ignore[union-attr,operator]
+        raise ModelError(
+            f"The model is a {type(model).__name__}, not a causal language model of transformers: its perplexity, by which a "
+            "recipe is chosen, cannot be measured. Give a recipe with a method, such as 'cvr+least-squares'."
+        )
+    bound = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
+    windows = [window for batch in bound for window in _windows(batch)]
+    if len(windows) < 2:
+        raise CalibrationError(
+            "The calibration set is a single window: expected at least 2 to choose a recipe, one to prune on and one to score "
+            "on. Give more --samples, or a recipe with a method."
+        )
+    size = max(next(iter(batch.kwargs.values())).shape[0] for batch in bound)
+    return Halves(_batches(windows[::2], size), _batches(windows[1::2], size), size)
+
+
+class Scorer:
+    """Perplexity of one twin, on more and more of the held-out batches; under DDP, on those of all ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        weights: Mapping[str, Tensor],
+        forward_context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.batches, self.weights, self.forward_context = model, batches, dict(weights), forward_context
+        self.metric = Perplexity().to(next(model.parameters()).device)
+        self.done = 0
+
+    @torch.no_grad()
+    def upto(self, num_batches: int) -> float:
+        """The perplexity on the first so many batches; what was run before is not run again."""
+        with eval_mode(self.model):
+            for batch in self.batches[self.done : num_batches]:
+                with self.forward_context():
+                    logits = functional_call(self.model, self.weights, (), dict(batch)).logits
+                self.metric.update_next_token(logits, batch["input_ids"], batch.get("attention_mask"))
+        self.done = max(self.done, num_batches)
+        return float(self.metric.compute())
+
+
+def _windows(batch: ModelInputs) -> list[dict[str, Tensor]]:
+    shapes = {tuple(value.shape) for value in batch.kwargs.values() if isinstance(value, Tensor)}
+    if batch.args or not {"input_ids"} <= batch.kwargs.keys() <= set(INPUTS) or len(shapes) != 1 or len(min(shapes)) != 2:
+        given = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in batch.kwargs.items())
+        raise CalibrationError(
+            f"The calibration batches have the inputs {given}: to choose a recipe, expected input_ids [batch, length], and "
+            "perhaps an attention_mask of the same shape."
+        )
+    return [dict(zip(batch.kwargs, rows, strict=True)) for rows in zip(*batch.kwargs.values(), strict=True)]
+
+
+def _batches(windows: Sequence[dict[str, Tensor]], size: int) -> list[dict[str, Tensor]]:
+    """Windows of one length that follow each other, as many at once as there may be."""
+    runs = [list(run) for _, run in itertools.groupby(windows, key=lambda window: len(window["input_ids"]))]
+    chunks = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+    return [{name: torch.stack([window[name] for window in chunk]) for name in chunk[0]} for chunk in chunks]
