@@ -231,7 +231,7 @@ def test_every_option_of_every_command_has_a_help(capsys, command):
 
 def test_a_wrong_option_is_a_usage_error_of_a_real_process():
     done = subprocess.run(
-        [sys.executable, "-m", "statprune.commands.cli", "prune", "x"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "statprune", "prune", "x"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert "output" in done.stderr

@@ -232,7 +232,7 @@ def negated(original, pruned, keep, moments=None, *, loudly: bool = False, label
     return pruned * (-10 if loudly else -1)
 '''
 ENTRY_POINTS = """
-[statprune.methods.criteria]
+[statprune.criteria]
 smallest = {module}:smallest
 mean_only = {module}:mean_only
 
@@ -378,20 +378,20 @@ def test_a_folder_keeps_its_promises_for_those_who_have_not_got_the_package(inst
     ("entry_points", "origin"),
     [
         (
-            "[statprune.methods.criteria]\nwanda = {module}:smallest\n",
-            "'wanda' = '{module}:smallest' in statprune.methods.criteria",
+            "[statprune.criteria]\nwanda = {module}:smallest\n",
+            "'wanda' = '{module}:smallest' in statprune.criteria",
         ),
         (
-            "[statprune.methods.criteria]\nsparsegpt = {module}:smallest\n",
-            "'sparsegpt' = '{module}:smallest' in statprune.methods.criteria",
+            "[statprune.criteria]\nsparsegpt = {module}:smallest\n",
+            "'sparsegpt' = '{module}:smallest' in statprune.criteria",
         ),
         ("[statprune.pruners]\ncvr = {module}:Halved\n", "'cvr' = '{module}:Halved' in statprune.pruners"),
         ("[statprune.compensations]\nenergy = {module}:negated\n", "'energy' = '{module}:negated' in statprune.compensations"),
         (
-            "[statprune.methods.criteria]\na+b = {module}:smallest\n",
-            "'a+b' = '{module}:smallest' in statprune.methods.criteria",
+            "[statprune.criteria]\na+b = {module}:smallest\n",
+            "'a+b' = '{module}:smallest' in statprune.criteria",
         ),
-        ("[statprune.methods.criteria]\n2:4 = {module}:smallest\n", "in statprune.methods.criteria"),
+        ("[statprune.criteria]\n2:4 = {module}:smallest\n", "in statprune.criteria"),
     ],
 )
 def test_a_name_that_is_taken_or_is_none_is_refused(install, entry_points, origin):
@@ -403,14 +403,14 @@ def test_a_name_that_is_taken_or_is_none_is_refused(install, entry_points, origi
 
 
 def test_two_packages_with_one_name_are_refused(install):
-    install("[statprune.methods.criteria]\nmine = {module}:smallest\n", package="one")
-    install("[statprune.methods.criteria]\nmine = {module}:mean_only\n", package="other")
+    install("[statprune.criteria]\nmine = {module}:smallest\n", package="one")
+    install("[statprune.criteria]\nmine = {module}:mean_only\n", package="other")
     with pytest.raises(RecipeError, match=r"'mine' = .* \(package (one|other)\): expected a name .* that is not taken"):
         Recipe()
 
 
 def test_a_criterion_and_a_pruner_of_one_name_are_refused(install):
-    install("[statprune.methods.criteria]\nmine = {module}:smallest\n\n[statprune.pruners]\nmine = {module}:Halved\n")
+    install("[statprune.criteria]\nmine = {module}:smallest\n\n[statprune.pruners]\nmine = {module}:Halved\n")
     with pytest.raises(RecipeError, match=r"'mine' = .* that is not taken"):
         Recipe.parse("mine")
 
@@ -423,8 +423,8 @@ def test_a_compensation_may_have_the_name_of_a_criterion(install):
 @pytest.mark.parametrize(
     ("entry_points", "source", "reason"),
     [
-        ("[statprune.methods.criteria]\nmine = {module}:nothing\n", SOURCE, "AttributeError: "),
-        ("[statprune.methods.criteria]\nmine = no_such_module_anywhere:f\n", SOURCE, "ModuleNotFoundError: No module named"),
+        ("[statprune.criteria]\nmine = {module}:nothing\n", SOURCE, "AttributeError: "),
+        ("[statprune.criteria]\nmine = no_such_module_anywhere:f\n", SOURCE, "ModuleNotFoundError: No module named"),
         ("[statprune.pruners]\nmine = {module}:f\n", "raise OSError('no licence')", "OSError: no licence"),
         ("[statprune.compensations]\nmine = {module}:f\n", "def f(:", "SyntaxError: "),
     ],

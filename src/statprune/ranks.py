@@ -47,7 +47,7 @@ def meet(process_group: ProcessGroup, device: torch.device, work: str) -> None:
     except RuntimeError as e:
         size = distributed.get_world_size(process_group)
         raise RanksError(
-            f"{work}: rank {distributed.get_rank(process_group)} waited {PATIENCE.total_seconds():.0f} s for the other ranks of "
+            f"{work}: rank {distributed.get_rank(process_group)} waited {PATIENCE.total_seconds():.0f} s for the others of "
             f"{size}, and not all of them came. Expected every rank to call it, each with its own batches; to work on some "
             "ranks only, give process_group=torch.distributed.new_group([their ranks]). Nothing was changed."
         ) from e

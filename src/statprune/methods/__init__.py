@@ -1,1 +1,1 @@
-"""How one weight is pruned: statistics, criteria, patterns, compensations. Pure functions on tensors; torch and nothing else."""
+"""How one weight is pruned: statistics, criteria, patterns, compensations. Pure functions on tensors; torch alone."""
