@@ -230,8 +230,6 @@ def test_every_option_of_every_command_has_a_help(capsys, command):
 
 
 def test_a_wrong_option_is_a_usage_error_of_a_real_process():
-    done = subprocess.run(
-        [sys.executable, "-m", "statprune", "prune", "x"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "statprune", "prune", "x"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "output" in done.stderr

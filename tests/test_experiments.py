@@ -339,7 +339,7 @@ class TestCommand:
         command = [
             sys.executable,
             "-m",
-            "statprune.commands.cli",
+            "statprune",
             "experiment",
             "perplexity",
             *options(own),
