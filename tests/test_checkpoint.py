@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import statprune
 from statprune import Recipe
-from statprune.checkpoint import RECORD, load_model, load_tokenizer, save, verify
+from statprune.checkpoint import RECORD, save, verify
 from statprune.errors import CheckpointError, ModelError
+from statprune.loading import load_model, load_tokenizer
 
 BATCHES = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))]
 
@@ -169,8 +170,8 @@ def test_a_failed_save_leaves_nothing(tmp_path, tiny_model_folder):
 
 KILLED_WHILE_SAVING = """
 import os, sys, torch, statprune
-from statprune import checkpoint
-model = checkpoint.load_model(sys.argv[1])
+from statprune import checkpoint, loading
+model = loading.load_model(sys.argv[1])
 report = statprune.prune(model, [torch.zeros(1, 8, dtype=torch.int64)])
 checkpoint.verify = lambda folder: os._exit(9)
 checkpoint.save(model, report, sys.argv[2])

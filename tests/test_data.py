@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from statprune.checkpoint import load_model, load_tokenizer
 from statprune.data import (
     calibration_windows,
     consecutive_windows,
@@ -16,6 +15,7 @@ from statprune.data import (
     tokenize,
 )
 from statprune.errors import CalibrationError
+from statprune.loading import load_model, load_tokenizer
 
 TEXT = "to be or not to be, that is the question\n"
 

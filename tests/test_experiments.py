@@ -13,14 +13,14 @@ import torch
 import yaml
 
 from statprune import Recipe, plan
-from statprune.checkpoint import load_model, load_tokenizer
 from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.errors import ExperimentError, RecipeError, ResultsError
-from statprune.experiments import running
+from statprune.experiments import run as running
 from statprune.experiments.cost import measured, peak_of_tensors
 from statprune.experiments.definition import NAMES, Experiment
 from statprune.experiments.run import CELLS, run
+from statprune.loading import load_model, load_tokenizer
 from statprune.perplexity import evaluate
 from statprune.results import Result, ResultsFile
 from test_zero_shot import write_task

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from statprune.api import plan
-from statprune.checkpoint import fingerprint, load_config, load_tokenizer
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.engine import PruningPlan
 from statprune.errors import ExperimentError, StatpruneError
@@ -23,7 +22,7 @@ from statprune.experiments.published import Published
 from statprune.experiments.runtime import measure_block
 from statprune.experiments.tables import markdown, write_csv
 from statprune.experiments.zero_shot import ZeroShot
-from statprune.loading import choose_device, load_causal, window_length
+from statprune.loading import choose_device, fingerprint, load_causal, load_config, load_tokenizer, window_length
 from statprune.model.inputs import bind_batches
 from statprune.model.sites import TracedModel
 from statprune.model.survey import survey
