@@ -42,7 +42,9 @@ def test_transformers_loads_it_with_no_code_of_ours(sparse_folder, tiny_model_fo
 
 
 def test_the_record_says_what_was_done(sparse_folder):
-    record = verify(sparse_folder)
+    told = []
+    record = verify(sparse_folder, progress=lambda *step: told.append(step))
+    assert told == [(index + 1, len(record["sites"]), site["name"]) for index, site in enumerate(record["sites"])]
     assert record["recipe"] == Recipe(pattern="2:4").to_dict()
     assert record["sparsity"] == 0.5
     assert {site["num_zeros"] for site in record["sites"]} == {128, 64, 256}

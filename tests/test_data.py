@@ -9,6 +9,7 @@ from statprune.data import (
     calibration_windows,
     consecutive_windows,
     evaluation_windows,
+    generated_windows,
     random_windows,
     read_text,
     standard_library_text,
@@ -90,6 +91,12 @@ def test_the_model_samples_its_own_windows_and_leaves_the_random_state_alone(mod
     assert torch.equal(first, windows(["generated"], model, None))
     assert not torch.equal(first, windows(["generated"], model, None, seed=1))
     assert (first[:, 1:] != model.config.eos_token_id).all()
+
+
+def test_generated_windows_are_told_as_they_come(model):
+    told = []
+    generated_windows(model, 3, 8, 0, batch_size=2, progress=lambda *step: told.append(step))
+    assert told == [(2, 3, "windows"), (3, 3, "windows")]
 
 
 @pytest.mark.parametrize("key", ["", ":calibration"])

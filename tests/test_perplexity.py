@@ -133,6 +133,12 @@ def test_evaluate_counts_every_token_but_the_first_of_each_window(batch_size):
     assert model.training
 
 
+def test_evaluate_tells_each_batch():
+    told = []
+    evaluate(Echo(), torch.full((3, 4), 2), batch_size=2, progress=lambda *step: told.append(step))
+    assert told == [(2, 3, "windows"), (3, 3, "windows")]
+
+
 def test_evaluate_refuses_what_has_no_next_token():
     with pytest.raises(CalibrationError, match="at least 2 tokens"):
         evaluate(Echo(), torch.zeros(3, 1, dtype=torch.int64))

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from statprune.grammar import split
 from statprune.loading import file_digest, file_digests
 from statprune.methods.patterns import SITE_PATTERNS
 from statprune.methods.pruner import energy_sq
+from statprune.progress import Progress, silent
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
 
@@ -85,7 +86,7 @@ def save(
     return output
 
 
-def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None = None) -> dict[str, Any]:
+def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:
     """Recompute every promise of a folder's `pruning.json` from the files on disk, and return the record.
 
     Recomputed for each weight: it exists, its shape, number of zeros, energy, and that the pattern holds (at most N
@@ -94,7 +95,7 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
 
     Args:
         folder: what `save` wrote.
-        progress: called with (weights done, weights in all, name).
+        progress: called after each weight, with its layer's name.
 
     Raises:
         CheckpointError: the first promise that is broken.
@@ -128,8 +129,7 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
                 raise _broken(folder, site["name"], "energy", site["energy_after"], energy_sq(weight))
             zeros, weights = zeros + num_zeros, weights + weight.numel()
             energies = [energies[0] + site["energy_before"], energies[1] + energy_sq(weight)]
-            if progress is not None:
-                progress(index + 1, len(record["sites"]), site["name"])
+            progress(index + 1, len(record["sites"]), site["name"])
         for name, promised, found in (
             ("sparsity", record["sparsity"], zeros / max(1, weights)),
             ("energy ratio", record["energy_ratio"], energies[1] / max(1e-300, energies[0])),

@@ -159,9 +159,7 @@ def benchmark(
     else:
         windows = calibrate(loaded, load_tokenizer(model), calibration, samples, seqlen, seed)
     with display.progress("measuring") as progress:
-        cost = measure_walk(
-            loaded, windows.split(batch_size), rounds=rounds, progress=lambda done, total: progress(done, total, "rounds")
-        )
+        cost = measure_walk(loaded, windows.split(batch_size), rounds=rounds, progress=progress)
     display.show_walk_cost(cost, windows.numel(), as_json=json)
 
 

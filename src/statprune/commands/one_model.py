@@ -117,9 +117,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     windows = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
     with display.progress("evaluating") as progress:
-        perplexity = evaluate_model(
-            loaded, windows, batch_size=batch_size, progress=lambda done, total: progress(done, total, "windows")
-        )
+        perplexity = evaluate_model(loaded, windows, batch_size=batch_size, progress=progress)
     result = {
         "perplexity": perplexity, "windows": len(windows), "seqlen": seqlen, "text": text, "model": model,
         "tokenizer": type(tokenizer).__name__, "vocabulary": len(tokenizer),

@@ -6,9 +6,8 @@ Uses the package as its users would: a Lightning Trainer trains `CausalLM`, and 
 import contextlib
 import copy
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from statprune.checkpoint import refuse_existing
+from statprune.clock import timed
 from statprune.data import standard_library_text
 from statprune.experiments.compare import Cell
+from statprune.progress import Say, unsaid
 from statprune.recipe import Recipe
 from statprune.training.callback import StatisticalPruning
 from statprune.training.modules import CausalLM, TextData
@@ -38,7 +39,7 @@ def quickstart(
     steps: int = 400,
     seed: int = 0,
     progress_bar: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = unsaid,
 ) -> list[Cell]:
     """Train, prune, compare; leave a dense and a sparse model and the texts in `output` for the other commands.
 
@@ -90,11 +91,11 @@ def quickstart(
             recipe = Recipe.parse(method, pattern=pattern)
             is_last = (pattern, method) == (PATTERNS[-1], METHODS[-1])
             pruning = StatisticalPruning(recipe, output=str(output / "sparse") if is_last else None)
-            started = time.perf_counter()
-            with _quiet_lightning():
+            seconds: dict[str, float] = {}
+            with _quiet_lightning(), timed(seconds, "cell"):
                 measured = _trainer(False, callbacks=[pruning]).validate(module, datamodule=data, verbose=False)[0]
             cells[0] = Cell("dense", "", measured["dense_perplexity"], 0.0, {})
-            cells.append(Cell(method, pattern, measured["pruned_perplexity"], time.perf_counter() - started, recipe.to_dict()))
+            cells.append(Cell(method, pattern, measured["pruned_perplexity"], seconds["cell"], recipe.to_dict()))
             say(f"{method} at {pattern}: perplexity {cells[-1].perplexity:.2f} (dense {cells[0].perplexity:.2f})")
     return cells
 
