@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from statprune.errors import CalibrationError
-from statprune.model.trace import eval_mode
+from statprune.model.trace import eval_mode, without_cache
 from statprune.progress import Progress, silent
 
 TOKENS_PER_CHUNK = 1024
@@ -106,7 +106,7 @@ def evaluate(
         raise CalibrationError(f"evaluate(windows of shape {tuple(windows.shape)}): expected [windows, at least 2 tokens].")
     device = next(model.parameters()).device
     metric = Perplexity().to(device)
-    with eval_mode(model):
+    with eval_mode(model), without_cache(model):
         for start in range(0, len(windows), batch_size):
             tokens = windows[start : start + batch_size].to(device).long()
             metric.update_next_token(functional_call(model, dict(weights or {}), (tokens,)).logits, tokens)
