@@ -60,6 +60,11 @@ def test_files_are_joined_by_blank_lines(tmp_path):
     assert read_text([tmp_path / "a", tmp_path / "b"]) == "one\n\ntwo"
 
 
+def test_a_count_of_one_is_singular():
+    with pytest.raises(CalibrationError, match=r"has 1 token, less than one window of 2"):
+        consecutive_windows(torch.arange(1), 2)
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
 def test_a_missing_or_binary_file_is_named(tmp_path, content):
     if content is not None:
@@ -130,7 +135,7 @@ def test_a_data_set_gives_one_window_a_long_document(tmp_path, model, tokenizer)
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(document) for document in documents))
     got = windows([str(tmp_path)], model, tokenizer, samples=4, seqlen=32)
     assert got.shape == (4, 32)
-    with pytest.raises(CalibrationError, match="documents longer than 32 tokens, 9 are wanted"):
+    with pytest.raises(CalibrationError, match="4 documents longer than 32 tokens, wanted: 9"):
         windows([str(tmp_path)], model, tokenizer, samples=9, seqlen=32)
     with pytest.raises(CalibrationError, match="has the columns text, not 'body'"):
         windows([f"{tmp_path}:::body"], model, tokenizer)

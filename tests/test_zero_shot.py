@@ -256,7 +256,7 @@ def test_next_line_wraps_prose():
 
 @pytest.mark.parametrize("text", ["", "one line", poem(8), "the same line again\n" * 500], ids=["no", "one", "eight", "same"])
 def test_next_line_of_too_short_a_text_is_refused(text):
-    with pytest.raises(ExperimentError, match="enough for 0 questions, and 100 are asked for: give more text"):
+    with pytest.raises(ExperimentError, match=r"enough for 0 questions, wanted: 100\. Give more text"):
         next_line_questions(text)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statprune.errors import CalibrationError, first_line
+from statprune.errors import CalibrationError, first_line, number_of
 from statprune.progress import Progress, silent
 
 GENERATED = "generated"
@@ -61,7 +61,8 @@ def consecutive_windows(tokens: Tensor, seqlen: int) -> Tensor:
     num_windows = tokens.numel() // seqlen
     if num_windows == 0:
         raise CalibrationError(
-            f"The text has {tokens.numel()} tokens, less than one window of {seqlen}: give more text or a smaller --seqlen."
+            f"The text has {number_of(tokens.numel(), 'token')}, less than one window of {seqlen}: "
+            "give more text or a smaller --seqlen."
         )
     return tokens[: num_windows * seqlen].view(num_windows, seqlen)
 
@@ -75,7 +76,7 @@ def random_windows(tokens: Tensor, samples: int, seqlen: int, seed: int) -> Tens
     places = tokens.numel() - seqlen + 1
     if places < 1:
         raise CalibrationError(
-            f"The calibration text has {tokens.numel()} tokens, less than one window of {seqlen}: "
+            f"The calibration text has {number_of(tokens.numel(), 'token')}, less than one window of {seqlen}: "
             "give more text or a smaller --seqlen."
         )
     starts = torch.randint(places, (samples,), generator=torch.Generator().manual_seed(seed))
@@ -173,7 +174,8 @@ def token_file_windows(source: str, samples: int | None, seqlen: int) -> Tensor:
     if windows.ndim != 2 or windows.is_floating_point() or windows.shape[1] < seqlen or len(windows) < (samples or 1):
         raise CalibrationError(
             f"The tokens in {source} have shape {tuple(windows.shape)} and dtype {windows.dtype}: expected whole numbers, "
-            f"at least {samples or 1} windows of at least {seqlen} tokens. Choose a smaller --samples or --seqlen."
+            f"at least {number_of(samples or 1, 'window')} of at least {number_of(seqlen, 'token')}. "
+            "Choose a smaller --samples or --seqlen."
         )
     chosen: Tensor = windows[:samples, :seqlen].long()
     return chosen
@@ -234,8 +236,8 @@ def dataset_windows(
         if len(windows) == samples:
             return torch.stack(windows)
     raise CalibrationError(
-        f"The data set {path!r} has {len(windows)} documents longer than {seqlen} tokens, {samples} are wanted: "
-        "choose a smaller --samples or --seqlen."
+        f"The data set {path!r} has {number_of(len(windows), 'document')} longer than {number_of(seqlen, 'token')}, "
+        f"wanted: {samples:,}. Choose a smaller --samples or --seqlen."
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from statprune.errors import number_of
 from statprune.model.sites import LeftOut
 
 
@@ -54,7 +55,7 @@ class PruningReport:
     num_tokens: int = 0
     """Calibration tokens that the first layer saw; padding does not count."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """`trace`, `allocate`, `check`, `walk`, `prune`; a command adds `save`."""
+    """`tune`, `trace`, `allocate`, `check`, `walk`, `prune`; a command adds `save`."""
     fallback_reason: str | None = None
     """Why module hooks were used instead of the graph."""
     finetuning_steps: int = 0
@@ -106,10 +107,11 @@ class PruningReport:
         shares = [100 * site.sparsity for site in self.sites if site.pattern]
         by_layer = f"{min(shares):.1f} to {max(shares):.1f} % of a layer, " if shares else ""
         return (
-            f"{len(self.sites)} weights, {self.num_weights:,} parameters: {100 * self.sparsity:.2f} % are zero now, {by_layer}"
+            f"{number_of(len(self.sites), 'weight')}, {number_of(self.num_weights, 'parameter')}: "
+            f"{100 * self.sparsity:.2f} % are zero now, {by_layer}"
             f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, "
-            f"{self.num_tokens:,} calibration tokens; {took}"
-            + (f"; {self.finetuning_steps:,} steps of fine-tuning" if self.finetuning_steps else "")
+            f"{number_of(self.num_tokens, 'calibration token')}; {took}"
+            + (f"; {number_of(self.finetuning_steps, 'step')} of fine-tuning" if self.finetuning_steps else "")
         )
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from statprune.checkpoint import refuse_existing
 from statprune.clock import timed
 from statprune.data import standard_library_text
+from statprune.errors import number_of
 from statprune.experiments.compare import Cell
 from statprune.progress import Say, unsaid
 from statprune.recipe import Recipe
@@ -44,7 +45,8 @@ def quickstart(
     """Train, prune, compare; leave a dense and a sparse model and the texts in `output` for the other commands.
 
     Args:
-        output: a folder that does not exist yet; gets `dense/`, `sparse/`, `training.txt` and `held-out.txt`.
+        output: a folder that does not exist yet; gets `dense/`, `sparse/`, `texts/training.txt` and
+            `texts/held-out.txt`.
         steps: of training; the default takes about a minute on two cores.
         seed: of the initial weights and of the windows.
         progress_bar: Lightning's.
@@ -78,7 +80,10 @@ def quickstart(
         torch.manual_seed(seed)
         module = CausalLM(_small_llama(tokenizer), learning_rate=5e-3)
         num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        say(f"training a LLaMA of {num_parameters / 1e6:.1f} M parameters for {steps} steps with a Lightning Trainer")
+        say(
+            f"training a LLaMA of {num_parameters / 1e6:.1f} M parameters for {number_of(steps, 'step')} with a Lightning "
+            "Trainer"
+        )
         _trainer(progress_bar, max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0).fit(module, datamodule=data)
     module.model.save_pretrained(output / "dense")
     tokenizer.save_pretrained(output / "dense")

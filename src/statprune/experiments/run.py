@@ -13,7 +13,7 @@ from torch import Tensor
 from statprune.api import plan
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.engine import PruningPlan
-from statprune.errors import ExperimentError, StatpruneError
+from statprune.errors import ExperimentError, StatpruneError, number_of
 from statprune.experiments.cost import measured
 from statprune.experiments.definition import Cell, Experiment
 from statprune.experiments.plots import PICTURED, plot
@@ -252,7 +252,7 @@ def _short(model: str, models: Sequence[str]) -> str:
 
 
 def _words(cell: Cell) -> list[str]:
-    samples = f"{cell.samples} sequences, seed {cell.seed}" if cell.samples is not None else ""
+    samples = f"{number_of(cell.samples, 'sequence')}, seed {cell.seed}" if cell.samples is not None else ""
     return [word for word in (cell.label, cell.pattern, samples) if word]
 
 
