@@ -15,7 +15,8 @@ text  <-  write_method, write_pattern, write   <-
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import yaml
@@ -191,18 +192,9 @@ def _name_of(pattern: ModelPattern) -> str:
 
 
 def _percent(sparsity: float) -> str:
-    """The shortest percentage that reads back as this fraction."""
-    for text in _percentages(100 * sparsity):
-        if float(text) / 100 == sparsity:
-            return f"{text}%"
-    raise AssertionError(f"{sparsity!r} has no percentage")
-
-
-def _percentages(percent: float) -> Iterator[str]:
-    for value in (percent, math.nextafter(percent, math.inf), math.nextafter(percent, -math.inf)):
-        for digits in (6, 15, 17):
-            text = f"{value:.{digits}g}"
-            yield text if "e" not in text else f"{value:.{digits + 12}f}".rstrip("0").rstrip(".")
+    """The percentage that reads back as this fraction."""
+    text = f"{Decimal(repr(float(sparsity))) * 100:f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
 
 
 def _mismatch(value: object, kind: type | None) -> str | None:
