@@ -114,6 +114,7 @@ class TestDefinition:
         ("name", "given", "error", "message"),
         [
             ("perplxity", {}, ExperimentError, "no experiment 'perplxity'. Did you mean 'perplexity'"),
+            ("al", {}, ExperimentError, "Did you mean 'all'"),
             ("perplexity", {"method": ["wanda"]}, ExperimentError, "no key 'method'. Did you mean 'methods'"),
             ("perplexity", {"methods": ["wnda"]}, RecipeError, "Did you mean 'wanda'"),
             ("perplexity", {"methods": [{"label": "x", "pattern": "2:4"}]}, RecipeError, "expected `method`, or else"),
@@ -243,9 +244,31 @@ class TestRun:
         assert outcome.failures == []
         assert outcome.tables["sparsity"] + "\n" == (tmp_path / "out" / "sparsity.md").read_text()
         assert "| wanda |" in outcome.tables["sparsity"]
+        assert outcome.pictures == ["sparsity"]
         assert (tmp_path / "out" / "sparsity.png").read_bytes().startswith(b"\x89PNG")
         rows = csv.DictReader((tmp_path / "out" / "sparsity.csv").read_text().splitlines())
         assert {row["label"] for row in rows} == {"dense", "magnitude", "wanda"}
+
+    def test_without_matplotlib_there_are_tables_and_a_word_about_pictures(self, tmp_path, settings, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        said = []
+        given = {**settings, "methods": ["magnitude"], "patterns": ["10%"]}
+        outcome = run([Experiment.load("sparsity", given)], tmp_path / "out", say=said.append)
+        assert "no pictures, which need matplotlib: pip install 'statprune[experiments]'" in said[0]
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {CELLS, "sparsity.csv", "sparsity.md"}
+        assert outcome.contents == "tables and every measurement"
+        monkeypatch.undo()
+        outcome = run([Experiment.load("sparsity", given)], tmp_path / "out")
+        assert (tmp_path / "out" / "sparsity.png").exists()
+        assert outcome.contents == "tables, pictures and every measurement"
+
+    def test_what_no_picture_can_show_leaves_the_tables(self, tmp_path, settings):
+        said = []
+        given = {**settings, "methods": ["magnitude"], "patterns": ["3:5"]}
+        outcome = run([Experiment.load("sparsity", given)], tmp_path / "out", say=said.append)
+        assert "failed" in outcome.tables["sparsity"]
+        assert (outcome.pictures, len(outcome.failures)) == ([], 1)
+        assert said[-1].startswith("sparsity: no picture: ")
 
     def test_experiments_share_cells_and_the_model_is_loaded_once(self, tmp_path, settings, monkeypatch):
         loads, load = [], running.load_causal
@@ -360,7 +383,8 @@ class TestCommand:
         assert "boolq" in error
         assert "task file" in error or "YAML" in error or "cached" in error
         written = {path.name for path in (tmp_path / "out").iterdir()}
-        assert {"perplexity.md", "sparsity.png", "calibration.csv", "runtime.png", "ablation.md"} <= written
+        assert {f"{name}.md" for name in NAMES} - written == {"zero-shot.md"}
+        assert {"sparsity.png", "calibration.csv", "runtime.png", "correction.png"} <= written
 
     def test_failing_cells_end_the_command_with_a_list(self, tmp_path, settings, capsys):
         arguments = ["experiment", "perplexity", *options({**settings, "patterns": ["3:5"]}), "--output", str(tmp_path / "out")]
@@ -368,6 +392,15 @@ class TestCommand:
         error = " ".join(capsys.readouterr().err.split())
         assert "2 failed" in error
         assert "magnitude 3:5" in error
+
+    def test_where_nothing_was_measured_no_table_is_claimed(self, tmp_path, settings, capsys):
+        own = {**settings, "model": [str(tmp_path / "nothing")]}
+        assert main(["experiment", "perplexity", *options(own), "--output", str(tmp_path / "out")]) == 1
+        captured = capsys.readouterr()
+        assert "1 failed" in captured.err
+        assert "measurement" not in captured.err
+        assert captured.out == ""
+        assert not (tmp_path / "out").exists()
 
     def test_settings_come_from_a_yaml_file_too(self, tmp_path, settings, capsys):
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**settings, "methods": [{"label": "mine", "method": "wanda"}]}))

@@ -14,11 +14,11 @@ from statprune.methods.statistics import Statistic
 from statprune.recipe import Method, Recipe, Schedule, labelled
 
 Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
-PAPER: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation")
-"""The paper's experiments: tables 1, 2, 3 and 4, figure 2, table 5."""
+NAMES: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction")
+"""The paper's tables 1, 2, 3 and 4, figure 2, table 5; and ours: what better corrections give, and what they cost."""
 
-NAMES: tuple[Name, ...] = (*PAPER, "correction")
-"""Those, and ours: what better corrections and a measured choice give, and what they cost."""
+ALL = "all"
+"""Stands for every experiment."""
 
 OWNER: dict[str, Name] = {"sizes": "calibration", "tasks": "zero-shot", "questions": "zero-shot", "rounds": "runtime"}
 """Settings that only one experiment has."""
@@ -89,10 +89,7 @@ class Experiment:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ExperimentError(
-                f"There is no experiment {self.name!r}.{nearest(self.name, NAMES)} Known: {', '.join(NAMES)}."
-            )
+        _check_name(self.name)
         for key in (
             "model",
             "methods",
@@ -166,9 +163,27 @@ class Experiment:
                         yield Cell(self.measure, label, _pattern_name(pattern), recipe, *calibration)
 
 
+def load_experiments(name: str, given: Mapping[str, Any]) -> list[Experiment]:
+    """The experiment of this name, or every one for `all`: then a setting that only one has goes to that one.
+
+    Args:
+        name: one of `NAMES`, or `all`.
+        given: as for `Experiment.load`.
+
+    Raises:
+        ExperimentError: as `Experiment.load`.
+        RecipeError: as `Experiment.load`.
+    """
+    if name != ALL:
+        return [Experiment.load(name, given)]
+    own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in NAMES}
+    return [Experiment.load(one, settings) for one, settings in own.items()]
+
+
 def _check_name(name: str) -> None:
     if name not in NAMES:
-        raise ExperimentError(f"There is no experiment {name!r}.{nearest(name, NAMES)} Known: {', '.join(NAMES)}.")
+        known = (*NAMES, ALL)
+        raise ExperimentError(f"There is no experiment {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
 
 
 def _pattern_name(pattern: str) -> str:

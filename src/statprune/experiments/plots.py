@@ -82,7 +82,7 @@ def figure(experiment: str, results: Sequence[Result]) -> "Figure":
         )
     measured = [r for r in results if r.error is None and (experiment != "sparsity" or _is_on_the_axis(r))]
     if not pruned(measured):
-        raise ExperimentError(f"figure({experiment!r}, ...): got no finished result of a pruned model; expected at least one.")
+        raise ExperimentError(f"figure({experiment!r}, ...): got no finished result of a pruned model that it can show.")
     try:
         import matplotlib
     except ImportError as e:

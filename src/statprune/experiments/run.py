@@ -41,8 +41,18 @@ class Outcome:
     tables: dict[str, str]
     """Markdown, by experiment."""
 
+    pictures: list[str]
+    """The experiments that have one."""
+
     failures: list[str]
     """One line for each cell, model or experiment that failed."""
+
+    @property
+    def contents(self) -> str:
+        """What the output folder holds, in words; empty where nothing was measured."""
+        if not self.tables:
+            return ""
+        return f"tables{', pictures' if self.pictures else ''} and every measurement"
 
 
 def run(
@@ -56,19 +66,25 @@ def run(
 
     Args:
         experiments: of one protocol (see `Experiment.protocol`). Each model is loaded once for all of them.
-        output: a folder; gets `cells.jsonl`, and for each experiment NAME.csv, NAME.md and, where there is one, NAME.png.
+        output: a folder; gets `cells.jsonl`, and for each experiment of which anything was measured NAME.csv, NAME.md and,
+            where there is one and matplotlib is installed, NAME.png.
         progress: called before each cell, with how many are done and what is next, and at the end.
-        say: called with each new result in words.
+        say: called with each new result in words, and where there will be no pictures.
 
     Returns:
         The tables, and what failed; a cell that fails is recorded, and the rest goes on.
 
     Raises:
         ResultsError: the folder holds results of another protocol or other versions.
-        ExperimentError: the experiments have several protocols; matplotlib is missing.
+        ExperimentError: the experiments have several protocols.
     """
     output = Path(output)
     file = ResultsFile(output / CELLS, _common_protocol(experiments), versions())
+    if not (has_pictures := find_spec("matplotlib") is not None) and any(one.name in PICTURED for one in experiments):
+        say(
+            "there will be tables and no pictures, which need matplotlib: pip install 'statprune[experiments]'. With it, the "
+            "same command draws them from what is measured."
+        )
     failures: list[str] = []
     tasks = _open_tasks(experiments, failures)
     ready = [experiment for experiment in experiments if experiment.measure != "zero-shot" or tasks is not None]
@@ -103,9 +119,10 @@ def run(
         elif is_new:
             say(f"{title}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in result.values.items()))
     progress(len(jobs), len(jobs), "")
-    shown = [experiment for experiment in ready if found[experiment.name]]
-    tables: dict[str, str] = {experiment.name: _write(experiment, found[experiment.name], output) for experiment in shown}
-    return Outcome(tables, failures)
+    shown = {name: results for name, results in found.items() if any(result.error is None for result in results)}
+    tables: dict[str, str] = {name: _write(name, results, output) for name, results in shown.items()}
+    pictured = [name for name in shown if has_pictures and name in PICTURED]
+    return Outcome(tables, [name for name in pictured if _draw(name, shown[name], output, say)], failures)
 
 
 def _common_protocol(experiments: Sequence[Experiment]) -> dict[str, Any]:
@@ -115,8 +132,6 @@ def _common_protocol(experiments: Sequence[Experiment]) -> dict[str, Any]:
             "These experiments have several protocols, and one output folder holds one: give --calibration, --text, --windows, "
             "--seqlen, --batch-size, --dtype and --device for all, or run them one by one into folders of their own."
         )
-    if any(experiment.name in PICTURED for experiment in experiments) and find_spec("matplotlib") is None:
-        raise ExperimentError("The pictures need matplotlib: pip install 'statprune[experiments]'.")
     device = torch.device(choose_device(experiments[0].device))
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return {**protocol, "hardware": hardware}
@@ -228,14 +243,21 @@ class _Bench:
         return self._windows["evaluation"]
 
 
-def _write(experiment: Experiment, results: Sequence[Result], output: Path) -> str:
-    output.mkdir(parents=True, exist_ok=True)
-    write_csv(results, output / f"{experiment.name}.csv")
-    table = markdown(experiment.name, results, Published.load())
-    (output / f"{experiment.name}.md").write_text(table + "\n", encoding="utf-8")
-    if experiment.name in PICTURED and any(result.error is None for result in results):
-        plot(experiment.name, results, output / f"{experiment.name}.png")
+def _write(experiment: str, results: Sequence[Result], output: Path) -> str:
+    write_csv(results, output / f"{experiment}.csv")
+    table = markdown(experiment, results, Published.load())
+    (output / f"{experiment}.md").write_text(table + "\n", encoding="utf-8")
     return table
+
+
+def _draw(experiment: str, results: Sequence[Result], output: Path, say: Say) -> bool:
+    """Whether there was anything to draw."""
+    try:
+        plot(experiment, results, output / f"{experiment}.png")
+    except ExperimentError as e:
+        say(f"{experiment}: no picture: {e}")
+        return False
+    return True
 
 
 def _described(recipe: Recipe) -> str:
