@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from statprune.errors import CalibrationError
-from statprune.model.trace import eval_mode, without_cache
+from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.progress import Progress, silent
 
 TOKENS_PER_CHUNK = 1024

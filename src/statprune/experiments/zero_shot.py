@@ -36,7 +36,7 @@ from torch.func import functional_call
 
 from statprune.errors import ExperimentError, nearest
 from statprune.experiments.next_line import NEXT_LINE, write_next_line
-from statprune.model.trace import eval_mode, without_cache
+from statprune.model.undisturbed import eval_mode, without_cache
 
 TASKS = {
     "boolq": "acc", "rte": "acc", "hellaswag": "acc", "winogrande": "acc", "arc_easy": "acc", "arc_challenge": "acc",
