@@ -106,8 +106,8 @@ class TestDefinition:
         assert {(c.samples, c.seed) for c in cells if c.label == "wanda"} == {(n, s) for n in (1, 4) for s in (0, 1, 2)}
 
     def test_the_steps_of_table_five_are_these_recipes(self):
-        recipes = {cell.label: cell.recipe for cell in Experiment.load("ablation", {"patterns": ["50%"]}).cells()}
-        assert recipes["cvr+energy:column"].compensation["row"] is False
+        recipes = {cell.label: cell.how for cell in Experiment.load("ablation", {"patterns": ["50%"]}).cells()}
+        assert recipes["cvr+energy:column"].compensation[0]["row"] is False
         assert recipes["alpha 0"].criterion["alpha"] == 0
         assert recipes["activation exponent 0.5"].criterion["exponent"] == 0.5
         assert recipes["schedule walk"].schedule == "walk"
@@ -116,7 +116,7 @@ class TestDefinition:
         sweep = yaml.safe_load((Path(__file__).parents[1] / "configs" / "sweep.yaml").read_text(encoding="utf-8"))
         given = {key: sweep[key] for key in ("methods", "patterns")}
         cells = Experiment.load("perplexity", given).cells()
-        assert len({repr(cell.recipe) for cell in cells}) == 1 + len(sweep["methods"]) * len(sweep["patterns"])
+        assert len({repr(cell.how) for cell in cells}) == 1 + len(sweep["methods"]) * len(sweep["patterns"])
 
     @pytest.mark.parametrize(
         ("name", "given", "error", "message"),
@@ -234,14 +234,14 @@ class TestRun:
         tokenizer = load_tokenizer(settings["model"][0])
         windows = calibration_windows([text], tokenizer=tokenizer, model=model, samples=2, seqlen=16, seed=0)
         held_out = evaluation_windows([text], tokenizer=tokenizer, model=model, seqlen=16)[:3]
-        twin = plan(model, windows.split(2), Recipe.parse("wanda", pattern="50%", schedule="block"))
+        twin = plan(model, windows.split(2), Recipe("wanda", "50%", "block"))
         expected = evaluate(model, held_out, batch_size=2, weights=twin.weights)
         dense, magnitude, wanda = lines(tmp_path / "out")
         assert [cell["label"] for cell in (dense, magnitude, wanda)] == ["dense", "magnitude", "wanda"]
         assert dense["values"] == {"perplexity": evaluate(model, held_out, batch_size=2)}
         assert wanda["values"]["perplexity"] == pytest.approx(expected, rel=1e-6)
         assert (wanda["samples"], wanda["seed"], magnitude["samples"]) == (2, 0, None)
-        assert wanda["recipe"] == Recipe.parse("wanda", pattern="50%", schedule="block").to_dict()
+        assert wanda["recipe"] == Recipe("wanda", "50%", "block").to_dict()
         assert wanda["seconds"] > wanda["values"]["pruning seconds"] > 0
         head = json.loads((tmp_path / "out" / CELLS).read_text().splitlines()[0])
         assert head["protocol"]["seqlen"] == 16
@@ -485,11 +485,11 @@ class TestCompare:
             model, windows[:2], windows[2:], methods=["wanda", "cvr+energy"], patterns=["2:4"], batch_size=2,
             progress=lambda *step: told.append(step),
         )  # fmt: skip
-        twin = plan(model, windows[:2].split(2), Recipe.parse("wanda", pattern="2:4"))
+        twin = plan(model, windows[:2].split(2), Recipe("wanda", "2:4"))
         assert [(cell.method, cell.pattern) for cell in cells] == [("dense", ""), ("wanda", "2:4"), ("cvr+energy", "2:4")]
         assert cells[0].perplexity == evaluate(model, windows[2:], batch_size=2)
         assert cells[1].perplexity == evaluate(model, windows[2:], batch_size=2, weights=twin.weights)
-        assert cells[1].recipe == Recipe.parse("wanda", pattern="2:4").to_dict()
+        assert cells[1].recipe == Recipe("wanda", "2:4").to_dict()
         assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
         assert told[1][2] == f"cvr+energy 2:4: {cells[2].perplexity:.3f}"
 

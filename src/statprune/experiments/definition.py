@@ -9,9 +9,8 @@ import yaml
 
 from statprune.errors import ExperimentError, nearest
 from statprune.grammar import YamlLoader
-from statprune.methods.patterns import parse_shorthand
-from statprune.methods.statistics import Statistic
-from statprune.recipe import Method, Recipe, Schedule, labelled
+from statprune.model.schedule import Schedule
+from statprune.recipe import Method, Recipe, Search, labelled
 
 Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
 NAMES: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction")
@@ -31,7 +30,7 @@ class Cell:
     measure: Literal["perplexity", "zero-shot", "runtime"]
     label: str
     pattern: str
-    recipe: Recipe | None
+    how: Recipe | Search | None
     """None for the model as it is."""
 
     samples: int | None
@@ -153,14 +152,15 @@ class Experiment:
             yield Cell(self.measure, "dense", "", None, None, None)
         for pattern in self.patterns:
             for method in self.methods:
-                label, recipe = labelled(method, pattern=pattern, schedule=self.schedule)
-                if recipe.is_auto and self.measure == "runtime":
+                label, how = labelled(method, pattern=pattern, schedule=self.schedule)
+                if isinstance(how, Search) and self.measure == "runtime":
                     raise ExperimentError(f"The experiment runtime times a method, and {label!r} is yet to choose one.")
-                is_calibrated = recipe.is_auto or recipe.pruner().needs is not Statistic.NONE
+                # An allocation measures the dense model, whatever the pruner needs.
+                is_calibrated = isinstance(how, Search) or bool(how.pruner().needs) or how.allocation != "uniform"
                 for samples in self.sizes or [self.samples]:
                     for seed in self.seeds:
                         calibration = (samples, seed) if is_calibrated else (None, None)
-                        yield Cell(self.measure, label, _pattern_name(pattern), recipe, *calibration)
+                        yield Cell(self.measure, label, how.pattern, how, *calibration)
 
 
 def load_experiments(name: str, given: Mapping[str, Any]) -> list[Experiment]:
@@ -184,8 +184,3 @@ def _check_name(name: str) -> None:
     if name not in NAMES:
         known = (*NAMES, ALL)
         raise ExperimentError(f"There is no experiment {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-
-
-def _pattern_name(pattern: str) -> str:
-    """`50%` for `50.0 %`, so that equal cells are found to be equal."""
-    return str(parse_shorthand(pattern))

@@ -1,6 +1,6 @@
 """Run experiments: for each model, cell after cell, each written when it is finished; what is in the file is not run again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,8 +22,7 @@ from statprune.experiments.tables import markdown, write_csv
 from statprune.experiments.zero_shot import ZeroShot
 from statprune.loading import choose_device, fingerprint, load_causal, load_config, load_tokenizer, window_length
 from statprune.model.inputs import bind_batches
-from statprune.model.sites import TracedModel
-from statprune.model.survey import survey
+from statprune.model.layers import Layers, find_layers
 from statprune.perplexity import evaluate
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.recipe import Recipe
@@ -157,13 +156,13 @@ class _Bench:
         self.tokenizer = load_tokenizer(path)
         self.fingerprint = fingerprint(path, config)
         self._windows: dict[Any, Tensor] = {}
-        self._traced: dict[Any, TracedModel | None] = {}
+        self._layers: dict[Any, Layers] = {}
 
     def result(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None, file: ResultsFile) -> tuple[Result, bool]:
         """The cell's result, and whether it was measured now; a failure is a result with an error."""
         result = Result(
             cell.measure, self.name, cell.label, cell.pattern, cell.samples, cell.seed,
-            recipe=cell.recipe.to_dict() if cell.recipe else {}, details={"model": self.fingerprint, "seqlen": self.seqlen},
+            recipe=cell.how.to_dict() if cell.how else {}, details={"model": self.fingerprint, "seqlen": self.seqlen},
         )  # fmt: skip
         try:
             result.details.update(self._data_details(cell, experiment, tasks))
@@ -199,16 +198,17 @@ class _Bench:
         if cell.samples is not None and cell.seed is not None:
             windows = self._calibration(cell.samples, cell.seed)
         else:
-            windows = torch.zeros(1, self.seqlen, dtype=torch.int64)  # any tokens do, to find the layers
+            windows = torch.zeros(batch_size, self.seqlen, dtype=torch.int64)  # any tokens do, to find the layers
+        batches = windows.split(batch_size)
         if cell.measure == "runtime":
-            assert cell.recipe is not None
-            inputs = bind_batches(self.model, windows.split(batch_size))
-            groups = survey(self.model, cell.recipe).groups
-            return *measure_block(self.model, groups, inputs, cell.recipe.pruner(), rounds=experiment.rounds), None
+            assert isinstance(cell.how, Recipe)
+            inputs = bind_batches(self.model, batches)
+            return *measure_block(self._find_layers(batches), inputs, cell.how, rounds=experiment.rounds), None
         twin, seconds = PruningPlan(), {}
-        if cell.recipe is not None:
+        if cell.how is not None:
+            layers = self._find_layers(batches)
             with measured(self.model.device) as cost:
-                twin = self._prune(windows.split(batch_size), cell.recipe)
+                twin = plan(self.model, batches, cell.how, traced=layers)
             seconds = {"pruning seconds": cost.seconds}
         chosen = _described(Recipe.from_dict(twin.report.recipe)) if twin.report.chosen_by else None
         if cell.measure == "zero-shot":
@@ -217,11 +217,12 @@ class _Bench:
         perplexity = evaluate(self.model, self._evaluation(), batch_size=batch_size, weights=twin.weights)
         return {"perplexity": perplexity, **seconds}, None, chosen
 
-    def _prune(self, batches: Sequence[Tensor], recipe: Recipe) -> PruningPlan:
+    def _find_layers(self, batches: Sequence[Tensor]) -> Layers:
+        """Exported once for all cells whose batches have the same shapes."""
         shapes = tuple(dict.fromkeys(tuple(batch.shape) for batch in batches))
-        twin = plan(self.model, batches, recipe, traced=self._traced.get(shapes))
-        self._traced[shapes] = twin.traced
-        return twin
+        if shapes not in self._layers:
+            self._layers[shapes] = find_layers(self.model, bind_batches(self.model, batches))
+        return self._layers[shapes]
 
     def _calibration(self, samples: int, seed: int) -> Tensor:
         if (samples, seed) not in self._windows:
@@ -260,8 +261,7 @@ def _draw(experiment: str, results: Sequence[Result], output: Path, say: Say) ->
 
 
 def _described(recipe: Recipe) -> str:
-    assert isinstance(recipe.allocation, Mapping)
-    allocation = recipe.allocation["name"]
+    allocation = recipe.allocation.partition(":")[0]
     return f"{recipe.method} ({recipe.schedule}{'' if allocation == 'uniform' else f', {allocation}'})"
 
 
