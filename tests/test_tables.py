@@ -323,7 +323,9 @@ def test_csv_has_a_row_for_each_metric(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("pattern", "expected"), [("50%", 0.5), ("62.5%", 0.625), ("2:4", 0.5), ("1:4", 0.75)])
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("50%", 0.5), ("62.5%", 0.625), ("50%:rank_over=layer", 0.5), ("2:4", 0.5), ("1:4", 0.75)]
+)
 def test_sparsity_of_a_pattern(pattern, expected):
     assert sparsity(pattern) == expected
 
