@@ -238,14 +238,6 @@ class TestResultsFile:
         with pytest.raises(ResultsError, match="is not a file of results"):
             self.open(tmp_path / CELLS)
 
-    def test_a_file_from_before_auto_is_read(self, tmp_path):
-        result = Result("perplexity", "m", "x", values={"perplexity": 2.0})
-        self.open(tmp_path / CELLS).add(result)
-        head, line = (tmp_path / CELLS).read_text().splitlines()
-        old = {key: value for key, value in json.loads(line).items() if key != "chosen"}
-        (tmp_path / CELLS).write_text(f"{head}\n{json.dumps(old)}\n")
-        assert self.open(tmp_path / CELLS).results() == [result]
-
 
 class TestDigest:
     FIRST = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3, dtype=torch.int32)}  # noqa: RUF012
