@@ -184,14 +184,14 @@ def experiment(
     device: str | None = None,
     dtype: DType | None = None,
 ) -> None:
-    """Repeat an experiment of the paper, or all of them, on any models: tables, a picture, and every number in one file.
+    """Repeat an experiment of the paper, or all of them, on any models: tables, pictures, and every number in one file.
 
     What is not given is the paper's: configs/paper/NAME.yaml holds the settings, and is installed with the command. A run
     that was interrupted goes on where it stopped.
 
     Args:
-        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation; or all, which are these. And correction, which
-            is not in the paper: better corrections, what they gain and what they cost.
+        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation; or correction, which is not in the paper:
+            better corrections, what they gain and what they cost. Or all of them: all.
         output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
             gone on with, if its protocol and versions are the same.
         model: Folders or hub names (safetensors only). Default: the paper's models.
@@ -214,19 +214,16 @@ def experiment(
         dtype: To compute in; auto takes the checkpoint's.
     """
     given = {key: value for key, value in locals().items() if key not in ("name", "output")}
-    from statprune.experiments.definition import OWNER, PAPER, Experiment
+    from statprune.experiments.definition import load_experiments
     from statprune.experiments.run import run
 
-    if name == "all":
-        own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in PAPER}
-        experiments = [Experiment.load(one, settings) for one, settings in own.items()]
-    else:
-        experiments = [Experiment.load(name, given)]
+    experiments = load_experiments(name, given)
     with display.progress(name) as progress:
         outcome = run(experiments, output, progress=progress, say=display.say)
     for title, table in outcome.tables.items():
         print(f"\n## {title}\n\n{table}")
-    display.say(f"tables, pictures and every measurement are in {output}")
+    if outcome.contents:
+        display.say(f"{outcome.contents} are in {output}")
     if outcome.failures:
         raise ExperimentError("\n  ".join([f"{len(outcome.failures)} failed:", *outcome.failures]))
 
