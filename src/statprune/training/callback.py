@@ -2,6 +2,7 @@
 
     trainer.validate   epoch start: measure the dense model, calibrate, prune in place
                        the loop: measures the pruned model           epoch end: log            weights stay pruned
+                       what this callback has pruned before is only measured, after a check that its zeros are there
     trainer.fit        every validation is a probe: calibrate and prune a twin, measure both, log, forget the twin
                        train end: calibrate and prune in place
     trainer.fit with   train start: calibrate and prune in place     from then on: pruned weights are held at zero
@@ -30,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from statprune.api import Choice, choose
 from statprune.checkpoint import refuse_existing, save
 from statprune.engine import plan, prune
-from statprune.errors import CalibrationError, MaskError, RecipeError
+from statprune.errors import CalibrationError, CheckpointError, MaskError, RecipeError, SiteError
 from statprune.model.inputs import is_transformers_model
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
@@ -48,16 +49,19 @@ class StatisticalPruning(Callback):
             first probe or when pruning, by trying candidates out on the calibration batches, and then kept.
         module: attribute path of the module to prune, such as `"model"`. Default: the transformers model that the
             LightningModule holds, or else the LightningModule itself, called as `forward` is.
-        dataloader: calibration batches. Default: `calibration_dataloader()` of the DataModule or the LightningModule, or
-            else the training data. Never the validation data: its perplexity would be flattered.
+        calibration: batches to calibrate on, such as a DataLoader. Default: `calibration_dataloader()` of the DataModule or
+            the LightningModule, or else the training data. Never the validation data: its perplexity would be flattered.
         calibration_batches: how many batches of it, at most.
         probe: whether to measure a pruned twin at every validation of `fit`; with `then="finetune"`, the sparse model itself.
         output: folder for the pruned model (transformers models only), written and verified when the weights have landed;
             with `then="finetune"`, when `fit` ends.
         then: what follows the pruning. `"stop"`: nothing, so `fit` trains the dense model and prunes it at the end.
-            `"finetune"`: `fit` prunes at the start and trains what is left, with the pruned weights held at exactly zero. A
-            model that this callback has pruned already, in `validate` or before the checkpoint that `fit` resumes from, is
-            not pruned again.
+            `"finetune"`: `fit` prunes at the start and trains what is left, with the pruned weights held at exactly zero.
+
+    A callback prunes once. What it has pruned, in `validate`, in `fit` or before the checkpoint that they start from, another
+    `validate` measures, and `fit` with `then="finetune"` trains on; both check that the recorded zeros are there. `fit` with
+    `then="stop"` refuses: it would train the zeros away. To train densely from there and prune again at the end, give the
+    Trainer a new callback, and another model a callback of its own.
 
     A batch becomes the inputs of `forward` like this: a dict by the names that `forward` knows, a tuple by position as far
     as `forward` requires arguments (so `(x, y)` gives `x`), a tensor as it is. A LightningModule that needs something else
@@ -70,13 +74,20 @@ class StatisticalPruning(Callback):
 
     Attributes:
         report: what the last run did, or None.
+
+    Raises:
+        SiteError: the weights are sharded, by FSDP, DeepSpeed or tensor parallelism.
+        MaskError: zeros that were recorded are no longer there, or `fit` would train them away.
+        CalibrationError: no calibration data, or no such module.
+        CheckpointError: the output exists, or the model is none that can be saved.
+        StatpruneError: as `prune`.
     """
 
     def __init__(
         self,
         recipe: Recipe | None = None,
         module: str | None = None,
-        dataloader: Any = None,
+        calibration: Any = None,
         calibration_batches: int = 128,
         probe: bool = True,
         output: str | None = None,
@@ -87,7 +98,7 @@ class StatisticalPruning(Callback):
             raise RecipeError(f"StatisticalPruning(then={then!r}): expected 'stop' or 'finetune'.")
         self.recipe = recipe or Recipe()
         self.module = module
-        self.dataloader = dataloader
+        self.calibration = calibration
         self.calibration_batches = calibration_batches
         self.probe = probe
         self.output = output
@@ -114,13 +125,26 @@ class StatisticalPruning(Callback):
         self.landed = copy.deepcopy(state_dict["landed"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an output that exists, and sharded weights to fine-tune, before anything runs."""
-        if self.output is not None:
-            refuse_existing(self.output)
-        if self.then == "finetune" and isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        """Refuse sharded weights, and an output that exists, before anything runs."""
+        if stage not in ("fit", "validate"):
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise SiteError(
+                f"StatisticalPruning under {type(trainer.strategy).__name__}: this strategy may shard weights, and only whole "
+                'ones can be pruned. Use one device, or strategy="ddp".'
+            )
+        refuse_sharded(pl_module)
+        if stage == "fit":
+            self._refuse_output_that_exists()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be pruned, now that the model is configured and a checkpoint is read."""
+        self._refuse_target(self._target(pl_module))
+        if self.landed is not None and self.then == "stop":
             raise MaskError(
-                f'StatisticalPruning(then="finetune") under {type(trainer.strategy).__name__}: masks are held on whole '
-                'weights, and this strategy may shard them. Use one device, or strategy="ddp".'
+                f'StatisticalPruning(then="stop") has pruned this model already, after step {self.landed["global_step"]}: fit '
+                'would train its zeros away. Use then="finetune" to train on with the zeros held. To train densely from here '
+                "and prune again at the end, give the Trainer a new StatisticalPruning, and load a checkpoint's weights only."
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,14 +154,19 @@ class StatisticalPruning(Callback):
         if trainer.sanity_checking or not (self.probe or in_place):
             return
         target = self._target(pl_module)
+        if in_place:
+            self._refuse_target(target)
+        if self.landed is not None:
+            if in_place:
+                HeldMasks(target, self._landed_report().sites)  # refuses weights that grew back since, and other models
+            self._measuring = Measurement(pl_module, target, trainer)
+            return
+        if in_place and self.then == "stop":
+            self._refuse_output_that_exists()
         measuring = Measurement(pl_module, target, trainer)
         self._measuring = measuring
-        if self.then == "finetune" and self.landed is not None:
-            if in_place:
-                HeldMasks(target, self._landed_report().sites)  # pruned before: refuse weights that grew back since
-            return
         with isolate_rng():
-            batches = self._calibration(trainer, pl_module, target)
+            batches = self._calibration_inputs(trainer, pl_module, target)
             if in_place:
                 for batch in _validation_batches(trainer):
                     measuring.add(batch, dense=True)
@@ -155,7 +184,7 @@ class StatisticalPruning(Callback):
             return
         with isolate_rng():
             self._measuring.add(batch, dense=self._measuring.twin is not None, pruned=True)
-        if self.then == "finetune" and batch_idx == dataloader_idx == 0:
+        if self._measuring.twin is None and batch_idx == dataloader_idx == 0:
             # Here and not when the epoch ends: an averaging callback may put its weights in place for these batches only.
             self.report = remeasure(self._landed_report(), self._measuring.target)
 
@@ -178,10 +207,9 @@ class StatisticalPruning(Callback):
         if self.then != "finetune":
             return
         target = self._target(pl_module)
-        refuse_sharded(target)
         if self.landed is None:
             with isolate_rng():
-                self._land(trainer, pl_module, self._calibration(trainer, pl_module, target))
+                self._land(trainer, pl_module, self._calibration_inputs(trainer, pl_module, target))
         self._masks = HeldMasks(target, self._landed_report().sites)
         for optimizer in trainer.optimizers:
             self._masks.mask_optimizer_state(optimizer)
@@ -210,7 +238,7 @@ class StatisticalPruning(Callback):
         """Calibrate on the trained weights and prune in place; or, after fine-tuning, check that every zero is there."""
         if self._masks is None:
             with isolate_rng():
-                batches = self._calibration(trainer, pl_module, self._target(pl_module))
+                batches = self._calibration_inputs(trainer, pl_module, self._target(pl_module))
                 self._land(trainer, pl_module, batches)
             return
         self._masks.check()
@@ -271,18 +299,29 @@ class StatisticalPruning(Callback):
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self.module is not None:
             try:
-                named: nn.Module = pl_module.get_submodule(self.module)
-                return named
+                return _uncompiled(pl_module.get_submodule(self.module))
             except AttributeError as e:
                 raise CalibrationError(
                     f"StatisticalPruning(module={self.module!r}): {type(pl_module).__name__} has no such module; "
                     f"it has {', '.join(name for name, _ in pl_module.named_children())}."
                 ) from e
-        held = [child for child in pl_module.children() if is_transformers_model(child)]
+        held = [child for child in map(_uncompiled, pl_module.children()) if is_transformers_model(child)]
         chosen: nn.Module = held[0] if len(held) == 1 else pl_module
         return chosen
 
-    def _calibration(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> list[Any]:
+    def _refuse_target(self, target: nn.Module) -> None:
+        refuse_sharded(target)
+        if self.output is not None and not is_transformers_model(target):
+            raise CheckpointError(
+                f"StatisticalPruning(output={self.output!r}): {type(target).__name__} is no transformers model, and only those "
+                "are written as a folder. Leave `output` out and save a checkpoint, or name the model with `module`."
+            )
+
+    def _refuse_output_that_exists(self) -> None:
+        if self.output is not None:
+            refuse_existing(self.output)
+
+    def _calibration_inputs(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> list[Any]:
         """The calibration batches as inputs; the same ones at every probe."""
         if self._batches is None:
             source = self._calibration_source(trainer, pl_module)
@@ -296,8 +335,8 @@ class StatisticalPruning(Callback):
         training_loader = next(
             (owner.train_dataloader for owner in owners if owner and is_overridden("train_dataloader", owner)), None
         )
-        if self.dataloader is not None:
-            return iter(self.dataloader)
+        if self.calibration is not None:
+            return iter(self.calibration)
         if own_loader is not None:
             return iter(own_loader())
         if trainer.train_dataloader is not None:
@@ -305,9 +344,16 @@ class StatisticalPruning(Callback):
         if training_loader is not None:
             return iter(training_loader())
         raise CalibrationError(
-            "StatisticalPruning has no calibration data: give it a `dataloader`, define `calibration_dataloader` in the "
+            "StatisticalPruning has no calibration data: give it `calibration=`, define `calibration_dataloader` in the "
             "DataModule or the LightningModule, or have training data. It does not take the validation data by itself."
         )
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, with the same parameters; one that is not compiled as it is."""
+    while isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
+        module = original
+    return module
 
 
 def _fresh_iterator(loader: Any) -> Iterator[Any]:
