@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import statprune
-from statprune import CausalLM, Perplexity, Recipe, StatisticalPruning, TextData
-from statprune.checkpoint import load_model, verify
+from statprune import CausalLM, Perplexity, Recipe, Search, StatisticalPruning, TextData
+from statprune.checkpoint import verify
 from statprune.errors import CalibrationError, CheckpointError, MaskError, SiteError
+from statprune.loading import load_model
+from statprune.model.trace import trace
 from statprune.training.modules import WindowDataset
 
 TOKENS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -67,13 +69,22 @@ def trained_weights(*callbacks):
     return snapshot.weights, fit
 
 
-def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_the_end_prunes():
+@pytest.fixture
+def exports(monkeypatch):
+    """One entry for each time that a model is exported."""
+    made = []
+    monkeypatch.setattr("statprune.model.layers.trace", lambda *inputs: made.append(inputs) or trace(*inputs))
+    return made
+
+
+def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_the_end_prunes(exports):
     undisturbed, _ = trained_weights()
     callback = StatisticalPruning(Recipe(pattern="2:4"), calibration_batches=2)
     probed, fit = trained_weights(callback)
     assert all(torch.equal(probed[name], weight) for name, weight in undisturbed.items())
     assert sparsity(fit.lightning_module) == 0.5
     assert callback.report.sparsity == 0.5
+    assert len(exports) == 1
     assert fit.lightning_module.training
     metrics = fit.callback_metrics
     assert metrics["dense_perplexity"] == pytest.approx(metrics["val_perplexity"].item(), rel=1e-6)
@@ -85,7 +96,7 @@ def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_t
 
 def test_the_probe_sees_what_landing_gives():
     """A last validation and the commit after it see the same weights, so they must prune alike."""
-    callback = StatisticalPruning(Recipe.parse("wanda", pattern="50%"), calibration=loader())
+    callback = StatisticalPruning(Recipe("wanda", "50%"), calibration=loader())
     _, fit = trained_weights(callback)
     measured = fit.callback_metrics["pruned_perplexity"].item()
     again = trainer().validate(fit.lightning_module, loader(), verbose=False)[0]
@@ -340,6 +351,21 @@ def test_a_classifier_that_somebody_else_wrote():
     assert (module.head[2].weight != 0).all(), "the layer that feeds the output stays dense"
 
 
+def test_a_model_that_changes_is_exported_anew(exports):
+    class Counts(Classifier):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return super().forward(x)
+
+    module = Counts()
+    trainer(StatisticalPruning(Recipe(pattern="50%")), max_epochs=2).fit(module, classifier_data(), classifier_data())
+    assert module.calls == 8
+    assert len(exports) == 2  # nothing is called between the second validation and the end
+    assert (module.features[0].weight == 0).float().mean() == 0.5
+
+
 def test_a_module_says_how_its_batches_become_inputs():
     class Odd(Classifier):
         def forward(self, x, scale):
@@ -458,6 +484,50 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     callback = next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
     assert callback.recipe.criterion["alpha"] == 0.25
     assert callback.then == "finetune"
+
+
+CALLBACK_YAML = """
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: statprune.StatisticalPruning
+      init_args: {%s}
+"""
+
+
+def callback_from_yaml(init_args, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(CALLBACK_YAML % init_args)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(Classifier, run=False, save_config_callback=None)
+    return next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
+
+
+@pytest.mark.parametrize(
+    ("init_args", "expected"),
+    [
+        ("probe: false", Recipe()),
+        ("recipe: cvr+energy", Recipe("cvr+energy")),
+        ('recipe: wanda, pattern: "4:8"', Recipe("wanda", "4:8")),
+        ("recipe: 'auto:minutes=5', pattern: 50%", Search("50%", 5)),
+        ('recipe: {method: cvr+energy, pattern: "2:4", schedule: block}', Recipe("cvr+energy", "2:4", "block")),
+        ('recipe: {method: auto, minutes: 5, pattern: "2:4", ignore: ["1e5", a]}', Search("2:4", 5, ignore=("1e5", "a"))),
+        (
+            "recipe: {criterion: wanda, compensation: [{name: energy, clamp: [0.9, 1]}], pattern: {name: nm, keep: 2, of: 4}}",
+            Recipe("wanda+energy:clamp=[0.9,1]", "2:4"),
+        ),
+    ],
+)
+def test_lightning_cli_takes_every_way_to_say_how(init_args, expected, tmp_path, monkeypatch):
+    assert callback_from_yaml(init_args, tmp_path, monkeypatch).recipe == expected
+
+
+@pytest.mark.parametrize("init_args", ["recipe: {method: wanda, pattern: 2:4}", "recipe: wanda, pattern: 2:4"])
+def test_a_pattern_that_yaml_takes_for_a_number_is_explained(init_args, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="In YAML, quote it"):
+        callback_from_yaml(init_args, tmp_path, monkeypatch)
 
 
 DDP_SCRIPT = """

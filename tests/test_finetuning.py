@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from statprune import CausalLM, Recipe, StatisticalPruning
-from statprune.checkpoint import load_model, verify
+from statprune.checkpoint import verify
 from statprune.errors import CheckpointError, MaskError, RecipeError
+from statprune.loading import load_model
 from statprune.report import PruningReport, SiteReport
 from statprune.training.masks import HeldMasks, remeasure
 from test_callback import Classifier, classifier_data, layer_weights, loader, sparsity, tiny_llama, trainer
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"),
 ]
-RECIPE = Recipe.parse("wanda", pattern="2:4")
+RECIPE = Recipe("wanda", "2:4")
 
 
 def finetuning(**settings):

@@ -13,7 +13,7 @@ and checkpoints see the training run that they would have seen without it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,25 +28,33 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
-from statprune.api import Choice, choose
+from statprune.api import plan, prune
 from statprune.checkpoint import refuse_existing, save
-from statprune.engine import plan, prune
-from statprune.errors import CalibrationError, CheckpointError, MaskError, RecipeError, SiteError
-from statprune.model.inputs import is_transformers_model
-from statprune.recipe import Recipe
+from statprune.errors import CalibrationError, CheckpointError, MaskError, RecipeError, SiteError, TracingError
+from statprune.model.inputs import bind_batches
+from statprune.model.kinds import is_transformers_model
+from statprune.model.layers import Layers, find_layers
+from statprune.model.weights import refuse_sharded
+from statprune.recipe import Recipe, Search, read_how
 from statprune.report import PruningReport
-from statprune.training.masks import HeldMasks, refuse_sharded, remeasure
+from statprune.training.masks import HeldMasks, remeasure
 from statprune.training.measurement import Measurement, model_inputs
 
 Then = Literal["stop", "finetune"]
+
+Keys = Mapping[str, str | float | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | None]
+"""Of a recipe, in a mapping. Texts come first: what jsonargparse takes for `Any` it reads as YAML once more, and a quoted "2:4"
+would be a number after all."""
 
 
 class StatisticalPruning(Callback):
     """Prune the model of a LightningModule.
 
     Args:
-        recipe: how to prune; the default is the paper's method at 2:4. Where it is `auto`, it is chosen once, at the
-            first probe or when pruning, by trying candidates out on the calibration batches, and then kept.
+        recipe: how to prune, as for `statprune.prune`: a `Recipe`, a method's short name such as `"cvr+energy"`, a mapping of a
+            recipe's keys, or a `Search` (`"auto"`). None: the paper's method at 2:4. A search chooses once, at the first probe
+            or when pruning, by trying candidates out on the calibration batches, and the choice is then kept.
+        pattern: in the place of that of `recipe`, such as `"50%"` or `"2:4"`.
         module: attribute path of the module to prune, such as `"model"`. Default: the transformers model that the
             LightningModule holds, or else the LightningModule itself, called as `forward` is.
         calibration: batches to calibrate on, such as a DataLoader. Default: `calibration_dataloader()` of the DataModule or
@@ -85,7 +93,8 @@ class StatisticalPruning(Callback):
 
     def __init__(
         self,
-        recipe: Recipe | None = None,
+        recipe: str | Keys | Recipe | Search | None = None,
+        pattern: str | float | None = None,  # a number is what YAML makes of 2:4 without quotes: refused, and said why
         module: str | None = None,
         calibration: Any = None,
         calibration_batches: int = 128,
@@ -96,7 +105,7 @@ class StatisticalPruning(Callback):
         super().__init__()
         if then not in get_args(Then):
             raise RecipeError(f"StatisticalPruning(then={then!r}): expected 'stop' or 'finetune'.")
-        self.recipe = recipe or Recipe()
+        self.recipe = read_how(recipe, pattern=pattern)
         self.module = module
         self.calibration = calibration
         self.calibration_batches = calibration_batches
@@ -106,7 +115,8 @@ class StatisticalPruning(Callback):
         self.report: PruningReport | None = None
         self.landed: dict[str, Any] | None = None
         self._batches: list[Any] | None = None
-        self._choice: Choice | None = None
+        self._chosen: PruningReport | None = None
+        self._layers: Layers | None = None
         self._measuring: Measurement | None = None
         self._masks: HeldMasks | None = None
         self._hooks: list[RemovableHandle] = []
@@ -172,9 +182,9 @@ class StatisticalPruning(Callback):
                     measuring.add(batch, dense=True)
                 self._land(trainer, pl_module, batches)
             else:
-                choice = self._chosen(trainer, target, batches)
-                measuring.twin = plan(target, batches, choice.recipe, forward_context=trainer.precision_plugin.val_step_context)
-                self.report = choice.sign(measuring.twin.report)
+                measuring.twin = plan(target, batches, **self._how(trainer, target, batches))
+                self.report = self._with_choice(measuring.twin.report)
+                self._layers = measuring.twin.layers
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -251,8 +261,9 @@ class StatisticalPruning(Callback):
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the optimizers go."""
+        """Let the optimizers and the graph go."""
         self._release()
+        self._layers = None
 
     def _release(self) -> None:
         self._masks = None
@@ -261,9 +272,9 @@ class StatisticalPruning(Callback):
 
     def _land(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any]) -> None:
         target = self._target(pl_module)
-        choice = self._chosen(trainer, target, batches)
-        report = prune(target, batches, choice.recipe, forward_context=trainer.precision_plugin.val_step_context)
-        self._record(trainer, choice.sign(report))
+        report = prune(target, batches, **self._how(trainer, target, batches))
+        self._layers = None
+        self._record(trainer, self._with_choice(report))
         if self.then == "stop":
             self._save(trainer, pl_module)
 
@@ -290,11 +301,28 @@ class StatisticalPruning(Callback):
             save(self._target(pl_module), self.report, self.output, tokenizer=tokenizer, protocol=protocol)
         trainer.strategy.barrier()
 
-    def _chosen(self, trainer: Trainer, target: nn.Module, batches: list[Any]) -> Choice:
-        """The recipe with a method: the same one at every probe."""
-        if self._choice is None:
-            self._choice = choose(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
-        return self._choice
+    def _how(self, trainer: Trainer, target: nn.Module, batches: list[Any]) -> dict[str, Any]:
+        """The arguments of `plan` and `prune` that say how."""
+        layers = self._layers
+        if layers is not None:
+            try:  # what the first probe found saves the others the export, as long as it holds
+                layers = find_layers(target, bind_batches(target, batches), traced=layers)
+            except TracingError:
+                layers = None
+        return {
+            "how": Recipe.from_dict(self._chosen.recipe) if self._chosen is not None else self.recipe,
+            "traced": layers,
+            "say": lambda text: rank_zero_info(f"StatisticalPruning: {text}"),
+            "forward_context": trainer.precision_plugin.val_step_context,
+        }
+
+    def _with_choice(self, report: PruningReport) -> PruningReport:
+        """Remember what a search has chosen, and say so in every report that follows."""
+        if report.chosen_by is not None:
+            self._chosen = report
+        elif self._chosen is not None:
+            report.chosen_by = self._chosen.chosen_by
+        return report
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self.module is not None:

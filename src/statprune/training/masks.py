@@ -13,12 +13,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from statprune.errors import MaskError, SiteError
+from statprune.errors import MaskError
 from statprune.methods.pruner import energy_sq
-from statprune.model.transform import hold_
+from statprune.model.weights import hold_
 from statprune.report import PruningReport, SiteReport
 
 
@@ -100,13 +99,6 @@ def keep_mask(site: SiteReport, parameter: Tensor) -> Tensor:
 def absent(site: SiteReport, model: nn.Module) -> MaskError:
     """The error for a pruned weight that the model does not have."""
     return MaskError(f"{type(model).__name__} has no parameter {site.parameter}, which was pruned. Is this another model?")
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise SiteError, naming it, for a parameter of which this process holds a part only."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise SiteError(f"The parameter {name} is sharded, and only whole weights can be pruned. Use one device, or DDP.")
 
 
 def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:
