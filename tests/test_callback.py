@@ -22,6 +22,7 @@ from statprune.checkpoint import verify
 from statprune.errors import CalibrationError, CheckpointError, MaskError, SiteError
 from statprune.loading import load_model
 from statprune.model.trace import trace
+from statprune.report import PruningReport
 from statprune.training.modules import WindowDataset
 
 TOKENS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -364,6 +365,31 @@ def test_a_model_that_changes_is_exported_anew(exports):
     assert module.calls == 8
     assert len(exports) == 2  # nothing is called between the second validation and the end
     assert (module.features[0].weight == 0).float().mean() == 0.5
+
+
+class Reports(Callback):
+    def __init__(self, pruning):
+        self.pruning, self.seen = pruning, []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.seen.append(self.pruning.report)
+
+
+def test_a_search_chooses_once_and_every_report_says_so(monkeypatch):
+    record, searched = {"perplexity": 2.0, "seconds": 1.5}, []
+    found = SimpleNamespace(recipe=Recipe("magnitude", "50%"), record=lambda: record)
+    monkeypatch.setattr("statprune.tuning.tune.search_recipe", lambda *call, **others: searched.append(call) or found)
+    pruning, module = StatisticalPruning("auto:minutes=1", pattern="50%"), Classifier()
+    assert pruning.recipe == Search("50%", 1)
+    key, reports = pruning.state_key, Reports(pruning)
+    trainer(pruning, reports, max_epochs=2, num_sanity_val_steps=0).fit(module, classifier_data(), classifier_data())
+    assert len(searched) == 1
+    for report in (*reports.seen, pruning.report, PruningReport.from_dict(pruning.landed["report"])):
+        assert report.recipe == found.recipe.to_dict()
+        assert report.chosen_by == record
+    assert len({id(report) for report in (*reports.seen, pruning.report)}) == 3
+    assert pruning.state_key == key
+    assert pruning.report.sparsity == 0.5
 
 
 def test_a_module_says_how_its_batches_become_inputs():
