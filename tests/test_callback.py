@@ -286,6 +286,10 @@ def test_a_checkpoint_says_whether_its_weights_are_pruned(tmp_path):
     with pytest.raises(MaskError, match="has pruned this model already, after step 4"):
         fitted(classifying(), Classifier(), ckpt_path=tmp_path / "pruned.ckpt", max_epochs=2)
 
+    fitted(tuning := classifying("finetune"), tuned := Classifier(), ckpt_path=tmp_path / "pruned.ckpt", max_epochs=2)
+    assert torch.equal(tuned.features[0].weight == 0, landed["features.0.weight"] == 0)
+    assert tuning.report.finetuning_steps == 4
+
     # The one that was written while the model was dense: pruned in validate, trained on in fit.
     assert "dense_perplexity" in validated(callback, restored, ckpt_path=tmp_path / "dense.ckpt")
     assert (restored.features[0].weight == 0).float().mean() == 0.5
