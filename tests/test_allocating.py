@@ -11,15 +11,15 @@ from torch import nn
 
 import statprune
 from statprune import Recipe
-from statprune.allocation import allocate, error_energy
+from statprune.allocation import TOKENS_PER_CHUNK, allocate, total_divergence
 from statprune.checkpoint import save, verify
 from statprune.errors import CalibrationError, CheckpointError, NonFiniteError, SiteError
 from statprune.methods.patterns import Counted, Unstructured
-from statprune.methods.pruner import PrunedWeight
+from statprune.methods.pruner import PrunedWeight, error_energy
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches
-from statprune.model.kinds import TOKENS_PER_CHUNK, total_divergence
-from statprune.model.trace import trace
+from statprune.model.layers import find_layers
+from statprune.model.weights import InPlace
 from statprune.selection import select
 from tiny_models import classifier, llama, refused, snapshot, t5, tokens
 
@@ -37,7 +37,7 @@ def batches():
 
 @pytest.fixture(scope="module")
 def traced(model, batches):
-    return trace(model, bind_batches(model, batches)[0])
+    return find_layers(model, bind_batches(model, batches))
 
 
 def zeros(twin):
@@ -54,7 +54,7 @@ def test_the_whole_model_has_exactly_the_zeros_asked_for(model, batches, traced,
     twin = statprune.plan(model, batches, recipe, traced=traced)
     expected = Unstructured(0.553).num_pruned(twin.report.num_weights)
     assert sum(zeros(twin).values()) == sum(site.num_pruned for site in twin.report.sites) == expected
-    spread = recipe.allocation["spread"]
+    spread = recipe.build_allocation().spread
     for site in twin.report.sites:
         assert 0.553 - spread - 1 / site.num_weights <= site.sparsity <= 0.553 + spread + 1 / site.num_weights
         pattern = Counted(**{key: value for key, value in site.pattern.items() if key != "name"})
@@ -89,7 +89,7 @@ def test_sensitivity_prunes_what_the_loss_does_not_feel(batches):
 
 def test_uniform_does_what_was_done_before_and_measures_nothing(model, batches, traced):
     selection = select(traced.groups, traced.left_out, Recipe(pattern="50%"))
-    found = allocate(model, traced, selection, [], Recipe(pattern="50%"))
+    found = allocate(traced, selection, [], Recipe(pattern="50%"), InPlace(model))
     assert found.selection is selection
     assert found.patterns == {}
 

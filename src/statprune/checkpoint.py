@@ -110,7 +110,7 @@ def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{folder / RECORD} is not of format {FORMAT}, the only one this version of statprune knows.")
     try:
-        usual_pattern = Recipe(pattern=record["recipe"]["pattern"]).build_pattern()
+        usual_pattern = Recipe.from_dict({"pattern": record["recipe"]["pattern"]}).build_pattern()
         zeros, weights, energies = 0, 0, [0.0, 0.0]
         for index, site in enumerate(record["sites"]):
             weight = _read(folder, site)
