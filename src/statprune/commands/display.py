@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,14 +12,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from statprune.progress import Progress as Advance
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
 from statprune.selection import Selection
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
-
-Advance = Callable[[int, int, str], None]
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from statprune.commands import display
 from statprune.commands.options import calibrate
 from statprune.errors import ExperimentError
-from statprune.loading import DType, open_causal
+from statprune.loading import DType, load_tokenizer, open_causal
 from statprune.recipe import Schedule
 
 
@@ -44,12 +44,11 @@ def compare(
     """
     import dataclasses
 
-    import statprune.checkpoint as checkpoint
     import statprune.experiments.compare as comparison
     from statprune.data import evaluation_windows
 
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
-    tokenizer = checkpoint.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     windows = calibrate(loaded, tokenizer, calibration, samples, seqlen, seed)
     held_out = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
     with display.progress("comparing") as progress:
@@ -107,11 +106,10 @@ def tune(
         dtype: To compute in; auto takes the checkpoint's.
         json: Print one JSON object with everything that was tried instead of a table.
     """
-    import statprune.checkpoint as checkpoint
     from statprune.tuning.tune import tune as tune_model
 
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
-    windows = calibrate(loaded, checkpoint.load_tokenizer(model), calibration, samples, seqlen, seed)
+    windows = calibrate(loaded, load_tokenizer(model), calibration, samples, seqlen, seed)
     with display.progress("seconds of the budget") as progress:
         tuned = tune_model(
             loaded, windows.split(batch_size), pattern=pattern, minutes=minutes, output=output,
@@ -152,7 +150,6 @@ def benchmark(
     """
     import torch
 
-    import statprune.checkpoint as checkpoint
     from statprune.experiments.walk_cost import measure_walk
 
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size, rounds=rounds)
@@ -160,11 +157,9 @@ def benchmark(
         generator = torch.Generator().manual_seed(seed)
         windows = torch.randint(loaded.config.get_text_config().vocab_size, (samples, seqlen), generator=generator)
     else:
-        windows = calibrate(loaded, checkpoint.load_tokenizer(model), calibration, samples, seqlen, seed)
+        windows = calibrate(loaded, load_tokenizer(model), calibration, samples, seqlen, seed)
     with display.progress("measuring") as progress:
-        cost = measure_walk(
-            loaded, windows.split(batch_size), rounds=rounds, progress=lambda done, total: progress(done, total, "rounds")
-        )
+        cost = measure_walk(loaded, windows.split(batch_size), rounds=rounds, progress=progress)
     display.show_walk_cost(cost, windows.numel(), as_json=json)
 
 

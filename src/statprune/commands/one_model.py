@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from statprune.commands import display
 from statprune.commands.options import calibrate, read_recipe, survey_model
-from statprune.loading import DType, open_causal
+from statprune.loading import DType, load_config, load_model, load_tokenizer, model_class, open_causal
 from statprune.recipe import Schedule
 
 
@@ -70,7 +70,7 @@ def prune(
     )  # fmt: skip
     checkpoint.refuse_existing(output)
     loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
-    tokenizer = checkpoint.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     display.show_plan(loaded, survey_model(loaded, chosen), chosen)
     sources = calibration or ["generated"]
     windows = calibrate(loaded, tokenizer, sources, samples, seqlen, seed)
@@ -109,18 +109,15 @@ def evaluate(
         dtype: To compute in; auto takes the checkpoint's.
         json: Print one JSON object instead of a table.
     """
-    import statprune.checkpoint as checkpoint
     from statprune.data import evaluation_windows
     from statprune.perplexity import evaluate as evaluate_model
     from statprune.report import versions
 
     loaded, seqlen = open_causal(model, dtype, device, seqlen, batch_size=batch_size)
-    tokenizer = checkpoint.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     windows = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
     with display.progress("evaluating") as progress:
-        perplexity = evaluate_model(
-            loaded, windows, batch_size=batch_size, progress=lambda done, total: progress(done, total, "windows")
-        )
+        perplexity = evaluate_model(loaded, windows, batch_size=batch_size, progress=progress)
     result = {
         "perplexity": perplexity, "windows": len(windows), "seqlen": seqlen, "text": text, "model": model,
         "tokenizer": type(tokenizer).__name__, "vocabulary": len(tokenizer),
@@ -140,12 +137,11 @@ def inspect(model: str, json: bool = False) -> None:
     """
     import torch
 
-    import statprune.checkpoint as checkpoint
     from statprune.recipe import Recipe
 
-    config = checkpoint.load_config(model)
+    config = load_config(model)
     with torch.device("meta"):
-        empty = checkpoint.model_class(config)._from_config(config)
+        empty = model_class(config)._from_config(config)
     survey = survey_model(empty, Recipe(pattern="0%"))
     display.show_json(display.survey_data(survey)) if json else display.show_survey(model, survey)
 
@@ -183,11 +179,9 @@ def merge(model: str, adapter: str, output: str) -> None:
     with display.progress("verifying") as progress:
         record = checkpoint.verify(model, progress)
     before = PruningReport.from_dict(record)
-    merged = merge_adapters(load_adapter(checkpoint.load_model(model), adapter), before)
+    merged = merge_adapters(load_adapter(load_model(model), adapter), before)
     after = remeasure(before, merged)
     has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
     protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-    checkpoint.save(
-        merged, after, output, tokenizer=checkpoint.load_tokenizer(model) if has_tokenizer else None, protocol=protocol
-    )
+    checkpoint.save(merged, after, output, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
     display.show_merged(before, after, output)

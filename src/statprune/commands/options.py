@@ -34,5 +34,5 @@ def calibrate(model: Any, tokenizer: Any, sources: list[str], samples: int, seql
     with display.progress("calibration windows") as progress:
         return calibration_windows(
             sources, tokenizer=tokenizer, model=model, samples=samples, seqlen=seqlen, seed=seed,
-            progress=lambda done, total: progress(done, total, "windows"),
+            progress=progress,
         )  # fmt: skip
