@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from exports import Exports
 from two_ranks import TwoRanks
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -23,6 +24,17 @@ logging.getLogger("torch.__trace").addFilter(lambda *_: False)
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exports():
+    return Exports()
+
+
+@pytest.fixture(autouse=True)
+def _one_export_for_each_architecture(request, monkeypatch, exports):
+    if "real_export" not in request.keywords:
+        monkeypatch.setattr("statprune.model.layers.trace", exports)
 
 
 def pytest_collection_modifyitems(items):

@@ -67,7 +67,8 @@ def complete_parts(criterion: Part, compensation: Part | Sequence[Part]) -> tupl
     Raises:
         RecipeError: a name or setting does not exist.
     """
-    given = [compensation] if isinstance(compensation, str | Mapping) else list(compensation)
+    several = isinstance(compensation, Sequence) and not isinstance(compensation, str)
+    given = list(compensation) if several else [compensation]
     completed = [complete("compensation", part, known_compensations()) for part in given]
     return complete("criterion", criterion, known_criteria()), [part for part in completed if part["name"] != "none"]
 
@@ -100,8 +101,15 @@ def read_pattern(part: object) -> Whole:
             raise RecipeError(f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}, or a mapping with a 'name'.")
         name = _name_of(pattern)
         values = {key: getattr(pattern, key) for key in _NUMBERS[name]}
-        given = {**values, **_read("pattern", f"{name}:{settings}", PATTERNS)} if settings else {"name": name, **values}
+        others = _read("pattern", f"{name}:{settings}", PATTERNS)
+        if twice := [key for key in values if key in others]:
+            raise RecipeError(f"Recipe(pattern={part!r}): {numbers!r} says {' and '.join(twice)} already. Leave them out.")
+        given = {**others, **values}
     whole = complete("pattern", given, PATTERNS)
+    try:
+        PATTERNS[whole["name"]](**split(whole)[1])
+    except (ValueError, TypeError) as e:
+        raise RecipeError(f"Recipe(pattern={part!r}): {e}") from e
     is_open = isinstance(given, Mapping) and "rank_over" not in given
     return {key: value for key, value in whole.items() if not (is_open and key == "rank_over")}
 
