@@ -430,6 +430,7 @@ def run_process(script, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_goes_on_with_the_same_mask_and_ends_as_if_it_had_lived(tmp_path):
     done = run_process(CRASH, tmp_path)
     assert done.returncode == 9, done.stderr[-3000:]
