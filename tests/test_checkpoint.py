@@ -198,6 +198,7 @@ checkpoint.save(model, report, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_nothing_that_looks_finished(tmp_path, tiny_model_folder):
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, tiny_model_folder, tmp_path / "out"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 9

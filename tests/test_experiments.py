@@ -456,6 +456,7 @@ class TestCommand:
         assert main(arguments) == 0
         assert "| mine |" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_a_killed_process_loses_and_repeats_no_cell(self, tmp_path, settings):
         own = {**settings, "methods": ["wanda", "cvr", "cvr+energy", "ria"], "patterns": ["50%", "2:4"]}
         out = tmp_path / "out"

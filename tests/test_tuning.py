@@ -1,9 +1,6 @@
 import csv
 import json
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -308,45 +305,22 @@ def test_every_listed_method_exists():
     assert len({Recipe(method).method for method in METHODS}) == len(METHODS)
 
 
-DDP_SCRIPT = """
-import os, sys
-import torch
-import statprune
-sys.path.insert(0, sys.argv[1])
-from tiny_models import llama, tokens
-from statprune.tuning import search
-
-torch.set_num_threads(1)
-rank = int(sys.argv[2])
-torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{sys.argv[3]}.store")
-search.METHODS = ("cvr+least-squares", "wanda+energy", "ria", "cvr")
-torch.manual_seed(1)
-windows = tokens(16, 12)
-model = llama()
-if rank == 1:  # whose clock does not count
-    search.Stopwatch.here = lambda self: 1e9
-report = statprune.prune(model, windows[rank::2].split(2), "auto:minutes=1", pattern="2:4")
-done = {"chosen": report.chosen_by["finalists"], "recipe": report.recipe, "weights": model.state_dict()}
-torch.save(done, f"{sys.argv[3]}.{rank}")
-torch.distributed.destroy_process_group()
-"""
+def _chosen_by_a_rank(rank):
+    torch.manual_seed(1)
+    windows, model = tokens(16, 12), llama()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("statprune.tuning.search.METHODS", ("cvr+least-squares", "wanda+energy", "ria", "cvr"))
+        if rank == 1:  # whose clock does not count
+            monkeypatch.setattr("statprune.tuning.search.Stopwatch.here", lambda self: 1e9)
+        report = statprune.prune(model, windows[rank::2].split(2), "auto:minutes=1", pattern="2:4")
+    return report.chosen_by["finalists"], report.recipe, model.state_dict()
 
 
-def test_ranks_choose_alike_by_the_windows_of_all_of_them_and_the_first_ones_clock(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(DDP_SCRIPT))
-    command = [sys.executable, str(script), __file__.rpartition("/")[0]]
-    running = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in (0, 1))
-    assert first["recipe"] == second["recipe"]
-    assert first["chosen"] == second["chosen"]
-    assert len(first["chosen"]) > len(BASELINES)
-    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+def test_ranks_choose_alike_by_the_windows_of_all_of_them_and_the_first_ones_clock(two_ranks):
+    first, second = two_ranks(_chosen_by_a_rank)
+    assert first[:2] == second[:2]
+    assert len(first[0]) > len(BASELINES)
+    assert all(torch.equal(weight, second[2][name]) for name, weight in first[2].items())
 
 
 def test_a_stopwatch_counts_what_earlier_runs_used():
