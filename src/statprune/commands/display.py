@@ -4,22 +4,23 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import rich.progress
+import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from statprune.recipe import Recipe
+from statprune.progress import Progress
+from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 from statprune.selection import Selection
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
-
-Advance = Callable[[int, int, str], None]
 
 
 def say(text: str) -> None:
@@ -38,45 +39,121 @@ def show_json(data: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Advance]:
-    """A progress bar on standard error; the function it gives takes (done, in all, what was done)."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(title, total=None, what="")
+def progress(title: str, *, each: bool = False) -> Iterator[Progress]:
+    """How far some work is, on standard error: a bar, or where there is no terminal a line for each finished tenth.
 
-        def advance(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=escape(what))
+    Nothing is shown before the first step is finished, so that work that does not apply leaves nothing behind.
 
-        yield advance
+    Args:
+        title: what the work is.
+        each: without a terminal, a line for each finished step: for steps that take long.
+    """
+    shown = _Bar(title) if errors.is_terminal else _Lines(title, each=each)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+class _Bar:
+    def __init__(self, title: str) -> None:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[what]}"),
+        )  # fmt: skip
+        self.bar = rich.progress.Progress(*columns, console=errors, transient=True)
+        self.task = self.bar.add_task(escape(title), total=None, what="")
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if done:
+            self.bar.start()
+        self.bar.update(self.task, completed=done, total=total, what=escape(what))
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+class _Lines:
+    def __init__(self, title: str, *, each: bool) -> None:
+        self.title, self.each = title, each
+        self.total, self.shown, self.started = 0, 0, time.perf_counter()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if total != self.total:  # other work
+            self.total, self.shown = total, 0
+        part = done if self.each else 10 * done // max(1, total)
+        if part > self.shown:
+            self.shown = part
+            seconds = time.perf_counter() - self.started
+            left = f"about {_clock(seconds * (total - done) / done)} left" if done < total else "finished"
+            say(f"{self.title}: {done} of {total}, {_clock(seconds)}, {left}: {what}")
+
+    def close(self) -> None:
+        """Lines stay."""
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time inside to a report's seconds."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
+def only_own_bars() -> Iterator[None]:
+    """Without the bars of transformers, `datasets` and lm-evaluation-harness, which are all tqdm's, between ours.
+
+    Those of a download stay, since nothing else tells how far it is; so do those of a training.
+    """
+    from tqdm.std import tqdm
+
+    own = tqdm.__init__
+
+    def without_bar(bar: Any, *args: Any, **kwargs: Any) -> None:
+        if not type(bar).__module__.startswith(("huggingface_hub", "lightning")):
+            kwargs["disable"] = True
+        own(bar, *args, **kwargs)
+
+    tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__ = own
 
 
-def show_plan(model: Any, selection: Selection, recipe: Any) -> None:
+def show_plan(model: Any, selection: Selection, how: Recipe | Search) -> None:
     """What will be pruned, what stays dense and why, and what to expect of the result."""
-    pattern = recipe.build_pattern()
-    num_pruned = sum(site.shape[0] * site.shape[1] for site in selection.sites)
-    num_all = sum(parameter.numel() for parameter in model.parameters())
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    title = f"{recipe.method} at {pattern}"
-    if not recipe.is_auto:
-        title += f", schedule {recipe.schedule}, allocation {recipe.allocation['name']}"
+    title = f"{how.method} at {how.pattern}"
+    if isinstance(how, Recipe):
+        title += f", schedule {how.schedule}, allocation {how.allocation}"
     _show_sites(title, selection)
+    size = expected(model, selection, how)
     console.print(
-        f"{num_pruned:,} of {num_all:,} parameters ({100 * num_pruned / num_all:.1f} %) are in the weights to prune. "
-        f"The file stays as large as it is, {num_bytes / 1e6:,.1f} MB: zeros are stored, which every runtime can read. "
+        f"{size['parameters_to_prune']:,} of {size['parameters']:,} parameters "
+        f"({100 * size['parameters_to_prune'] / size['parameters']:.1f} %) are in the weights to prune; "
+        f"{100 * size['zeros'] / size['parameters']:.1f} % of all will be zero. "
+        f"The file stays as large as it is, {size['bytes'] / 1e6:,.1f} MB: zeros are stored, which every runtime can read. "
         "A dense runtime is not faster for them either.\n",
         soft_wrap=True,
     )
+
+
+def expected(model: Any, selection: Selection, how: Recipe | Search) -> dict[str, int]:
+    """Sizes of the result: parameters, those in the weights to prune, zeros (to within a few of each row), bytes of weights."""
+    recipe = how if isinstance(how, Recipe) else how.recipe("magnitude")
+    sparsity = getattr(recipe.build_allocation(), "sparsity", None) or recipe.build_pattern().sparsity
+    to_prune = sum(site.shape[0] * site.shape[1] for site in selection.sites)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters_to_prune": to_prune,
+        "zeros": round(sparsity * to_prune),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+    }
+
+
+def show_dry_run(how: Recipe | Search) -> None:
+    """The end of a dry run: what to keep of it."""
+    kind = "recipe" if isinstance(how, Recipe) else "search"
+    console.print(f"The {kind}, as a file for --recipe:\n\n{escape(how.to_yaml())}\nA dry run: nothing was written.", soft_wrap=True)
 
 
 def show_survey(model: str, selection: Selection) -> None:
@@ -141,9 +218,9 @@ def show_report(report: PruningReport, output: str) -> None:
         )
     if report.fallback_reason:
         console.print(f"[yellow]{escape(report.fallback_reason)}[/]", soft_wrap=True)
-    for name in ("tune", "trace", "check", "walk", "prune", "save"):
+    for name, what in _steps(report).items():
         if name in report.seconds:
-            console.print(f"{_STEPS[name]:<58}{report.seconds[name]:8.1f} s")
+            console.print(f"{what:<58}{report.seconds[name]:8.1f} s")
     console.print(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
@@ -152,14 +229,20 @@ def show_report(report: PruningReport, output: str) -> None:
     )
 
 
-_STEPS = {
-    "tune": "candidates tried out on the calibration windows",
-    "trace": "export to a graph",
-    "check": "first batch through the dense model, before any change",
-    "walk": "walk: the calibration set through the graph, once",
-    "prune": "scores, masks and compensation",
-    "save": "save and verify",
-}
+def _steps(report: PruningReport) -> dict[str, str]:
+    """What took time, in order, by the name that the report has for it."""
+    allocation = report.recipe["allocation"]["name"]
+    times = "twice, block by block" if report.schedule == "block" else "once"
+    runner = "dense model, with module hooks" if report.fallback_reason else "graph"
+    return {
+        "tune": "candidates tried out on the calibration windows",
+        "trace": "export to a graph",
+        **({"allocate": f"allocation: {allocation}, measured on the dense model"} if allocation != "uniform" else {}),
+        "check": "first batch through the dense model, before any change",
+        "walk": f"walk: the calibration set through the {runner}, {times}",
+        "prune": "scores, masks and compensation",
+        "save": "save and verify",
+    }
 
 
 def show_tuned(tuned: Any, model: str, output: str) -> None:
