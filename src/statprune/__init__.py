@@ -1,24 +1,25 @@
 """statprune: make trained models sparse, without retraining and without gradients, and prove what was done.
 
-Reading order, which is also the direction of the imports and of the data:
+What flows, which is also the order to read in (a map of the rooms is in README.md beside this file):
 
-    batches -> InputMoments -> score -> keep mask -> corrected weight -> model -> perplexity -> checkpoint
-               statistics      criteria  patterns     compensation       transform  perplexity    checkpoint
+    batches -> InputMoments -> score -> keep mask -> corrected weight -> Weights.put -> perplexity -> checkpoint
+               statistics      criteria  patterns     compensations       weights       perplexity    checkpoint
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from statprune.api import plan, prune
-from statprune.engine import PruningPlan
+from statprune.api import PruningPlan, plan, prune
 from statprune.errors import StatpruneError
 from statprune.methods.patterns import NM, Unstructured
 from statprune.methods.statistics import InputMoments
-from statprune.recipe import Recipe
+from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 
 if TYPE_CHECKING:
-    from statprune.perplexity import Perplexity
+    from statprune.checkpoint import save, verify
+    from statprune.loading import load_model as load
+    from statprune.perplexity import Perplexity, evaluate
     from statprune.training.callback import StatisticalPruning
     from statprune.training.lora import merge_adapters
     from statprune.training.modules import CausalLM, TextData
@@ -33,30 +34,44 @@ __all__ = [
     "PruningPlan",
     "PruningReport",
     "Recipe",
+    "Search",
     "StatisticalPruning",
     "StatpruneError",
     "TextData",
     "Tuned",
     "Unstructured",
+    "evaluate",
+    "load",
     "merge_adapters",
     "plan",
     "prune",
+    "save",
     "tune",
+    "verify",
 ]
 
 # Lightning and torchmetrics take seconds to import, and `prune` needs neither.
 _IMPORTED_AT_USE = {
-    "StatisticalPruning": "training.callback",
-    "CausalLM": "training.modules",
-    "TextData": "training.modules",
-    "Perplexity": "perplexity",
-    "Tuned": "tuning.outcome",
-    "merge_adapters": "training.lora",
-    "tune": "tuning.tune",
+    "CausalLM": ("training.modules", "CausalLM"),
+    "Perplexity": ("perplexity", "Perplexity"),
+    "StatisticalPruning": ("training.callback", "StatisticalPruning"),
+    "TextData": ("training.modules", "TextData"),
+    "Tuned": ("tuning.outcome", "Tuned"),
+    "evaluate": ("perplexity", "evaluate"),
+    "load": ("loading", "load_model"),
+    "merge_adapters": ("training.lora", "merge_adapters"),
+    "save": ("checkpoint", "save"),
+    "tune": ("tuning.tune", "tune"),
+    "verify": ("checkpoint", "verify"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _IMPORTED_AT_USE:
         raise AttributeError(f"module 'statprune' has no attribute {name!r}")
-    return getattr(import_module(f"statprune.{_IMPORTED_AT_USE[name]}"), name)
+    module, attribute = _IMPORTED_AT_USE[name]
+    return getattr(import_module(f"statprune.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

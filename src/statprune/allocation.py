@@ -1,11 +1,11 @@
-"""Allocating: collect from the dense model what an allocation needs, before anything is pruned.
+"""Allocation: measure on the dense model what a recipe's allocation needs, before anything is pruned.
 
 One pass over the calibration batches. A group's statistics are dropped as soon as its layers are known, so it holds no more
 than the walk does. With `sensitivity`, each layer is then pruned alone and the probe batches are run; the model is untouched.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,22 +26,26 @@ from statprune.methods.budget import (
     owl_sparsities,
     whole_counts,
 )
-from statprune.methods.patterns import NM, Counted, Pattern, Unstructured
-from statprune.methods.pruner import PrunedWeight
+from statprune.methods.patterns import Counted, ModelPattern, Pattern
+from statprune.methods.pruner import PrunedWeight, error_energy
 from statprune.methods.statistics import InputMoments, Statistic
-from statprune.model.hooks import observe_modules
 from statprune.model.inputs import ModelInputs
-from statprune.model.kinds import is_causal, predictions_of, total_divergence
-from statprune.model.segments import blocks
-from statprune.model.sites import InputGroup, LeftOut, LinearSite, TracedModel
-from statprune.model.walk import ForwardContext, OnGroup, walk
+from statprune.model.kinds import is_causal, predictions_of
+from statprune.model.layers import Layers
+from statprune.model.observe import ForwardContext
+from statprune.model.schedule import blocks
+from statprune.model.sites import LeftOut, LinearSite
+from statprune.model.weights import Weights
+from statprune.progress import Progress, silent
+from statprune.ranks import ProcessGroup, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.selection import Selection
 
 NUM_POINTS = 5
 """Sparsities at which a layer's error is computed: the bounds, the target, and one on either side of it."""
 
-Progress = Callable[[int, int, str], None]
+TOKENS_PER_CHUNK = 1024
+"""Logits are widened to float32 this many tokens at a time, as in `perplexity`."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +64,25 @@ class Allocation:
 
 @torch.no_grad()
 def allocate(
-    model: nn.Module,
-    traced: TracedModel | None,
+    layers: Layers,
     selection: Selection,
-    batches: Sequence[ModelInputs],
+    inputs: Sequence[ModelInputs],
     recipe: Recipe,
+    weights: Weights,
     *,
-    progress: Progress | None = None,
+    process_group: ProcessGroup = None,
+    progress: Progress = silent,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> Allocation:
     """Carry out a recipe's allocation; `uniform` costs nothing. All ranks come to the same one.
 
     Args:
-        model: dense, and left so.
-        traced: its graph; None where there is none, and module hooks collect.
+        layers: of the model, which is dense, and left so.
         selection: the layers that share the budget.
-        batches: calibration data, on the model's device.
+        inputs: calibration data, on the model's device.
         recipe: its `allocation` and its pattern; with `sensitivity` its whole pruner is tried out.
+        weights: of the model; nothing is put there.
+        process_group: of the ranks that allocate together.
         progress: called after each layer that was measured.
         forward_context: entered around model code.
 
@@ -88,59 +94,50 @@ def allocate(
     rule, pattern = recipe.build_allocation(), recipe.build_pattern()
     if isinstance(rule, Uniform):
         return Allocation(selection)
-
-    def observe(on_group: OnGroup, needs: Statistic) -> None:
-        if traced is None:
-            observe_modules(model, selection.groups, batches, on_group, needs=needs, forward_context=forward_context)
-        else:  # nothing is pruned on the way, so that every layer's statistics are the dense model's
-            walk(traced, selection.groups, batches, on_group, needs=needs, forward_context=forward_context)
-
+    needs = Statistic.MOMENTS | (recipe.pruner().needs if isinstance(rule, Sensitivity) else Statistic.NONE)
+    observing: dict[str, Any] = {
+        "needs": needs, "weights": weights, "process_group": process_group, "forward_context": forward_context,
+    }  # fmt: skip
     sizes = torch.tensor([rows * columns for rows, columns in (site.shape for site in selection.sites)])
-    target = pattern.sparsity if isinstance(pattern, Unstructured) else 0.0
+    target = pattern.sparsity if pattern.is_unstructured else 0.0
     sparsities = torch.full(sizes.shape, target, dtype=torch.float64)
     harms = torch.zeros(sizes.shape, dtype=torch.float64)
     if isinstance(rule, Owl):
-        harms = _outlier_shares(model, selection, observe, rule.threshold)
+        root_mean_square: dict[str, Tensor] = {}
+        for group, moments in layers.observe(selection.groups, inputs, **observing):
+            assert moments is not None
+            root_mean_square.update({site.parameter: moments.second_moment.sqrt().float() for site in group.sites})
+        harms = _outlier_shares(weights, selection, root_mean_square, rule.threshold)
         sparsities = owl_sparsities(harms, sizes, target, rule.spread)
-    elif isinstance(pattern, NM) or (target and rule.spread):
-        probe = _Probe(model, batches[: rule.probes], forward_context)
-        found = _Sensitivities(model, recipe, _points(target, rule), probe, len(selection.sites), progress)
-        observe(found, Statistic.most(Statistic.MOMENTS, recipe.pruner().needs))
-        increases = found.increases()
+    elif not pattern.is_unstructured or (target and rule.spread):
+        probe = _Probe(layers.model, inputs[: rule.probes], forward_context)
+        found = _Sensitivities(weights, recipe, _points(target, rule), probe, len(selection.sites), progress)
+        # Nothing is pruned on the way, so that every layer's statistics are the dense model's.
+        for group, moments in layers.observe(selection.groups, inputs, **observing):
+            assert moments is not None
+            for site in group.sites:
+                found.measure(site, moments)
+        increases = found.increases(process_group)
         harms = increases / sizes
         if found.points:
             points = torch.tensor(found.points, dtype=torch.float64)
             errors = torch.tensor(found.errors, dtype=torch.float64)
             rates = marginal_rates(increases, errors, errors[:, found.points.index(target)], points)
             sparsities = least_loss_sparsities(rates, points, sizes, target)
-    if isinstance(pattern, Unstructured):
+    if pattern.is_unstructured:
         counts = whole_counts(sparsities, [site.shape for site in selection.sites], target, rule.spread)
-        return Allocation(
-            selection,
-            {
-                site.parameter: Counted(count, site.shape[1], pattern.rank_over)
-                for site, count in zip(selection.sites, counts, strict=True)
-            },
-        )
-    assert isinstance(pattern, NM)
+        pairs = zip(selection.sites, counts, strict=True)
+        return Allocation(selection, {site.parameter: pattern.counted(count, site.shape[1]) for site, count in pairs})
     assert rule.sparsity is not None, "a recipe with an N:M pattern and an allocation has a sparsity"
     return Allocation(_dense_layers(selection, pattern, harms, rule.sparsity, recipe))
 
 
-def _outlier_shares(
-    model: nn.Module, selection: Selection, observe: Callable[[OnGroup, Statistic], None], threshold: float
-) -> Tensor:
+def _outlier_shares(weights: Weights, selection: Selection, root_mean_square: Mapping[str, Tensor], threshold: float) -> Tensor:
     """[sites], float64: the share of outliers in the block that each site is in."""
-    root_mean_square: dict[str, Tensor] = {}
-
-    def note(group: InputGroup, moments: InputMoments) -> None:
-        root_mean_square.update({site.parameter: moments.second_moment.sqrt().float() for site in group.sites})
-
-    observe(note, Statistic.MOMENTS)
     share_of = {}
     for block in blocks(selection.groups):
         sites = [site for group in block for site in group.sites]
-        entries = [_weight(model, site).float().abs() * root_mean_square[site.parameter] for site in sites]
+        entries = [_weight(weights, site).float().abs() * root_mean_square[site.parameter] for site in sites]
         share_of.update(dict.fromkeys((site.parameter for site in sites), outlier_share(entries, threshold)))
     return torch.tensor([share_of[site.parameter] for site in selection.sites], dtype=torch.float64)
 
@@ -157,35 +154,26 @@ class _Sensitivities:
     """Prunes one layer after the other on its own, and keeps what that does to its output and to the model's loss."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        points: list[float],
-        probe: "_Probe",
-        num_sites: int,
-        progress: Progress | None,
+        self, weights: Weights, recipe: Recipe, points: list[float], probe: "_Probe", num_sites: int, progress: Progress
     ) -> None:
-        self.model, self.recipe, self.points, self.probe = model, recipe, points, probe
+        self.weights, self.recipe, self.points, self.probe = weights, recipe, points, probe
         self.num_sites, self.progress = num_sites, progress
         self.errors: list[list[float]] = []
         self.names: list[str] = []
         self.losses: list[Tensor] = []
 
-    def __call__(self, group: InputGroup, moments: InputMoments) -> None:
-        for site in group.sites:
-            weight = _weight(self.model, site)
-            if self.points:
-                pattern = self.recipe.build_pattern()
-                assert isinstance(pattern, Unstructured)
-                trials = [self._prune(site, weight, moments, _at(point, site, pattern)) for point in self.points]
-                self.errors.append([error_energy(weight, pruned, moments) for pruned in trials])
-                at_target = trials[self.points.index(pattern.sparsity)]
-            else:
-                at_target = self._prune(site, weight, moments, None)
-            self.losses.append(self.probe({site.parameter: site.view(at_target.weight).contiguous()}))
-            self.names.append(site.name)
-            if self.progress is not None:
-                self.progress(len(self.names), self.num_sites, f"sensitivity of {site.name}")
+    def measure(self, site: LinearSite, moments: InputMoments) -> None:
+        """Prune the site alone, at every point, and run the probe batches with it at the target."""
+        weight, pattern = _weight(self.weights, site), self.recipe.build_pattern()
+        if self.points:
+            trials = [self._prune(site, weight, moments, _at(point, site, pattern)) for point in self.points]
+            self.errors.append([error_energy(weight, pruned, moments) for pruned in trials])
+            at_target = trials[self.points.index(pattern.sparsity)]
+        else:
+            at_target = self._prune(site, weight, moments, None)
+        self.losses.append(self.probe({site.parameter: site.view(at_target.weight).contiguous()}))
+        self.names.append(site.name)
+        self.progress(len(self.names), self.num_sites, f"sensitivity of {site.name}")
 
     def _prune(self, site: LinearSite, weight: Tensor, moments: InputMoments, pattern: Pattern | None) -> PrunedWeight:
         try:
@@ -193,11 +181,10 @@ class _Sensitivities:
         except ValueError as e:
             raise SiteError(f"{site.name}: {e}") from e
 
-    def increases(self) -> Tensor:
+    def increases(self, process_group: ProcessGroup) -> Tensor:
         """[sites], float64: the loss that each layer's pruning makes, over all ranks (see `_Probe`)."""
         totals = torch.stack(self.losses)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(totals)
+        sum_over_ranks([totals], process_group)
         totals = totals.cpu()
         if not bool(totals[0, 1] > 0):
             raise CalibrationError(
@@ -212,24 +199,6 @@ class _Sensitivities:
                     "try bfloat16 or float32. Nothing was changed."
                 )
         return losses
-
-
-def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> float:
-    """The energy of what pruning changes in a layer's output, summed over tokens and outputs.
-
-    With a Gram it is exact. Without one channels count as uncorrelated, and only the weights that went are counted: what a
-    compensation does with the mean of a channel is not to be seen in a diagonal.
-
-    Args:
-        weight: [out, in], dense.
-        pruned: the same, pruned.
-        moments: of the inputs.
-    """
-    if moments.gram is not None:
-        change = weight.float() - pruned.weight.float()
-        return float(((change @ moments.gram) * change).sum(dtype=torch.float64))
-    gone = weight.float().masked_fill(pruned.keep, 0.0)
-    return float((gone.square().sum(dim=0, dtype=torch.float64) * moments.sum_sq).sum())
 
 
 class _Probe:
@@ -271,30 +240,49 @@ class _Probe:
         return found
 
 
-def _weight(model: nn.Module, site: LinearSite) -> Tensor:
-    return site.view(model.get_parameter(site.parameter).detach())
+def _weight(weights: Weights, site: LinearSite) -> Tensor:
+    return site.view(weights.get(site.parameter).detach())
 
 
-def _at(sparsity: float, site: LinearSite, pattern: Unstructured) -> Counted:
+def _at(sparsity: float, site: LinearSite, pattern: ModelPattern) -> Counted:
     """The site at this sparsity, one weight in every row being kept."""
     rows, columns = site.shape
-    return Counted(min(round(sparsity * rows * columns), rows * (columns - 1)), columns, pattern.rank_over)
+    return pattern.counted(min(round(sparsity * rows * columns), rows * (columns - 1)), columns)
 
 
-def _dense_layers(selection: Selection, pattern: NM, harms: Tensor, sparsity: float, recipe: Recipe) -> Selection:
+def _dense_layers(selection: Selection, pattern: ModelPattern, harms: Tensor, sparsity: float, recipe: Recipe) -> Selection:
     """The selection without the layers that need not be pruned for this sparsity."""
     sites = selection.sites
-    counts = [rows * columns // pattern.of * (pattern.of - pattern.keep) for rows, columns in (site.shape for site in sites)]
+    counts = [round(rows * columns * pattern.sparsity) for rows, columns in (site.shape for site in sites)]
     num_weights = sum(rows * columns for rows, columns in (site.shape for site in sites))
     chosen = {sites[index].parameter for index in choose_layers(harms.tolist(), counts, budget(sparsity, num_weights))}
     reached = sum(count for site, count in zip(sites, counts, strict=True) if site.parameter in chosen) / num_weights
-    assert not isinstance(recipe.allocation, str)
+    name = recipe.allocation.partition(":")[0]
     reason = (
-        f"dense by the allocation {recipe.allocation['name']}: {pattern} in the other layers makes {100 * reached:.4g} % of "
-        f"the weights in scope zero, {100 * sparsity:.4g} % were asked for"
+        f"dense by the allocation {name}: {pattern} in the other layers makes {100 * reached:.4g} % of the weights in scope zero, "
+        f"{100 * sparsity:.4g} % were asked for"
     )
     groups = [
         replace(group, sites=tuple(site for site in group.sites if site.parameter in chosen)) for group in selection.groups
     ]
     dense = [LeftOut(site.name, site.shape, reason) for site in sites if site.parameter not in chosen]
     return Selection(tuple(group for group in groups if group.sites), (*selection.left_out, *dense))
+
+
+def total_divergence(expected: Tensor, predicted: Tensor) -> Tensor:
+    """The sum over positions of the Kullback-Leibler divergence from what was expected, float64.
+
+    Args:
+        expected: [..., vocabulary], logits of any float dtype.
+        predicted: [..., vocabulary], logits of what is measured.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=predicted.device)
+    pairs = (logits.flatten(0, -2).split(TOKENS_PER_CHUNK) for logits in (expected, predicted))
+    for expected_TV, predicted_TV in zip(*pairs, strict=True):
+        log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (expected_TV, predicted_TV))
+        p = log_p.exp()
+        # sum p d = sum p (d + e^-d - 1), as both distributions sum to 1. No term is negative, so that small ones do not drown
+        # in the rounding of large ones that cancel. What is impossible has a logarithm of -inf.
+        difference = torch.where(p > 0, log_p - log_q, 0.0)
+        total += (p * (difference + torch.expm1(-difference))).sum(dtype=torch.float64)
+    return total

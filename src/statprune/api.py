@@ -1,74 +1,81 @@
-"""prune() and plan() as everyone calls them: where the recipe is `auto` it is chosen first, then as in `compress`."""
+"""What everyone calls: prune and plan, by a recipe or by a search for one."""
 
 import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
-import statprune.engine as compress
-from statprune.engine import Progress, PruningPlan
+from statprune.clock import timed
+from statprune.engine import run
+from statprune.errors import TracingError
+from statprune.model.inputs import ModelInputs, bind_batches
+from statprune.model.layers import Layers, find_layers
+from statprune.model.observe import ForwardContext
 from statprune.model.sites import TracedModel
-from statprune.model.walk import ForwardContext
-from statprune.recipe import Recipe
+from statprune.model.weights import InPlace, Twin, check_weights, write_
+from statprune.progress import Progress, Say, silent, unsaid
+from statprune.ranks import ProcessGroup, meet
+from statprune.recipe import How, Recipe, Search, read_how
 from statprune.report import PruningReport
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A recipe with a method, and where it comes from."""
+@dataclass
+class PruningPlan:
+    """Pruned weights that have not landed: the model they belong to is unchanged."""
 
-    recipe: Recipe
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """By parameter name, as the parameter is stored: ready for `torch.func.functional_call`."""
 
-    record: dict[str, Any] | None = None
-    """Of the `auto` that chose it; None where it was given."""
+    report: PruningReport = field(default_factory=lambda: PruningReport({}, ""))
+    layers: Layers | None = None
+    """The model's linear layers; None in a plan of nothing."""
 
-    def sign(self, report: PruningReport) -> PruningReport:
-        """Say so in the report."""
-        report.chosen_by = self.record
-        if self.record is not None:
-            report.seconds = {"tune": self.record["seconds"], **report.seconds}
-        return report
+    @property
+    def traced(self) -> TracedModel | None:
+        """The model's graph, which saves the next `prune` or `plan` the export; None where it could not be exported."""
+        return self.layers.traced if self.layers is not None else None
 
+    def graph_module(self) -> GraphModule:
+        """The model's graph, reading the pruned weights. It takes the inputs by name.
 
-def choose(
-    model: nn.Module,
-    batches: list[Any],
-    recipe: Recipe,
-    *,
-    forward_context: ForwardContext = contextlib.nullcontext,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Choice:
-    """The recipe itself; where it is `auto`, the one that `tune` chooses on these batches.
+        Raises:
+            TracingError: the model could not be exported.
+        """
+        if self.layers is None:
+            raise TracingError("There is no graph in a plan of nothing: expected one that statprune.plan gave.")
+        return self.layers.graph_module(self.weights)
 
-    Args:
-        model: stays as it is.
-        batches: calibration data, as for `prune`; a generator would be used up.
-        recipe: any.
-        forward_context: entered around model code.
-        progress: called with (seconds used, seconds in all, what is being done) where something is tried.
-        say: called with each step in words.
+    def apply_(self, model: nn.Module) -> PruningReport:
+        """Write the pruned weights into a model, in place: what `prune` would have done.
 
-    Raises:
-        StatpruneError: as `tune`.
-    """
-    if not recipe.is_auto:
-        return Choice(recipe)
-    # Perplexity imports torchmetrics, which takes seconds and which other recipes do not need.
-    from statprune.tuning.tune import tune_recipe
+        Args:
+            model: the one that was planned for, or another instance of it with the same weights.
 
-    tuned = tune_recipe(model, batches, recipe, forward_context=forward_context, progress=progress, say=say)
-    return Choice(tuned.recipe, {"recipe": recipe.to_dict(), **tuned.record()})
+        Returns:
+            The report.
+
+        Raises:
+            SiteError: a weight that the model does not have, or has in another shape; nothing is changed.
+        """
+        write_(model, self.weights)
+        return self.report
 
 
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
-    recipe: Recipe | None = None,
+    how: How | None = None,
     *,
-    progress: Progress | None = None,
+    pattern: str | None = None,
+    traced: Layers | TracedModel | None = None,
+    process_group: ProcessGroup = None,
+    progress: Progress = silent,
+    say: Say = unsaid,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> PruningReport:
     """Prune a model in place.
@@ -77,9 +84,15 @@ def prune(
         model: any `nn.Module`; it is calibrated in eval mode and keeps the modes, the device and the dtype it has.
         batches: calibration data: token tensors [batch, length], dicts of tensors (an `attention_mask` marks padding with 0),
             or tuples of the arguments of `forward`. Shapes may differ from batch to batch.
-        recipe: how; the default is the paper's method at 2:4. `auto` chooses a method by trying candidates on these batches,
-            one half to prune on and the other to score on, and then prunes with all of them.
+        how: a `Recipe`, a method's short name (`"cvr+energy"`), a mapping of a recipe's keys, or a `Search` (`"auto"`), which
+            chooses a recipe by trying candidates on these batches, one half to prune on and the other to score on; it is then
+            carried out with all of them. None: the paper's method at 2:4.
+        pattern: in the place of that of `how`.
+        traced: the graph from an earlier plan for this model, or for another instance of it (`PruningPlan.traced`), which saves
+            the export; batches must have the shapes it was traced with.
+        process_group: in a `torch.distributed` run, the ranks that prune together, each with batches of its own; None for all.
         progress: called after each input group.
+        say: called with each step of a search in words.
         forward_context: entered around model code, such as an autocast.
 
     Returns:
@@ -89,46 +102,81 @@ def prune(
         StatpruneError: bad data, weights, names or widths; before anything is changed. One case cannot be seen so early:
             activations that are finite on the first batch and not on a later one. The message says so.
     """
-    batches, choice = _chosen(model, batches, recipe, forward_context)
-    report = compress.prune(model, batches, choice.recipe, progress=progress, forward_context=forward_context)
-    return choice.sign(report)
+    return _carry_out(
+        "statprune.prune", InPlace, model, batches, how, pattern, traced, process_group, progress, say, forward_context
+    ).report
 
 
 def plan(
     model: nn.Module,
     batches: Iterable[Any],
-    recipe: Recipe | None = None,
+    how: How | None = None,
     *,
-    traced: TracedModel | None = None,
-    progress: Progress | None = None,
+    pattern: str | None = None,
+    traced: Layers | TracedModel | None = None,
+    process_group: ProcessGroup = None,
+    progress: Progress = silent,
+    say: Say = unsaid,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> PruningPlan:
     """What `prune` would do, with the model unchanged; costs a second copy of the pruned weights.
 
-    Args:
-        model: as for `prune`; so are the other arguments and the errors.
-        batches: calibration data.
-        recipe: how.
-        traced: the graph from an earlier plan for this model (`PruningPlan.traced`), which saves the export; batches must have
-            the shapes it was traced with.
-        progress: called after each input group.
-        forward_context: entered around model code.
-
-    Raises:
-        TracingError: `traced` does not hold for the shape of a batch.
+    The arguments and errors are those of `prune`.
     """
-    batches, choice = _chosen(model, batches, recipe, forward_context)
-    twin = compress.plan(model, batches, choice.recipe, traced=traced, progress=progress, forward_context=forward_context)
-    choice.sign(twin.report)
-    return twin
+    return _carry_out(
+        "statprune.plan", Twin, model, batches, how, pattern, traced, process_group, progress, say, forward_context
+    )
 
 
-def _chosen(
-    model: nn.Module, batches: Iterable[Any], recipe: Recipe | None, forward_context: ForwardContext
-) -> tuple[Iterable[Any], Choice]:
-    """The batches, which are gone through twice where something is to be chosen, and the choice."""
-    recipe = recipe or Recipe()
-    if not recipe.is_auto:
-        return batches, Choice(recipe)
-    kept = list(batches)
-    return kept, choose(model, kept, recipe, forward_context=forward_context)
+def _carry_out(
+    call: str,
+    landing: type[InPlace] | type[Twin],
+    model: nn.Module,
+    batches: Iterable[Any],
+    how: How | None,
+    pattern: str | None,
+    traced: Layers | TracedModel | None,
+    process_group: ProcessGroup,
+    progress: Progress,
+    say: Say,
+    forward_context: ForwardContext,
+) -> PruningPlan:
+    chosen = read_how(how, pattern=pattern)
+    inputs = bind_batches(model, batches)
+    check_weights(model)
+    meet(process_group, next((tensor.device for tensor in inputs[0].tensors()), torch.device("cpu")), call)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "trace"):
+        layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
+    if layers.reason is not None:
+        warnings.warn(layers.reason, stacklevel=3)
+    recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
+    weights = landing(model)
+    report = run(
+        layers, inputs, recipe, weights, process_group=process_group, progress=progress, forward_context=forward_context
+    )
+    if record is not None:
+        seconds = {"tune": record["seconds"], **seconds}
+    report.seconds, report.chosen_by = {**seconds, **report.seconds}, record
+    return PruningPlan(weights.pruned if isinstance(weights, Twin) else {}, report, layers)
+
+
+def _recipe(
+    how: Recipe | Search,
+    layers: Layers,
+    inputs: list[ModelInputs],
+    process_group: ProcessGroup,
+    progress: Progress,
+    say: Say,
+    forward_context: ForwardContext,
+) -> tuple[Recipe, dict[str, Any] | None]:
+    """A recipe to carry out, and the record of the search that chose it."""
+    if isinstance(how, Recipe):
+        return how, None
+    # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
+    from statprune.tuning.tune import search_recipe
+
+    tuned = search_recipe(
+        layers, inputs, how, process_group=process_group, progress=progress, say=say, forward_context=forward_context
+    )
+    return tuned.recipe, tuned.record()

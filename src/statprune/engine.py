@@ -1,295 +1,109 @@
-"""prune(): trace, check, walk, land. Everything that can be refused is refused before a weight changes."""
+"""One run: select, allocate, observe, prune, land. Everything that can be refused is refused before a weight changes.
+
+for group, moments in layers.observe(...):      the statistics of a group's inputs are complete
+    for site in group.sites:
+        prune the weight, report it, put it     what is observed next has seen it
+"""
 
 import contextlib
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import Tensor
 
-from statprune.allocation import Allocation, allocate
-from statprune.errors import NonFiniteError, SiteError, StatpruneError, TracingError
-from statprune.methods.pruner import PrunedWeight, energy_sq
-from statprune.methods.statistics import InputMoments, Statistic
-from statprune.model.hooks import find_linear_modules, observe_modules
-from statprune.model.inputs import ModelInputs, bind_batches, dynamic_dims, example_batch
-from statprune.model.sites import InputGroup, LinearSite, TracedModel
-from statprune.model.trace import check_traced, eval_mode, trace, without_cache
-from statprune.model.transform import PruneLinears, apply_
-from statprune.model.walk import ForwardContext, walk
-from statprune.recipe import Recipe, Schedule
+from statprune.allocation import allocate
+from statprune.clock import timed
+from statprune.errors import SiteError, StatpruneError
+from statprune.methods.pruner import PrunedWeight, WeightPruner
+from statprune.methods.statistics import InputMoments
+from statprune.model.inputs import ModelInputs
+from statprune.model.layers import Layers
+from statprune.model.observe import ForwardContext
+from statprune.model.sites import LinearSite
+from statprune.model.undisturbed import undisturbed
+from statprune.model.weights import Weights
+from statprune.progress import Progress, silent
+from statprune.ranks import ProcessGroup
+from statprune.recipe import Recipe
 from statprune.report import PruningReport, SiteReport
-from statprune.selection import Selection, select
-
-Progress = Callable[[int, int, str], None]
-"""Called with (layers done, layers in all, name of the last one)."""
+from statprune.selection import select
 
 
-@dataclass
-class PruningPlan:
-    """Pruned weights that have not landed: the model they belong to is unchanged."""
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """By parameter name, as the parameter is stored: ready for `torch.func.functional_call`."""
-
-    report: PruningReport = field(default_factory=lambda: PruningReport({}, ""))
-    traced: TracedModel | None = None
-    """The model's graph; None where it could not be exported."""
-
-    def graph_module(self) -> GraphModule:
-        """The model's graph, reading the pruned weights. It takes the inputs by name.
-
-        Raises:
-            TracingError: the model could not be exported.
-        """
-        if self.traced is None:
-            raise TracingError(f"There is no graph: {self.report.fallback_reason}. Use torch.func.functional_call.")
-        result = PruneLinears(self.weights)(self.traced.graph_module)
-        assert result is not None
-        twin: GraphModule = result.graph_module
-        return twin
-
-
-def prune(
-    model: nn.Module,
-    batches: Iterable[Any],
-    recipe: Recipe | None = None,
+def run(
+    layers: Layers,
+    inputs: Sequence[ModelInputs],
+    recipe: Recipe,
+    weights: Weights,
     *,
-    progress: Progress | None = None,
+    process_group: ProcessGroup = None,
+    progress: Progress = silent,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> PruningReport:
-    """Prune a model in place, by a recipe that names its method; else as `auto.prune`, which is what users call."""
-    landing = _Commit(model)
-    return _run(model, batches, recipe or Recipe(), landing, progress, forward_context).report
+    """Prune the weights that a recipe selects, and put them where `weights` says.
 
-
-def plan(
-    model: nn.Module,
-    batches: Iterable[Any],
-    recipe: Recipe | None = None,
-    *,
-    traced: TracedModel | None = None,
-    progress: Progress | None = None,
-    forward_context: ForwardContext = contextlib.nullcontext,
-) -> PruningPlan:
-    """What `prune` would do, with the model unchanged, by a recipe that names its method; else as `auto.plan`."""
-    return _run(model, batches, recipe or Recipe(), _Twin(), progress, forward_context, traced)
-
-
-class _Commit:
-    """Pruned weights go into the model as they come; memory never holds a second model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.replaced: dict[str, Tensor] = {}
-
-    def __call__(self, site: LinearSite, pruned: PrunedWeight) -> None:
-        apply_(self.model, site, pruned)
-
-
-class _Twin:
-    """Pruned weights are kept aside, and the walk reads them in place of the model's."""
-
-    def __init__(self) -> None:
-        self.replaced: dict[str, Tensor] = {}
-
-    def __call__(self, site: LinearSite, pruned: PrunedWeight) -> None:
-        # Outside of the view: functional_call wants the parameter's own layout, in memory too.
-        self.replaced[site.parameter] = site.view(pruned.weight).contiguous()
-
-
-def _run(
-    model: nn.Module,
-    batches: Iterable[Any],
-    recipe: Recipe,
-    landing: "_Commit | _Twin",
-    progress: Progress | None,
-    forward_context: ForwardContext,
-    traced: TracedModel | None = None,
-) -> PruningPlan:
-    report = PruningReport(recipe.to_dict(), recipe.schedule)
-    inputs = bind_batches(model, batches)
-    check_weights(model)
-    with undisturbed(model):
-        if traced is None:
-            traced, selection = _look(model, inputs, recipe, report, forward_context)
-        else:
-            check_traced(model, traced, inputs)
-            selection = select(traced.groups, traced.left_out, recipe)
-        with _timed(report, "allocate"):
-            allocation = allocate(model, traced, selection, inputs, recipe, progress=progress, forward_context=forward_context)
-        selection = allocation.selection
-        prune_group = _GroupPruner(model, recipe, allocation, landing, report, progress)
-        _calibrate(model, traced, selection, inputs, prune_group, recipe.schedule, forward_context)
-    report.left_out = list(selection.left_out)
-    report.num_batches = len(inputs)
-    return PruningPlan(landing.replaced, report, traced)
-
-
-def check_weights(model: nn.Module) -> None:
-    """Refuse, naming it, a parameter that cannot be read or written, or that holds NaN or infinity.
+    Args:
+        layers: of the model, whose weights are finite (`check_weights`); its modes, buffers and settings are left as they were.
+        inputs: calibration data, on the model's device.
+        recipe: how.
+        weights: where weights are read from, and where pruned ones land.
+        process_group: of the ranks that prune together, each with its own inputs.
+        progress: called after each input group.
+        forward_context: entered around model code.
 
     Raises:
-        SiteError: it is on the meta device, or was made in inference mode.
-        NonFiniteError: NaN or infinity.
+        StatpruneError: before anything is changed, but for activations that are finite on the first batch and not on a later
+            one, and weights that a method cannot prune; the message says how many are pruned already.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise SiteError(f"The parameter {name} is on the meta device and has no values. Load the weights first.")
-        if parameter.is_inference():
-            raise SiteError(
-                f"The parameter {name} was made in torch.inference_mode, where torch lets nobody write to it from outside. "
-                "Build or load the model outside of it."
-            )
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise NonFiniteError(
-                f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole? Nothing was changed."
-            )
-
-
-def _look(
-    model: nn.Module,
-    inputs: list[ModelInputs],
-    recipe: Recipe,
-    report: PruningReport,
-    forward_context: ForwardContext,
-) -> tuple[TracedModel | None, Selection]:
-    """The model's linear layers and what the recipe makes of them: by its graph, or by module hooks where it has none."""
-    with _timed(report, "trace"):
-        try:
-            traced = trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
-        except TracingError as e:
-            found = find_linear_modules(model, inputs[0], forward_context=forward_context)
-            hint = " Batches of one shape may do." if any(dynamic_dims(inputs)) else ""
-            warnings.warn(f"{e}. Falling back to module hooks with one-shot statistics.{hint}", stacklevel=5)
-            report.fallback_reason = str(e)
-            report.schedule = "one-shot (module hooks)"
-            return None, select(*found, recipe)
-    return traced, select(traced.groups, traced.left_out, recipe)
-
-
-def _calibrate(
-    model: nn.Module,
-    traced: TracedModel | None,
-    selection: Selection,
-    inputs: list[ModelInputs],
-    prune_group: "_GroupPruner",
-    schedule: Schedule,
-    forward_context: ForwardContext,
-) -> None:
-    """Collect what the pruner needs, at the price of one forward pass, and prune group by group."""
-    report, groups = prune_group.report, selection.groups
-    if prune_group.pruner.needs is Statistic.NONE:
-        report.schedule = "no statistics"
-        for group in groups:
-            prune_group(group, None)
-        return
-    started = time.perf_counter()
-    try:
-        if traced is None:
-            needs = prune_group.pruner.needs
-            observe_modules(model, groups, inputs, prune_group, needs=needs, forward_context=forward_context)
-        else:
-            if (
-                isinstance(prune_group.landing, _Commit) and schedule != "one-shot"
-            ):  # else no weight changes before the last batch
-                with _timed(report, "check"):
-                    walk(traced, groups, inputs[:1], lambda *_: None, forward_context=forward_context)
-            started = time.perf_counter()
-            walk(
-                traced, groups, inputs, prune_group,
-                schedule=schedule, needs=prune_group.pruner.needs,
-                replaced=prune_group.landing.replaced, forward_context=forward_context,
+    report = PruningReport(recipe.to_dict(), recipe.schedule, num_batches=len(inputs), fallback_reason=layers.reason)
+    with undisturbed(layers.model):
+        selection = select(layers.groups, layers.left_out, recipe)
+        with timed(report.seconds, "allocate"):
+            allocation = allocate(
+                layers, selection, inputs, recipe, weights,
+                process_group=process_group, progress=progress, forward_context=forward_context,
             )  # fmt: skip
-    except StatpruneError as e:
-        num_pruned = len(report.sites) if isinstance(prune_group.landing, _Commit) else 0
-        consequence = (
-            f"{num_pruned} weights before it are pruned already: reload the model." if num_pruned else "Nothing was changed."
-        )
-        raise type(e)(f"{e} {consequence}") from e
-    report.seconds["walk"] = time.perf_counter() - started - report.seconds["prune"]
-
-
-class _GroupPruner:
-    """Prunes and lands the weights of one group after the other, and writes the report."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        allocation: Allocation,
-        landing: "_Commit | _Twin",
-        report: PruningReport,
-        progress: Progress | None,
-    ) -> None:
-        self.model, self.allocation, self.landing, self.report = model, allocation, landing, report
-        self.pruner, self.progress = recipe.pruner(), progress
-        self.own_pruners = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
+        groups, num_sites = allocation.selection.groups, len(allocation.selection.sites)
+        report.left_out = list(allocation.selection.left_out)
+        usual = recipe.pruner()
+        own = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
         report.seconds["prune"] = 0.0
-
-    def __call__(self, group: InputGroup, moments: InputMoments | None) -> None:
-        with _timed(self.report, "prune"):
-            for site in group.sites:
-                weight = site.view(self.model.get_parameter(site.parameter).detach())
-                try:
-                    pruned = self.own_pruners.get(site.parameter, self.pruner)(weight, moments)
-                except ValueError as e:
-                    raise SiteError(f"{site.name}: {e}") from e
-                self.report.sites.append(replace(_site_report(site, weight, pruned), pattern=self.allocation.record(site)))
-                self.landing(site, pruned)
-        if moments is not None and not self.report.num_tokens:
-            self.report.num_tokens = int(moments.num_tokens)
-        if self.progress is not None:
-            self.progress(len(self.report.sites), len(self.allocation.selection.sites), group.sites[-1].name)
-
-
-def _site_report(site: LinearSite, weight: Tensor, pruned: PrunedWeight) -> SiteReport:
-    return SiteReport(
-        name=site.name,
-        parameter=site.parameter,
-        shape=site.shape,
-        stored=site.layout,
-        num_pruned=pruned.keep.numel() - int(pruned.keep.sum()),
-        num_zeros=int((pruned.weight == 0).sum()),
-        energy_before=energy_sq(weight),
-        energy_after=energy_sq(pruned.weight),
-    )
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model can be traced and calibrated; afterwards its modes, buffers and cache settings are what they were."""
-    # Lightning validates in inference mode; parameters and statistics that outlive it must be ordinary tensors.
-    with torch.inference_mode(False), torch.no_grad(), eval_mode(model), without_cache(model), _buffers_kept(model):
-        yield
+        try:
+            if usual.needs and layers.traced is not None and weights.is_in_place and recipe.schedule != "one-shot":
+                with timed(report.seconds, "check"):  # else no weight changes before the last batch
+                    for _ in layers.observe(groups, inputs[:1], weights=weights, forward_context=forward_context):
+                        pass
+            started = time.perf_counter()
+            for group, moments in layers.observe(
+                groups, inputs, schedule=recipe.schedule, needs=usual.needs, weights=weights,
+                process_group=process_group, forward_context=forward_context,
+            ):  # fmt: skip
+                with timed(report.seconds, "prune"):
+                    for site in group.sites:
+                        weight = site.view(weights.get(site.parameter).detach())
+                        pruned = _prune(own.get(site.parameter, usual), site, weight, moments)
+                        report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
+                        weights.put(site, pruned)
+                if moments is not None and not report.num_tokens:
+                    report.num_tokens = int(moments.num_tokens)
+                progress(len(report.sites), num_sites, group.sites[-1].name)
+        except StatpruneError as e:
+            num_landed = len(report.sites) if weights.is_in_place else 0
+            raise type(e)(
+                f"{e} {num_landed} weights before it are pruned already: reload the model."
+                if num_landed
+                else f"{e} Nothing was changed."
+            ) from e
+    if not usual.needs:
+        report.schedule = "no statistics"
+    else:
+        report.seconds["walk"] = time.perf_counter() - started - report.seconds["prune"]
+        if layers.traced is None:
+            report.schedule = "one-shot (module hooks)"
+    return report
 
 
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """A forward pass may write to buffers (a counter, a cache); calibration leaves them as they were."""
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def _prune(pruner: WeightPruner, site: LinearSite, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
     try:
-        yield
-    finally:
-        for module, name, buffer, copy in before:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, copy):
-                buffer.copy_(copy)
-
-
-@contextlib.contextmanager
-def _timed(report: PruningReport, name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
+        return pruner(weight, moments)
+    except ValueError as e:
+        raise SiteError(f"{site.name}: {e}") from e

@@ -1,11 +1,11 @@
-"""Recipe: which criterion, which pattern, which compensation, on which weights, in which order.
+"""Recipe: which method, which pattern, on which weights, in which order. Search: the same, with the method to be found.
 
-A recipe is plain data, the same in Python, in YAML and in `pruning.json`. Each part is a name, or a mapping with the
-name and its settings; the settings are the keyword arguments of the function that the name stands for.
+A recipe is total: it can prune. It is plain data, hashable, the same in Python, in YAML and in `pruning.json`: each part is a
+text (see `grammar`), and the settings in it are the keyword arguments of the function that its name stands for.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,27 +14,28 @@ import yaml
 
 from statprune.errors import RecipeError, nearest
 from statprune.grammar import (
-    AUTO,
-    Part,
+    Whole,
+    YamlDumper,
     YamlLoader,
-    auto,
-    build_pruner,
     complete,
-    format_method,
-    known_compensations,
-    known_criteria,
+    complete_parts,
+    complete_pattern,
     one_of,
-    parse,
+    read_method,
+    read_pattern,
     split,
-    usual_ranking,
+    write,
+    write_method,
+    write_pattern,
 )
 from statprune.methods.budget import ALLOCATIONS, AllocationRule
-from statprune.methods.patterns import NM, PATTERNS, SHORTHAND_HELP, Pattern, Unstructured, parse_shorthand
+from statprune.methods.patterns import PATTERNS, ModelPattern, Pattern
 from statprune.methods.pruner import WeightPruner
-from statprune.methods.statistics import InputMoments
+from statprune.methods.registry import build_pruner
+from statprune.methods.statistics import InputMoments, Statistic
+from statprune.model.schedule import SCHEDULES, Schedule
 
-Schedule = Literal["walk", "block", "one-shot"]
-SCHEDULES = ("walk", "block", "one-shot")
+OnIndivisible = Literal["error", "skip"]
 ON_INDIVISIBLE = ("error", "skip")
 
 
@@ -42,91 +43,93 @@ ON_INDIVISIBLE = ("error", "skip")
 class Recipe:
     """How to prune. Bad values are refused here, before a model is touched.
 
+    Texts are stored in their shortest form, so that two ways to write a recipe compare and save as one.
+
     Raises:
         RecipeError: a name or a setting does not exist, or a value is out of range.
     """
 
-    criterion: Part = "cvr"
-    """`"magnitude"`, `"wanda"`, `"ria"`, `"z-pruner"`, `"cvr"`, or `"sparsegpt"`, which also updates what it keeps. With
-    settings `"cvr:alpha=0.25"`, or a mapping such as `{"name": "cvr", "alpha": 0.25}`. `"auto"`, or `"auto:minutes=5"`: the
-    criterion, the compensation and the schedule are chosen by trying them out on the calibration batches (see `tune`); the
-    recipe's own compensation and schedule then do not count."""
+    method: str = "cvr+energy"
+    """What chooses the weights, and what corrects those that stay: `"wanda"`, `"cvr+energy"`, `"sparsegpt"`, with settings
+    `"cvr:alpha=0.25+energy:column"`, with several corrections one after the other. The default is the paper's."""
 
-    pattern: Part = "2:4"
-    """`"50%"`, `"2:4"`, or a mapping such as `{"name": "unstructured", "sparsity": 0.5, "rank_over": "row"}` or
-    `{"name": "nm", "keep": 2, "of": 4}`. Unstructured weights compete within their output row where `rank_over` does not say
-    otherwise, and with sparsegpt within a block of columns."""
-
-    compensation: Part | Sequence[Part] = "energy"
-    """`"none"`, `"energy"`, `"activation-energy"` or `"least-squares"`, with settings `"energy:column"`, or a mapping such as
-    `{"name": "energy", "clamp": [0.5, 2.0]}`; or a list of these, which are applied one after the other."""
+    pattern: str = "2:4"
+    """`"50%"`, or `"2:4"`, `"4:8"`, any N:M. Unstructured weights compete within their output row, and with sparsegpt within a
+    block of columns; `"50%:rank_over=layer"` and `"50%:rank_over=row"` say otherwise."""
 
     schedule: Schedule = "walk"
     """`"walk"`: each layer's statistics already see all pruned layers before it. `"block"`: those in the blocks before its own,
     as Wanda's and SparseGPT's code has it. `"one-shot"`: all see the dense model. `"block"` takes two forward passes over
     the calibration batches, the others one."""
 
-    targets: Sequence[str] | None = None
+    targets: tuple[str, ...] | None = None
     """Globs on names, such as `"model.layers.*.mlp.*"`; `*` also crosses dots. None: every linear layer except the
-    output layer and weights that are read in more than one place. A name that is matched here is pruned even so."""
+    output layer and weights that are read in more than one place. A name that is matched here is pruned even so. A list will
+    do; it is kept as a tuple."""
 
-    ignore: Sequence[str] = field(default=())
+    ignore: tuple[str, ...] = ()
     """Globs on names to leave dense; they win over `targets`."""
 
-    on_indivisible: Literal["error", "skip"] = "error"
+    on_indivisible: OnIndivisible = "error"
     """What to do with a layer whose width an N:M pattern does not divide: refuse, or leave it dense and report it."""
 
-    allocation: Part = "uniform"
+    allocation: str = "uniform"
     """How the sparsity is shared out: `"uniform"`, every layer alike; `"owl"`, blocks with more outliers keep more;
-    `"sensitivity"`, by the measured harm of pruning each layer. With settings `"owl:spread=0.1"`, or a mapping. An unstructured
-    pattern's sparsity is then that of all weights together. With an N:M pattern `{"name": "owl", "sparsity": 0.4}` says which
-    fraction of the weights is to be zero, and the allocation which layers stay dense."""
+    `"sensitivity"`, by the measured harm of pruning each layer. With settings `"owl:spread=0.1"`. An unstructured pattern's
+    sparsity is then that of all weights together. With an N:M pattern `"owl:sparsity=0.4"` says which fraction of the weights
+    is to be zero, and the allocation which layers stay dense."""
 
     def __post_init__(self) -> None:
-        if not _are_names(() if self.targets is None else self.targets) or not _are_names(self.ignore):
+        _check_texts("Recipe", method=self.method, allocation=self.allocation)
+        if self.method.partition(":")[0] == AUTO:
             raise RecipeError(
-                f"Recipe(targets={self.targets!r}, ignore={self.ignore!r}): expected lists of names, such as ['*.mlp.*']."
+                f"Recipe(method={self.method!r}): a recipe names its method. statprune.Search(minutes=...) finds one; prune, "
+                "plan and the command take it, or the text 'auto:minutes=10', in a recipe's place."
             )
+        criterion, compensations = read_method(self.method)
+        pattern = complete_pattern(_read_pattern("Recipe", self.pattern), criterion["name"])
+        allocation = complete("allocation", self.allocation, ALLOCATIONS)
         one_of("schedule", self.schedule, SCHEDULES)
-        one_of("on_indivisible", self.on_indivisible, ON_INDIVISIBLE)
-        # Frozen: settings are completed once, so that two ways to write a recipe compare and save as one.
-        object.__setattr__(self, "targets", None if self.targets is None else tuple(self.targets))
-        object.__setattr__(self, "ignore", tuple(self.ignore))
-        object.__setattr__(self, "criterion", complete("criterion", self.criterion, {**known_criteria(), AUTO: auto}))
-        object.__setattr__(self, "pattern", _complete_pattern(self.pattern, usual_ranking(split(self._criterion)[0])))
-        # "energy" is the field's default, which nobody may have asked for.
-        compensation = "none" if self.is_auto and self.compensation == "energy" else self.compensation
-        object.__setattr__(self, "compensation", _complete_compensations(compensation))
-        object.__setattr__(self, "allocation", complete("allocation", self.allocation, ALLOCATIONS))
+        # Frozen: two ways to write one thing become the same text here, once.
+        object.__setattr__(self, "method", write_method(criterion, compensations))
+        object.__setattr__(self, "pattern", write_pattern(pattern, criterion["name"]))
+        object.__setattr__(self, "allocation", write(allocation, ALLOCATIONS))
+        _keep_scope(self)
         self._try_out()
-        self._check_allocation()
-
-    @classmethod
-    def parse(cls, method: str, **others: Any) -> "Recipe":
-        """A recipe from a method's short name, such as `"cvr+energy"` or `"cvr:alpha=0.25+energy:column"`; the rest by keyword.
-
-        Raises:
-            RecipeError: as the constructor.
-        """
-        criterion, compensations = parse(method)
-        return cls(criterion=criterion, compensation=compensations, **others)
+        self._check_allocation(allocation)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        """A recipe from plain data, as YAML and `pruning.json` hold it; `method: cvr+energy` may stand for its two parts."""
-        known = [*(part.name for part in fields(cls)), "method"]
-        for key in data:
-            if key not in known:
-                raise RecipeError(f"Recipe has no key {key!r}.{nearest(str(key), known)} The keys are {', '.join(known)}.")
-        if "method" not in data:
-            return cls(**data)
+        """A recipe from plain data, as YAML and `pruning.json` hold it: parts may be texts, or mappings with every setting.
+
+        `criterion` and `compensation` (one, or a list) may stand in the place of `method`. A criterion alone is the whole
+        method; a compensation alone goes with cvr. Where both ways are there they must agree.
+
+        Raises:
+            RecipeError: as the constructor; an unknown key; `method` and its parts differ.
+        """
+        _check_keys("Recipe", data, [*(one.name for one in fields(cls)), "criterion", "compensation"])
+        given = {key: value for key, value in data.items() if key not in ("criterion", "compensation")}
         if {"criterion", "compensation"} & data.keys():
-            raise RecipeError("Recipe: `method` stands for `criterion` and `compensation`; expected the one or the others.")
-        return cls.parse(**data)
+            parts = complete_parts(data.get("criterion", "cvr"), data.get("compensation", "none"))
+            method = write_method(*parts)
+            if "method" in data and write_method(*read_method(data["method"])) != method:
+                raise RecipeError(
+                    f"Recipe: method {data['method']!r} and criterion and compensation {method!r} differ: expected one of them."
+                )
+            given["method"] = method
+        for key, text in _TEXTS.items():
+            if isinstance(given.get(key), Mapping):
+                given[key] = text(given[key])
+        return cls(**given)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
-        """A recipe from a YAML file."""
+        """A recipe from a YAML file.
+
+        Raises:
+            RecipeError: it cannot be read, or as `from_dict`; names the file.
+        """
         try:
             data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -140,96 +143,187 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every setting spelled out; `Recipe.from_dict` gives an equal recipe back."""
-        return {**asdict(self), "targets": None if self.targets is None else list(self.targets), "ignore": list(self.ignore)}
+        return {
+            "method": self.method,
+            "criterion": self.criterion,
+            "compensation": list(self.compensation),
+            **_scope_to_dict(self),
+            "pattern": self._pattern,
+            "allocation": complete("allocation", self.allocation, ALLOCATIONS),
+        }
+
+    def to_yaml(self) -> str:
+        """The fields as they are, for a file that people read; `Recipe.from_yaml` gives an equal recipe back."""
+        return yaml.dump(_scope_to_dict(self), Dumper=YamlDumper, sort_keys=False)
 
     @property
-    def is_auto(self) -> bool:
-        """Whether the method is yet to be chosen."""
-        return bool(self._criterion["name"] == AUTO)
+    def criterion(self) -> Whole:
+        """What scores the weights: its name and every setting."""
+        return read_method(self.method)[0]
 
     @property
-    def method(self) -> str:
-        """The short name, with what is not a default: `"cvr+energy"`; `Recipe.parse` takes it."""
-        return format_method(self._criterion, self._compensations)
+    def compensation(self) -> tuple[Whole, ...]:
+        """What corrects the weights that stay, as they are applied: names and every setting."""
+        return tuple(read_method(self.method)[1])
 
-    def build_pattern(self) -> Pattern:
+    def build_pattern(self) -> ModelPattern:
         """The pattern object."""
-        assert isinstance(self.pattern, Mapping)
-        name, settings = split(self.pattern)
-        pattern: Pattern = PATTERNS[name](**settings)
-        return pattern
+        name, settings = split(self._pattern)
+        return PATTERNS[name](**settings)
 
     def build_allocation(self) -> AllocationRule:
         """The allocation object."""
-        assert isinstance(self.allocation, Mapping)
-        name, settings = split(self.allocation)
+        name, settings = split(complete("allocation", self.allocation, ALLOCATIONS))
         return ALLOCATIONS[name](**settings)
 
     def pruner(self, pattern: Pattern | None = None) -> WeightPruner:
-        """The function that prunes one weight, with a pattern of its own where an allocation gives it one.
-
-        Raises:
-            RecipeError: the recipe is `auto`, and no method was chosen yet.
-        """
-        if self.is_auto:
-            raise RecipeError(
-                f"Recipe(criterion={self.method!r}) names no method yet: expected one such as 'cvr', or the recipe that "
-                "statprune.tune chooses for this model. statprune.prune and plan, the callback and the command choose it."
-            )
-        return build_pruner(self._criterion, pattern or self.build_pattern(), self._compensations)
+        """The function that prunes one weight, with a pattern of its own where an allocation gives it one."""
+        return build_pruner(self.criterion, pattern or self.build_pattern(), self.compensation)
 
     @property
-    def _criterion(self) -> Mapping[str, Any]:
-        assert isinstance(self.criterion, Mapping)
-        return self.criterion
-
-    @property
-    def _compensations(self) -> list[Mapping[str, Any]]:
-        """As they are applied, without `none`."""
-        parts = [self.compensation] if isinstance(self.compensation, Mapping) else self.compensation
-        return [part for part in parts if isinstance(part, Mapping) and part["name"] != "none"]
+    def _pattern(self) -> Whole:
+        return complete_pattern(read_pattern(self.pattern), self.criterion["name"])
 
     def _try_out(self) -> None:
         """Prune a weight of one row, so that a value out of range is refused now and not in the middle of a model."""
         try:
-            width = getattr(self.build_pattern(), "of", 2)
-            if self.is_auto:
-                auto(**split(self._criterion)[1])
-                if self._compensations:
-                    raise ValueError("auto chooses the compensation itself: leave it out.")
-                return
-            moments = InputMoments.zeros(width, gram=True).add(torch.eye(width)).add(-torch.eye(width))
+            width = self.build_pattern().group_size or 2
+            moments = InputMoments.zeros(width, Statistic.GRAM).add(torch.eye(width)).add(-torch.eye(width))
             self.pruner()(torch.linspace(1.0, 2.0, width)[None], moments)
         except (ValueError, TypeError) as e:
-            raise RecipeError(
-                f"Recipe(criterion={self.criterion}, pattern={self.pattern}, compensation={self.compensation}): {e}"
-            ) from e
+            raise RecipeError(f"Recipe(method={self.method!r}, pattern={self.pattern!r}): {e}") from e
 
-    def _check_allocation(self) -> None:
+    def _check_allocation(self, allocation: Whole) -> None:
         try:
             rule, pattern = self.build_allocation(), self.build_pattern()
         except (ValueError, TypeError) as e:
-            raise RecipeError(f"Recipe(allocation={self.allocation}): {e}") from e
-        assert isinstance(self.allocation, Mapping)
-        name, sparsity = self.allocation["name"], getattr(rule, "sparsity", None)
+            raise RecipeError(f"Recipe(allocation={self.allocation!r}): {e}") from e
+        name, sparsity = allocation["name"], getattr(rule, "sparsity", None)
         if name == "uniform":
             return
-        if self.is_auto:
-            raise RecipeError(
-                f"Recipe(criterion={self.method!r}, allocation={name!r}): `auto` tries allocations itself. Leave it out, or "
-                "name a method."
-            )
-        if isinstance(pattern, NM) and not 0 < (sparsity or 0) <= 1 - pattern.keep / pattern.of:
+        if not pattern.is_unstructured and not 0 < (sparsity or 0) <= pattern.sparsity:
             raise RecipeError(
                 f"Recipe(pattern='{pattern}', allocation={name!r}) with sparsity={sparsity}: with {pattern} every layer that "
                 "is pruned is equally sparse, and the allocation chooses the ones that stay dense. Expected a sparsity of all "
-                f"of them together, up to {1 - pattern.keep / pattern.of:g}, such as '{name}:sparsity=0.1'."
+                f"of them together, up to {pattern.sparsity:g}, such as '{name}:sparsity=0.1'."
             )
-        if isinstance(pattern, Unstructured) and sparsity is not None:
+        if pattern.is_unstructured and sparsity is not None:
             raise RecipeError(
                 f"Recipe(pattern='{pattern}', allocation={name!r}) with sparsity={sparsity}: the pattern says it already. "
                 "Leave the allocation's out; it is for N:M patterns."
             )
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to look for: the method, schedule and allocation that lose least on this model, by trying them out (see `tune`).
+
+    Wherever a recipe can stand it can stand too, also as the text `"auto"` or `"auto:minutes=5"`. What it gives is a recipe.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+
+    pattern: str = "2:4"
+    """As a recipe's; what unstructured weights compete in is each method's own where it is left open."""
+
+    minutes: float = 10.0
+    """How long the trying may take; above 0."""
+
+    targets: tuple[str, ...] | None = None
+    """As a recipe's."""
+
+    ignore: tuple[str, ...] = ()
+    """As a recipe's."""
+
+    on_indivisible: OnIndivisible = "error"
+    """As a recipe's."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.minutes, bool) or not isinstance(self.minutes, int | float) or not 0 < self.minutes < float("inf"):
+            raise RecipeError(f"Search(minutes={self.minutes!r}): expected a number above 0.")
+        object.__setattr__(self, "pattern", write_pattern(_read_pattern("Search", self.pattern)))
+        _keep_scope(self)
+        self.recipe("magnitude")  # a pattern or a scope that cannot be is refused now
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Search":
+        """A search from plain data; `method: auto:minutes=5` may stand in the place of `minutes`.
+
+        Raises:
+            RecipeError: as the constructor; a key that a search has not, as it is what is looked for.
+        """
+        given = dict(data)
+        method = str(given.pop("method", given.pop("criterion", AUTO)))
+        minutes = {key: value for key, value in complete("method", method, {AUTO: _auto}).items() if key == "minutes"}
+        for key in ("schedule", "allocation", "compensation"):
+            if key in given:
+                raise RecipeError(
+                    f"Search({key}={given[key]!r}): the search tries these itself. Leave it out, or name a method."
+                )
+        _check_keys("Search", given, [one.name for one in fields(cls)])
+        given = {**(minutes if ":" in method else {}), **given}
+        if isinstance(given.get("pattern"), Mapping):
+            given["pattern"] = _TEXTS["pattern"](given["pattern"])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `Search.from_dict` gives an equal one back."""
+        return _scope_to_dict(self)
+
+    @property
+    def method(self) -> str:
+        """The text that stands for it: `"auto"`, with the minutes where they are not the default."""
+        return write({"name": AUTO, "minutes": self.minutes}, {AUTO: _auto})
+
+    def build_pattern(self) -> ModelPattern:
+        """The pattern object, as most methods have it."""
+        return self.recipe("magnitude").build_pattern()
+
+    def recipe(self, method: str, schedule: Schedule = "walk") -> Recipe:
+        """A candidate."""
+        return Recipe(method, self.pattern, schedule, self.targets, self.ignore, self.on_indivisible)
+
+
+AUTO = "auto"
+"""Where a method is asked for, this asks for a search."""
+
+How = Recipe | Search | str | Mapping[str, Any]
+"""A recipe, a search, a method's short name (`"cvr+energy"`, `"auto:minutes=5"`), or a mapping of a recipe's keys."""
+
+
+def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
+    """A recipe or a search from whatever says how to prune.
+
+    Args:
+        how: None for the default recipe.
+        others: fields by keyword, `criterion` and `compensation` too; they win over `how`, and None stands for nothing given.
+
+    Raises:
+        RecipeError: as the constructors; it is nothing of the kind.
+    """
+    others = {key: value for key, value in others.items() if value is not None}
+    if not others and isinstance(how, Recipe | Search):
+        return how
+    if isinstance(how, str):
+        data: dict[str, Any] = {"method": how}
+    elif isinstance(how, Recipe | Search):
+        data = _scope_to_dict(how)
+    elif isinstance(how, Mapping) or how is None:
+        data = dict(how or {})
+    else:
+        raise RecipeError(
+            f"how={how!r} is a {type(how).__name__}: expected a Recipe, a Search, a method's short name such as 'cvr+energy', "
+            "or a mapping of a recipe's keys."
+        )
+    is_search = isinstance(how, Search) and "method" not in others and "criterion" not in others
+    if isinstance(how, Search) and not is_search:
+        data.pop("minutes")
+    merged = {**data, **_in_place_of(data, others)}
+    name = merged.get("method", merged.get("criterion"))
+    if is_search or (isinstance(name, str) and name.partition(":")[0] == AUTO):
+        return Search.from_dict(merged)
+    return Recipe.from_dict(merged)
 
 
 Method = str | Mapping[str, Any]
@@ -237,62 +331,95 @@ Method = str | Mapping[str, Any]
 to show it by, a `schedule` and an `allocation`."""
 
 
-def labelled(method: Method, **others: Any) -> tuple[str, Recipe]:
-    """A method's label and its recipe; the recipe's other fields by keyword, which the method's own win over.
+def labelled(method: Method, **others: Any) -> tuple[str, Recipe | Search]:
+    """A method's label, and its recipe or search; the other fields by keyword, which the method's own win over.
 
     Raises:
-        RecipeError: the mapping has other keys; or as the recipe.
+        RecipeError: the mapping has other keys; or as the constructors.
     """
-    if isinstance(method, str):
-        return method, Recipe.parse(method, **others)
-    settings = {key: value for key, value in method.items() if key not in ("label", "method")}
-    allowed = {"schedule", "allocation"} | (set() if "method" in method else {"criterion", "compensation"})
-    if not set(settings) <= allowed:
+    keys = {"method"} if isinstance(method, str) else {key for key in method if key != "label"}
+    allowed = {"schedule", "allocation"} | ({"method"} if "method" in keys else {"criterion", "compensation"})
+    if not keys <= allowed:
+        assert isinstance(method, Mapping)
         raise RecipeError(
             f"The method {dict(method)} has the keys {', '.join(map(str, method))}: expected `method`, or else `criterion` and "
             "`compensation`; and perhaps `label`, `schedule` and `allocation`."
         )
-    others = {**others, **settings}
-    recipe = Recipe.parse(method["method"], **others) if "method" in method else Recipe(**others)
-    assert isinstance(recipe.allocation, Mapping)
-    allocation = recipe.allocation["name"]
-    usual = recipe.method if allocation == "uniform" else f"{recipe.method} ({allocation})"
-    return str(method.get("label", usual)), recipe
+    own = {"method": method} if isinstance(method, str) else {key: method[key] for key in keys}
+    name = own.get("method", own.get("criterion"))
+    if isinstance(name, str) and name.partition(":")[0] == AUTO:
+        others = {key: value for key, value in others.items() if key not in ("schedule", "allocation")}
+    how = read_how({**others, **own})
+    usual = str(method) if isinstance(method, str) else how.method
+    if isinstance(how, Recipe) and how.allocation != "uniform":
+        usual = f"{usual} ({how.allocation.partition(':')[0]})"
+    return str(method.get("label", usual)) if isinstance(method, Mapping) else usual, how
+
+
+def _auto(*, minutes: float = 10.0) -> None:
+    """The settings of the text `auto`."""
+
+
+def _in_place_of(data: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The others, with what one part of a method leaves of the other one spelled out."""
+    if "method" in others or not {"criterion", "compensation"} & others.keys():
+        return dict(others)
+    criterion, compensations = data.get("criterion"), data.get("compensation")
+    if "method" in data:
+        criterion, compensations = read_method(data["method"])
+    parts = {"criterion": criterion, "compensation": compensations, **others}
+    if str(parts["criterion"]).partition(":")[0] == AUTO:
+        return {**others, "method": parts["criterion"]}
+    method = write_method(*complete_parts(parts["criterion"] or "cvr", parts["compensation"] or "none"))
+    return {**{key: value for key, value in others.items() if key not in ("criterion", "compensation")}, "method": method}
+
+
+def _check_keys(kind: str, data: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in data:
+        if key not in known:
+            raise RecipeError(f"{kind} has no key {key!r}.{nearest(str(key), known)} The keys are {', '.join(known)}.")
+
+
+def _check_texts(kind: str, **values: object) -> None:
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise RecipeError(
+                f"{kind}({key}={value!r}): expected a text, such as 'cvr:alpha=0.25+energy' or 'owl:spread=0.1'; "
+                f"{kind}.from_dict takes mappings."
+            )
+
+
+def _read_pattern(kind: str, pattern: object) -> Whole:
+    if not isinstance(pattern, str | int | float):
+        raise RecipeError(
+            f"{kind}(pattern={pattern!r}): expected a text, such as '50%' or '2:4'; {kind}.from_dict takes mappings."
+        )
+    return read_pattern(pattern)
+
+
+def _keep_scope(how: Recipe | Search) -> None:
+    """Check what both kinds say about layers, and keep lists of names as tuples."""
+    one_of("on_indivisible", how.on_indivisible, ON_INDIVISIBLE)
+    if not _are_names(() if how.targets is None else how.targets) or not _are_names(how.ignore):
+        raise RecipeError(
+            f"{type(how).__name__}(targets={how.targets!r}, ignore={how.ignore!r}): expected lists of names, such as "
+            "['*.mlp.*']."
+        )
+    object.__setattr__(how, "targets", None if how.targets is None else tuple(how.targets))
+    object.__setattr__(how, "ignore", tuple(how.ignore))
+
+
+def _scope_to_dict(how: Recipe | Search) -> dict[str, Any]:
+    """The fields, with lists in the place of tuples."""
+    return {**asdict(how), "targets": None if how.targets is None else list(how.targets), "ignore": list(how.ignore)}
 
 
 def _are_names(names: object) -> bool:
     return isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names)
 
 
-def _complete_pattern(part: Part, rank_over: str | None) -> dict[str, Any]:
-    if isinstance(part, int | float):
-        raise RecipeError(
-            f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}. In YAML, quote it: an unquoted 2:4 is a number to YAML."
-        )
-    if isinstance(part, str):
-        if part in PATTERNS:
-            raise RecipeError(f"Recipe(pattern={part!r}) needs numbers: {SHORTHAND_HELP}.")
-        try:
-            pattern = parse_shorthand(part)
-        except ValueError as e:
-            raise RecipeError(f"Recipe(pattern={part!r}): {e}") from e
-        if pattern is None:
-            raise RecipeError(f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}, or a mapping with a 'name'.")
-        settings = {"sparsity": pattern.sparsity} if isinstance(pattern, Unstructured) else asdict(pattern)  # type: ignore[call-overload]
-        part = {"name": _NAME_OF_PATTERN[type(pattern)], **settings}
-    if isinstance(part, Mapping) and part.get("name") == "unstructured":
-        is_open = rank_over is None and "rank_over" not in part
-        completed = complete("pattern", {"rank_over": rank_over or Unstructured.rank_over, **part}, PATTERNS)
-        return {key: value for key, value in completed.items() if not (is_open and key == "rank_over")}
-    return complete("pattern", part, PATTERNS)
-
-
-def _complete_compensations(given: Part | Sequence[Part]) -> dict[str, Any] | list[dict[str, Any]]:
-    """One completed part, `none` among them, or a list of several."""
-    parts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    completed = [complete("compensation", part, known_compensations()) for part in parts]
-    applied = [part for part in completed if part["name"] != "none"]
-    return applied if len(applied) > 1 else (applied or [{"name": "none"}])[0]
-
-
-_NAME_OF_PATTERN: dict[type, str] = {pattern: name for name, pattern in PATTERNS.items()}
+_TEXTS: dict[str, Any] = {
+    "pattern": lambda part: write_pattern(read_pattern(part)),
+    "allocation": lambda part: write(complete("allocation", part, ALLOCATIONS), ALLOCATIONS),
+}
+"""How a mapping of the part becomes its text."""

@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from statprune.model.sites import LeftOut
+from torch import Tensor
+
+from statprune.methods.pruner import PrunedWeight, energy_sq
+from statprune.model.sites import LeftOut, LinearSite
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,28 @@ class SiteReport:
     """Sum of squared weights now."""
     pattern: dict[str, Any] | None = None
     """The layer's own pattern, where an allocation gave it one."""
+
+    @classmethod
+    def of(cls, site: LinearSite, dense: Tensor, pruned: PrunedWeight, pattern: dict[str, Any] | None = None) -> "SiteReport":
+        """Count what pruning did to a weight.
+
+        Args:
+            site: whose weight it is.
+            dense: [out, in], before.
+            pruned: the same, after.
+            pattern: its own, where an allocation gave it one.
+        """
+        return cls(
+            name=site.name,
+            parameter=site.parameter,
+            shape=site.shape,
+            stored=site.layout,
+            num_pruned=pruned.keep.numel() - int(pruned.keep.sum()),
+            num_zeros=int((pruned.weight == 0).sum()),
+            energy_before=energy_sq(dense),
+            energy_after=energy_sq(pruned.weight),
+            pattern=pattern,
+        )
 
     @property
     def num_weights(self) -> int:
@@ -54,13 +79,14 @@ class PruningReport:
     num_tokens: int = 0
     """Calibration tokens that the first layer saw; padding does not count."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """`trace`, `allocate`, `check`, `walk`, `prune`; a command adds `save`."""
+    """`trace`, `allocate`, `check`, `walk`, `prune`; before them `tune`, where a search chose the recipe; a command adds
+    `save`."""
     fallback_reason: str | None = None
     """Why module hooks were used instead of the graph."""
     finetuning_steps: int = 0
     """Optimizer steps taken after pruning, with the pruned weights held at zero."""
     chosen_by: dict[str, Any] | None = None
-    """Where the recipe was `auto` and `recipe` is what it chose: that recipe, what was tried, and on what; else None."""
+    """Where a search chose the recipe: that search, what was tried, and on what; else None."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from statprune.errors import SiteError, nearest
+from statprune.methods.patterns import ModelPattern
 from statprune.model.sites import InputGroup, LeftOut, LinearSite
-from statprune.recipe import Recipe
+from statprune.recipe import Recipe, Search
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Selection:
         return [site for group in self.groups for site in group.sites]
 
 
-def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Recipe) -> Selection:
-    """Apply a recipe's `targets`, `ignore` and `on_indivisible`.
+def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Recipe | Search) -> Selection:
+    """Apply the `targets`, `ignore` and `on_indivisible` of a recipe, or of a search for one.
 
     Raises:
         SiteError: a glob matches no weight, or only weights that cannot be pruned; nothing is left to prune; a width
@@ -36,11 +37,12 @@ def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Re
     for key, patterns in (("targets", recipe.targets or ()), ("ignore", recipe.ignore)):
         for pattern in patterns:
             _check_glob(key, pattern, sites, left_out)
+    pattern_object = recipe.build_pattern()
     kept_groups, excluded = [], list(left_out)
     for group in groups:
         chosen = []
         for site in group.sites:
-            if reason := _exclusion(site, recipe):
+            if reason := _exclusion(site, recipe, pattern_object):
                 excluded.append(LeftOut(site.name, site.shape, reason))
             else:
                 chosen.append(site)
@@ -52,15 +54,15 @@ def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Re
     return Selection(tuple(kept_groups), tuple(excluded))
 
 
-def _exclusion(site: LinearSite, recipe: Recipe) -> str | None:
+def _exclusion(site: LinearSite, recipe: Recipe | Search, pattern: ModelPattern) -> str | None:
     if any(_matches(pattern, name) for pattern in recipe.ignore for name in _all_names(site)):
         return "ignored by the recipe"
     if recipe.targets is not None and not any(_matches(pattern, site.name) for pattern in recipe.targets):
         return "not among the recipe's targets"
     if recipe.targets is None and site.default_exclusion:
         return site.default_exclusion
-    if not recipe.build_pattern().fits(site.shape[1]):
-        reason = f"{recipe.build_pattern()} does not divide its width of {site.shape[1]}"
+    if not pattern.fits(site.shape[1]):
+        reason = f"{pattern} does not divide its width of {site.shape[1]}"
         if recipe.on_indivisible == "error":
             raise SiteError(
                 f"{site.name}: {reason}. Leave such layers dense with on_indivisible: skip, name them in `ignore`, "

@@ -4,7 +4,7 @@ Every compensation is a pure function `(original, pruned, keep, moments, *, sett
 settings that is called as one. All weights are [..., out, in]; `pruned` is what the pruner, or the compensation before, left
 (zeros at pruned places), `keep` is True where a weight stays. A compensation never revives a pruned weight.
 
-One that has `steps`, as `LeastSquares` may, reaches the mask itself in so many, and then has a method `approach` as well.
+One that may reach the mask itself is a function `(pruner, *, settings) -> pruner` instead, such as `gradual.least_squares`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from statprune.methods.least_squares import LeastSquares
+from statprune.methods.gradual import least_squares
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
 
@@ -59,7 +59,7 @@ def energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    _check(eps, clamp, strength)
+    _check("energy", eps, clamp, strength)
     corrected = pruned.float()
     for summed_dim in ([-2] if column else []) + ([-1] if row else []):
         corrected = _rescale(original.float(), corrected, keep, summed_dim, None, eps, clamp, strength)
@@ -99,7 +99,7 @@ def activation_energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    _check(eps, clamp, strength)
+    _check("activation-energy", eps, clamp, strength)
     share_I = moments.second_moment / moments.second_moment.mean(dim=-1, keepdim=True).clamp_min(_TINY)
     corrected = pruned.float()
     if column:
@@ -113,14 +113,14 @@ _TINY = 1e-300
 """Where every channel was always 0, 0 divided by this is 0."""
 
 
-def _check(eps: float, clamp: tuple[float, float], strength: float) -> None:
+def _check(name: str, eps: float, clamp: tuple[float, float], strength: float) -> None:
     low, high = clamp
     if not eps > 0:
-        raise ValueError(f"energy(eps={eps}): expected eps > 0, it keeps an emptied column finite.")
+        raise ValueError(f"{name}(eps={eps}): expected eps > 0, it keeps an emptied column finite.")
     if not 0 < low <= high:
-        raise ValueError(f"energy(clamp={list(clamp)}): expected [low, high] with 0 < low <= high.")
+        raise ValueError(f"{name}(clamp={list(clamp)}): expected [low, high] with 0 < low <= high.")
     if not 0 <= strength <= 1:
-        raise ValueError(f"energy(strength={strength}): expected a number in [0, 1].")
+        raise ValueError(f"{name}(strength={strength}): expected a number in [0, 1].")
 
 
 def _rescale(
@@ -152,6 +152,6 @@ COMPENSATIONS: dict[str, Callable[..., Any]] = {
     "none": none,
     "energy": energy,
     "activation-energy": activation_energy,
-    "least-squares": LeastSquares,
+    "least-squares": least_squares,
 }
-"""Compensations by the name a recipe uses: functions, and classes whose fields are settings."""
+"""Compensations by the name a recipe uses."""

@@ -8,13 +8,8 @@ Why conjugate gradients and not ADMM with the mask fixed (as in Boza 2024, arXiv
 iteration and a factorisation before: on a trained LLaMA's layers, 20 iterations are within 0.2 % of the exact optimum in most
 layers and 6 % in the worst, ADMM's with its best step size within 0.1 and 2 %, and that step size differs from layer to layer;
 at 80 % sparsity conjugate gradients are ahead. They need no step size, and no iteration makes the error larger.
-
-With `steps` the mask is reached gradually, and ADMM does win: its second variable remembers what the pruned weights would be
-worth, so that a step can bring one back. Each of its steps prunes a little more, where the criterion scores what the step made
-of the weights; the conjugate gradients then finish on the mask that came out.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +17,10 @@ from torch import Tensor
 
 from statprune.methods.statistics import InputMoments, Statistic
 
-PENALTY = 0.3
-"""ADMM's step size, beside a Gram whose diagonal is 1. Of 0.1, 0.3, 1 and 3 the best for 4:8 and 2:4, and near the best for
-50 % and 80 %, by the error under the Gram on five layers of a trained LLaMA."""
-
 
 @dataclass(frozen=True)
 class LeastSquares:
     """A compensation: the kept weights that change the layer's output the least."""
-
-    steps: int = 0
-    """In how many steps of ADMM the mask is reached; 0 takes the mask that the criterion chooses on the dense weight. After
-    step k of n the share `1 - (1 - k/n)^3` of the weights to prune is gone, so that the first steps take the most."""
 
     iterations: int = 20
     """At most, of conjugate gradients."""
@@ -45,11 +32,8 @@ class LeastSquares:
     """Added to H's diagonal, as a fraction of each entry; holds back weights that few tokens decide."""
 
     def __post_init__(self) -> None:
-        if not self.steps >= 0 or not self.iterations >= 1:
-            raise ValueError(
-                f"least-squares(steps={self.steps}, iterations={self.iterations}): expected 0 steps or more, and at least one "
-                "iteration."
-            )
+        if not self.iterations >= 1:
+            raise ValueError(f"least-squares(iterations={self.iterations}): expected at least one iteration.")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"least-squares(tolerance={self.tolerance}): expected a fraction in [0, 1).")
         if not self.damping >= 0:
@@ -76,7 +60,7 @@ class LeastSquares:
         Raises:
             ValueError: the statistics have no Gram, or it is so large that float32 cannot hold the products.
         """
-        gram_II, scale_1I = self._normalised(moments)
+        gram_II, scale_1I = normalised_gram(moments, self.damping)
         # An autocast of the caller's would compute the products in its low precision.
         with torch.autocast(original.device.type, enabled=False):
             solution = _conjugate_gradients(
@@ -89,72 +73,29 @@ class LeastSquares:
             )
         return solution.mul_(scale_1I).masked_fill_(~keep, 0.0)
 
-    def approach(
-        self, original: Tensor, moments: InputMoments | None, choose: Callable[[Tensor, float], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Reach a mask in `steps` steps of ADMM.
 
-        Args:
-            original: [..., out, in], the weight before pruning, any float dtype.
-            moments: of the layer's inputs, with the Gram.
-            choose: the keep mask for a candidate weight [..., out, in] and a share in (0, 1] of what is to be pruned.
+def normalised_gram(moments: InputMoments | None, damping: float) -> tuple[Tensor, Tensor]:
+    """The Gram [..., in, in] with ones on its diagonal, plus the damping; and the weights' scale [..., 1, in] beside it.
 
-        Returns:
-            A weight [..., out, in], float32, to start the solution from, and its mask: `choose`'s for the share 1.
+    Computed once for all layers that share the statistics. A channel that was always 0 gets the scale 1 and stays 0 in the
+    Gram: nothing moves its weights.
 
-        Raises:
-            ValueError: as when called.
-        """
-        gram_II, scale_1I = self._normalised(moments)
-        assert moments is not None
-        inverse_II = moments.derive(("ADMM inverse", self.damping), lambda: _regularised_inverse(gram_II))
-        with torch.autocast(original.device.type, enabled=False):
-            # In the method's own terms: V = X + U, where X solves without the mask, Z = V masked, and U adds up X - Z.
-            dense_OI = original.float() / scale_1I
-            target_OI = dense_OI @ gram_II
-            candidate_OI, multiplier_OI = dense_OI, torch.zeros_like(dense_OI)
-            for step in range(1, self.steps + 1):
-                keep_OI = choose(candidate_OI * scale_1I, 1 - (1 - step / self.steps) ** 3)
-                masked_OI = candidate_OI.masked_fill(~keep_OI, 0.0)
-                if step > 1:  # before, there is no X, and V is the dense weight
-                    multiplier_OI = candidate_OI - masked_OI
-                free_OI = torch.add(target_OI, masked_OI - multiplier_OI, alpha=PENALTY) @ inverse_II
-                candidate_OI = free_OI + multiplier_OI
-            candidate_OI *= scale_1I
-            return candidate_OI, choose(candidate_OI, 1.0)
-
-    def _normalised(self, moments: InputMoments | None) -> tuple[Tensor, Tensor]:
-        if moments is None or moments.gram is None:
-            raise ValueError("least-squares needs the Gram of the layer's inputs: expected moments collected with `gram=True`.")
-        gram = moments.gram
-        normalised: tuple[Tensor, Tensor] = moments.derive(
-            ("normalised gram", self.damping), lambda: _normalised(gram, self.damping)
-        )
-        return normalised
+    Raises:
+        ValueError: the statistics have no Gram.
+    """
+    if moments is None or moments.gram is None:
+        raise ValueError("least-squares needs the Gram of the layer's inputs: expected moments collected with Statistic.GRAM.")
+    gram = moments.gram
+    found: tuple[Tensor, Tensor] = moments.derive(("normalised gram", damping), lambda: _normalised(gram, damping))
+    return found
 
 
 def _normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The Gram [..., in, in] with ones on its diagonal, plus the damping; and the weights' scale [..., 1, in] beside it.
-
-    A channel that was always 0 gets the scale 1 and stays 0 in the Gram: nothing moves its weights.
-    """
     diagonal_I = gram.diagonal(dim1=-2, dim2=-1)
     scale_I = torch.where(diagonal_I > 0, diagonal_I, 1.0).rsqrt()
     gram_II = gram * scale_I[..., :, None] * scale_I[..., None, :]
     gram_II.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)
     return gram_II, scale_I[..., None, :]
-
-
-def _regularised_inverse(gram_II: Tensor) -> Tensor:
-    """(H + penalty)^-1 of a normalised Gram; the penalty is so large that float32 will do."""
-    regularised_II = gram_II + PENALTY * torch.eye(gram_II.shape[-1], device=gram_II.device)
-    lower_II, info = torch.linalg.cholesky_ex(regularised_II)
-    if bool(info.any()):
-        raise ValueError(
-            "least-squares: the Gram of its inputs cannot be factorised. Are there infinite or absurdly large activations? "
-            "Leave the layer dense with `ignore`, or take the mask at once, with steps=0."
-        )
-    return torch.cholesky_inverse(lower_II)
 
 
 def _conjugate_gradients(

@@ -9,6 +9,7 @@ it prunes everything, which is how several published implementations behave.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -18,6 +19,10 @@ from torch import Tensor
 
 class Pattern(Protocol):
     """Turns scores [..., out, in] into a keep mask of the same shape, True = kept."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Consecutive inputs whose mask hangs together, such as the 4 of 2:4; None where columns may be cut anywhere."""
 
     def __call__(self, score: Tensor) -> Tensor:
         """The keep mask."""
@@ -36,6 +41,25 @@ class Pattern(Protocol):
 
     def holds(self, weight: Tensor) -> bool:
         """Whether a weight [..., out, in] has at least the zeros that the pattern asks for, in every group."""
+
+
+class ModelPattern(Pattern, Protocol):
+    """A pattern for all layers of a model, as a recipe has it."""
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that it prunes."""
+
+    @property
+    def is_unstructured(self) -> bool:
+        """Whether zeros may stand anywhere, so that layers may differ in sparsity."""
+
+    def counted(self, num_pruned: int, in_features: int) -> "Counted":
+        """The same with an exact number of weights, for one matrix of this width.
+
+        Raises:
+            ValueError: the pattern leaves no choice of the number.
+        """
 
 
 def keep_highest(score: Tensor, num_kept: int) -> Tensor:
@@ -61,6 +85,19 @@ class Unstructured:
             )
         if self.rank_over not in ("row", "layer"):
             raise ValueError(f"Unstructured(rank_over={self.rank_over!r}): expected 'row' or 'layer'.")
+
+    @property
+    def group_size(self) -> None:
+        """Columns may be cut anywhere."""
+
+    @property
+    def is_unstructured(self) -> bool:
+        """Zeros may stand anywhere."""
+        return True
+
+    def counted(self, num_pruned: int, in_features: int) -> "Counted":
+        """The same with an exact number of weights, for one matrix."""
+        return Counted(num_pruned, in_features, self.rank_over)
 
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `floor(sparsity * n)` False in each ranking group of n."""
@@ -113,6 +150,10 @@ class Counted:
 
     rank_over: Literal["row", "layer"] = "row"
     """As for `Unstructured`."""
+
+    @property
+    def group_size(self) -> None:
+        """Columns may be cut anywhere."""
 
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `num_pruned` False in each matrix."""
@@ -172,6 +213,25 @@ class NM:
         if not 0 < self.keep <= self.of:
             raise ValueError(f"NM(keep={self.keep}, of={self.of}): expected 0 < keep <= of, such as NM(keep=2, of=4).")
 
+    @property
+    def sparsity(self) -> float:
+        """`1 - keep / of`."""
+        return 1 - self.keep / self.of
+
+    @property
+    def group_size(self) -> int:
+        """`of`."""
+        return self.of
+
+    @property
+    def is_unstructured(self) -> bool:
+        """Every group has its zeros."""
+        return False
+
+    def counted(self, num_pruned: int, in_features: int) -> Counted:
+        """There is no choice of the number."""
+        raise ValueError(f"{self} prunes the same fraction of every layer: expected an unstructured pattern, such as 50%.")
+
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `keep` True in each `of` consecutive inputs.
 
@@ -210,7 +270,7 @@ class NM:
         return f"{self.keep}:{self.of}"
 
 
-PATTERNS = {"unstructured": Unstructured, "nm": NM}
+PATTERNS: dict[str, Callable[..., ModelPattern]] = {"unstructured": Unstructured, "nm": NM}
 """Patterns by the name a recipe uses."""
 
 SITE_PATTERNS = {"counted": Counted}
@@ -219,7 +279,7 @@ SITE_PATTERNS = {"counted": Counted}
 SHORTHAND_HELP = "'50%' for half of the weights anywhere, '2:4' for two of every four"
 
 
-def parse_shorthand(text: str) -> Pattern | None:
+def parse_shorthand(text: str) -> ModelPattern | None:
     """`"50%"` or `"2:4"` as a pattern; None where the text is neither."""
     if found := re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text):
         return Unstructured(float(found[1]) / 100)

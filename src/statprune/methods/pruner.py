@@ -1,7 +1,8 @@
 """WeightPruner: one weight and the moments of its inputs in, one pruned weight out.
 
 This is the wide seam. Most methods are a criterion, a pattern and a compensation in a row (`compose`); a method that
-chooses and updates at once implements the protocol itself (`sparsegpt`), and a compensation may follow it as well.
+chooses and updates at once (`sparsegpt`), or step by step (`gradual`), implements the protocol itself, and a compensation may
+follow it as well.
 """
 
 from collections.abc import Callable
@@ -64,47 +65,24 @@ class MaskPruner:
 
 @dataclass(frozen=True)
 class CompensatedPruner:
-    """Any pruner, and a compensation of what it left, against the original weight.
-
-    Where the compensation has `steps`, it reaches the mask in so many, and asks the criterion for each (see `LeastSquares`).
-    """
+    """Any pruner, and a compensation of what it left, against the original weight."""
 
     pruner: WeightPruner
     compensation: Callable[..., Tensor]
 
-    def __post_init__(self) -> None:
-        if self._steps and not isinstance(self.pruner, MaskPruner):
-            raise ValueError(
-                f"steps={self._steps}: a mask is reached in steps where the compensation follows a criterion at once, as in "
-                "cvr+least-squares:steps=15; not after another compensation, or a pruner that updates by itself."
-            )
-
-    @property
-    def _steps(self) -> int:
-        steps: int = getattr(self.compensation, "steps", 0)
-        return steps
-
     @property
     def needs(self) -> Statistic:
         """What the pruner and the compensation need."""
-        return Statistic.most(self.pruner.needs, needs_of(self.compensation))
+        return self.pruner.needs | needs_of(self.compensation)
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
         """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
         original = weight.float()
-        pruned = self.pruner(original, moments) if not self._steps else self._approach(original, moments)
+        pruned = self.pruner(original, moments)
         corrected = self.compensation(original, pruned.weight, pruned.keep, moments)
         # The mask again, after the cast: what the file promises as zeros are zeros whatever the compensation did.
         # Not in place: a compensation that hands back `original` hands back the caller's own weight.
         return PrunedWeight(corrected.to(weight.dtype).masked_fill(~pruned.keep, 0.0), pruned.keep)
-
-    def _approach(self, original: Tensor, moments: InputMoments | None) -> PrunedWeight:
-        assert isinstance(self.pruner, MaskPruner)
-        criterion, pattern = self.pruner.criterion, self.pruner.pattern
-        weight, keep = self.compensation.approach(  # type: ignore[attr-defined]
-            original, moments, lambda candidate, share: pattern.partly(criterion(candidate, moments), share)
-        )
-        return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can be pruned."""
@@ -126,3 +104,21 @@ def needs_of(function: Callable[..., Any]) -> Statistic:
 def energy_sq(weight: Tensor) -> float:
     """Sum of squared weights, accumulated in float64; the "energy" that reports and checkpoints quote."""
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64).square())
+
+
+def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> float:
+    """The energy of what pruning changes in a layer's output, summed over tokens and outputs.
+
+    With a Gram it is exact. Without one channels count as uncorrelated, and only the weights that went are counted: what a
+    compensation does with the mean of a channel is not to be seen in a diagonal.
+
+    Args:
+        weight: [out, in], dense.
+        pruned: the same, pruned.
+        moments: of the inputs.
+    """
+    if moments.gram is not None:
+        change = weight.float() - pruned.weight.float()
+        return float(((change @ moments.gram) * change).sum(dtype=torch.float64))
+    gone = weight.float().masked_fill(pruned.keep, 0.0)
+    return float((gone.square().sum(dim=0, dtype=torch.float64) * moments.sum_sq).sum())

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.inverse import inverse_factor
-from statprune.methods.patterns import NM, Pattern
+from statprune.methods.patterns import Pattern
 from statprune.methods.pruner import PrunedWeight
 from statprune.methods.statistics import InputMoments, Statistic
 
@@ -88,7 +88,7 @@ class SparseGPT:
 def _prune_block(weight_IO: Tensor, keep_IO: Tensor, factor_II: Tensor, pattern: Pattern, start: int) -> Tensor:
     """Prune a block of columns in place and write its mask; returns the errors [..., in, out] for the columns behind it."""
     num_columns = weight_IO.shape[-2]
-    chosen_together = pattern.of if isinstance(pattern, NM) else num_columns
+    chosen_together = pattern.group_size or num_columns
     diagonal_I = factor_II.diagonal(dim1=-2, dim2=-1)
     errors_IO, scale_IO = torch.empty_like(weight_IO), torch.empty_like(weight_IO)
     for low, high in _ranges(num_columns, _at_most(NARROW, pattern)):
@@ -108,8 +108,9 @@ def _prune_block(weight_IO: Tensor, keep_IO: Tensor, factor_II: Tensor, pattern:
 
 
 def _at_most(num_columns: int, pattern: Pattern) -> int:
-    """The largest number of columns up to this one that holds whole groups of an N:M pattern; one group at least."""
-    return num_columns - num_columns % pattern.of or pattern.of if isinstance(pattern, NM) else num_columns
+    """The largest number of columns up to this one that holds whole groups of the pattern; one group at least."""
+    size = pattern.group_size
+    return num_columns if size is None else num_columns - num_columns % size or size
 
 
 def _ranges(end: int, width: int) -> Iterator[tuple[int, int]]:

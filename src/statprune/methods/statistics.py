@@ -8,7 +8,7 @@ neither can happen to a sum.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Flag, auto
 from typing import Any, TypeVar
 
 import torch
@@ -19,20 +19,15 @@ from torch import Tensor
 RELATIVE_VARIANCE_FLOOR = 1e-13
 
 
-class Statistic(StrEnum):
-    """What a criterion or a compensation must know about a layer's inputs."""
+class Statistic(Flag):
+    """What a criterion or a compensation must know about a layer's inputs; several are joined by `|`."""
 
-    NONE = "none"
-    MOMENTS = "moments"
+    NONE = 0
+    MOMENTS = auto()
     """Sums and sums of squares, channel by channel: 2 numbers a channel."""
 
-    GRAM = "gram"
-    """The moments, and the products of all pairs of channels: `in` numbers a channel."""
-
-    @classmethod
-    def most(cls, *statistics: "Statistic") -> "Statistic":
-        """The least that contains all of these."""
-        return max(statistics, key=list(cls).index, default=cls.NONE)
+    GRAM = auto()
+    """The products of all pairs of channels: `in` numbers a channel. The moments always come with it."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -72,16 +67,28 @@ class InputMoments:
 
     @classmethod
     def zeros(
-        cls, in_features: int, *, stack: tuple[int, ...] = (), gram: bool = False, device: torch.device | str = "cpu"
+        cls,
+        in_features: int,
+        needs: Statistic = Statistic.MOMENTS,
+        *,
+        stack: tuple[int, ...] = (),
+        device: torch.device | str = "cpu",
     ) -> "InputMoments":
-        """No tokens seen yet, for layers with `in_features` inputs (and `stack` matrices of their own tokens)."""
+        """No tokens seen yet.
+
+        Args:
+            in_features: channels of the inputs.
+            needs: what to collect; the moments always are.
+            stack: leading dimensions, of matrices with tokens of their own.
+            device: of the inputs.
+        """
         # A Lightning validation loop runs in inference mode; sums that outlive it must be ordinary tensors.
         with torch.inference_mode(False):
             return cls(
                 num_tokens=torch.zeros(stack, dtype=torch.int64, device=device),
                 sum=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
                 sum_sq=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
-                gram=torch.zeros(*stack, in_features, in_features, device=device) if gram else None,
+                gram=torch.zeros(*stack, in_features, in_features, device=device) if Statistic.GRAM in needs else None,
             )
 
     def add(self, inputs: Tensor, keep_token: Tensor | None = None) -> "InputMoments":

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from statprune.errors import CalibrationError
 from statprune.methods.statistics import InputMoments, Statistic
-from statprune.model.inputs import ModelInputs, is_transformers_model
+from statprune.model.inputs import ModelInputs
+from statprune.model.kinds import is_transformers_model
+from statprune.model.observe import ForwardContext, Observations, complete, fit_mask
 from statprune.model.sites import InputGroup, LeftOut, LinearSite
-from statprune.model.walk import ForwardContext, OnGroup, complete, fit_mask
+from statprune.ranks import ProcessGroup
 
 
 @torch.no_grad()
@@ -79,12 +81,12 @@ def observe_modules(
     model: nn.Module,
     groups: Sequence[InputGroup],
     batches: Sequence[ModelInputs],
-    on_group: OnGroup,
     *,
     needs: Statistic = Statistic.MOMENTS,
+    process_group: ProcessGroup = None,
     forward_context: ForwardContext = contextlib.nullcontext,
-) -> None:
-    """Run all batches through the dense model once, and hand every group its statistics afterwards.
+) -> Observations:
+    """Run all batches through the dense model once, and yield every group with its statistics afterwards.
 
     Raises:
         NonFiniteError: a group's input holds NaN or infinity; names the first such layer, before anything is pruned.
@@ -92,9 +94,7 @@ def observe_modules(
     """
     leaders = {model.get_submodule(group.sites[0].parameter.rpartition(".")[0]): group for group in groups}
     device = next(model.parameters()).device
-    moments = {
-        group.name: InputMoments.zeros(group.in_features, gram=needs is Statistic.GRAM, device=device) for group in groups
-    }
+    moments = {group.name: InputMoments.zeros(group.in_features, needs, device=device) for group in groups}
     for number, batch in enumerate(batches):
         mask = _padding_mask(batch, number)
 
@@ -103,9 +103,10 @@ def observe_modules(
 
         with _hooked(leaders, add), forward_context():
             _run(model, batch, number)
-    totals = [complete(group, moments[group.name]) for group in groups]
-    for group, total in zip(groups, totals, strict=True):
-        on_group(group, total)
+    for group in groups:
+        complete(group, moments[group.name], process_group)
+    for group in groups:
+        yield group, moments.pop(group.name)
 
 
 def _run(model: nn.Module, batch: ModelInputs, number: int) -> Any:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from statprune.errors import CalibrationError, NonFiniteError
+from statprune.errors import CalibrationError, NonFiniteError, TracingError
+from statprune.model.kinds import is_transformers_model, vocabulary_and_context
 
 LABELS = ("labels", "future_values", "return_loss")
 """Inputs that only a loss needs; calibration has no loss."""
+
+_EXAMPLE_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,6 @@ class ModelInputs:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
-def is_transformers_model(model: nn.Module) -> bool:
-    """Whether the model is a `transformers.PreTrainedModel`, asked without importing transformers."""
-    return any(
-        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers") for base in type(model).__mro__
-    )
-
-
 def bind_batches(model: nn.Module, batches: Iterable[Any]) -> list[ModelInputs]:
     """Every batch as inputs of this model, on its device, all with the same names.
 
@@ -50,14 +46,13 @@ def bind_batches(model: nn.Module, batches: Iterable[Any]) -> list[ModelInputs]:
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise CalibrationError(
-            f"prune(batches=...) is a {type(batches).__name__}: expected several batches, such as a list or a DataLoader. "
+            f"The calibration batches are a {type(batches).__name__}: expected several, such as a list or a DataLoader. "
             "Wrap a single batch in a list."
         )
     bound = [_bind(model, batch, index) for index, batch in enumerate(batches)]
     if not bound:
         raise CalibrationError(
-            "prune(batches=...) is empty: expected at least one batch of calibration inputs. "
-            "(A generator that was already used up is empty too.)"
+            "There are no calibration batches: expected at least one. (A generator that was already used up has none either.)"
         )
     first = bound[0]
     for index, inputs in enumerate(bound):
@@ -175,7 +170,7 @@ def _to_model(model: nn.Module, value: Any, device: torch.device) -> Any:
 def _check(model: nn.Module, inputs: ModelInputs, index: int) -> None:
     if not inputs.tensors():
         raise CalibrationError(f"Calibration batch {index} has no tensor in it: {_describe(inputs)}. Convert lists and arrays.")
-    vocabulary, context = _limits(model)
+    vocabulary, context = vocabulary_and_context(model)
     for name, value in [*enumerate(inputs.args), *inputs.kwargs.items()]:
         for tensor in tree_leaves(value):
             if isinstance(tensor, Tensor) and not tensor.is_meta:
@@ -205,13 +200,30 @@ def _check_tensor(name: str, tensor: Tensor, index: int) -> None:
         raise NonFiniteError(f"Calibration batch {index}: NaN or infinity in the input {name!r}. Nothing was changed.")
 
 
-def _limits(model: nn.Module) -> tuple[int | None, int | None]:
-    """Vocabulary and context of the transformers model that this is, or that is somewhere inside it; None where not known."""
+def example_inputs(model: Any) -> dict[str, Tensor]:
+    """Zeros of the right shapes for the inputs that a transformers model names as its main one.
 
-    def positive(limit: Any) -> int | None:
-        return limit if isinstance(limit, int) and limit > 0 else None  # XLNet's context is -1: no limit
-
-    config: Any = next((module.config for module in model.modules() if is_transformers_model(module)), None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return positive(getattr(config, "vocab_size", None)), positive(getattr(config, "max_position_embeddings", None))
+    Raises:
+        TracingError: the main input is of an unknown kind.
+    """
+    config = model.config
+    tokens = torch.zeros(2, _EXAMPLE_LENGTH, dtype=torch.int64)
+    inputs: dict[str, Tensor] = {}
+    vision = getattr(config, "vision_config", config)
+    is_text_too = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    if model.main_input_name == "input_ids" or is_text_too:
+        inputs["input_ids"] = tokens
+    if model.main_input_name == "pixel_values" or is_text_too:
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs["pixel_values"] = torch.zeros(2, getattr(vision, "num_channels", 3), height, width)
+    if model.main_input_name == "input_features":
+        inputs["input_features"] = torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions)
+    if not inputs:
+        raise TracingError(
+            f"{type(model).__name__} takes {model.main_input_name}, for which no example can be made up. "
+            "Use statprune.plan(model, batches) in Python, with batches of its own inputs."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    return inputs

@@ -1,13 +1,8 @@
-"""Segments: where a schedule cuts the graph, what runs in between, and what each value is kept for.
-
-walk       ──┤q k v├──┤o├──┤gate up├──┤down├──...            every node once
-block      ──┤q k v───o───gate up───down├ prune, then again from q k v to the next block's q k v
-one-shot   ──q k v───o───gate up───down───...├ prune
-"""
+"""Segments: where a schedule cuts the graph, what runs in between, and what each value is kept for."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,8 +11,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from statprune.errors import TracingError
 from statprune.model.nodes import is_mutable, written_to
-from statprune.model.sites import InputGroup, LinearSite, TracedModel
-from statprune.recipe import Schedule
+from statprune.model.schedule import Schedule, blocks
+from statprune.model.sites import InputGroup, TracedModel
 
 
 @dataclass
@@ -38,6 +33,9 @@ class Segment:
 
     releases: list[Node] = field(default_factory=list)
     """Values from before a rehearsal that nothing reads after it."""
+
+    last_weights: list[str] = field(default_factory=list)
+    """Parameters and buffers, by the graph's names, that nothing reads after this segment and its pruning."""
 
     @property
     def groups(self) -> list[InputGroup]:
@@ -85,36 +83,10 @@ def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, schedule
             segments.append(Segment(observing, prunes=pairs))
             cut = last + 1
     _mark_last_reads(segments)
+    _mark_last_weights(segments, made_of_weights(traced))
     if any(segment.is_rehearsal for segment in segments):
         _refuse_written_buffers(traced)
     return segments
-
-
-def blocks(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
-    """Neighbouring groups of one block: of one outermost numbered submodule, such as `model.layers.3` or `encoder.block.0`.
-
-    A group outside of any, such as an embedding's projection, is a block of its own. Sites of one group that belong to several
-    blocks (the keys of every decoder block read what the encoder gave) come with their own block, as a group for each.
-    """
-
-    def block_of(site: LinearSite) -> str:
-        path = site.parameter.split(".")
-        number = next((index for index, part in enumerate(path) if part.isdecimal()), len(path))
-        return ".".join(path[: number + 1])
-
-    found: list[tuple[str, list[InputGroup]]] = []
-    waiting: dict[str, list[InputGroup]] = {}
-    for group in groups:
-        of_block: dict[str, list[LinearSite]] = {}
-        for site in group.sites:
-            of_block.setdefault(block_of(site), []).append(site)
-        (block, part), *later = ((block, replace(group, sites=tuple(sites))) for block, sites in of_block.items())
-        if not found or found[-1][0] != block:
-            found.append((block, waiting.pop(block, [])))
-        found[-1][1].append(part)
-        for block, part in later:
-            waiting.setdefault(block, []).append(part)
-    return [*(members for _, members in found), *waiting.values()]
 
 
 def _mark_last_reads(segments: Sequence[Segment]) -> None:
@@ -133,6 +105,25 @@ def _mark_last_reads(segments: Sequence[Segment]) -> None:
             segment.releases.append(node)
         else:
             segment.dies_after.setdefault(index, []).append(node)
+
+
+def _mark_last_weights(segments: Sequence[Segment], made: set[Node]) -> None:
+    last: dict[str, Segment] = {}
+
+    def read(nodes: Iterable[Node | None], segment: Segment) -> None:
+        for node in nodes:
+            if node is not None and node.op == "get_attr":
+                last[str(node.target)] = segment
+            elif node in made:
+                read(node.all_input_nodes, segment)
+
+    for segment in segments:
+        for step in segment.steps:
+            read([step.input_node] if isinstance(step, InputGroup) else step.all_input_nodes, segment)
+        for _, part in segment.prunes:
+            last.update(dict.fromkeys((name for site in part.sites for name in (site.parameter, *site.aliases)), segment))
+    for name, segment in last.items():
+        segment.last_weights.append(name)
 
 
 def _refuse_written_buffers(traced: TracedModel) -> None:

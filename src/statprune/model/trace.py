@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from statprune.errors import TracingError
-from statprune.model.inputs import LABELS, ModelInputs, is_transformers_model
-from statprune.model.nodes import attribute
-from statprune.model.sites import TracedModel, find_linear_layers
+from statprune.model.find import find_linear_layers
+from statprune.model.inputs import LABELS, ModelInputs
+from statprune.model.kinds import architecture, is_transformers_model
+from statprune.model.sites import TracedModel
+from statprune.model.undisturbed import eval_mode, without_cache
 
 
 def trace(
@@ -44,7 +46,8 @@ def trace(
             raise TracingError(f"torch.export cannot trace {type(model).__name__}: {_reason(e)}") from e
     assert isinstance(graph_module, torch.fx.GraphModule)
     check_guards(model, graph_module, batches)
-    return find_linear_layers(model, graph_module)
+    groups, left_out = find_linear_layers(model, graph_module)
+    return TracedModel(graph_module, groups, left_out, architecture(model))
 
 
 def check_guards(model: nn.Module, graph_module: torch.fx.GraphModule, batches: Sequence[ModelInputs]) -> None:
@@ -63,13 +66,17 @@ def check_guards(model: nn.Module, graph_module: torch.fx.GraphModule, batches: 
 def check_traced(model: nn.Module, traced: TracedModel, batches: Sequence[ModelInputs]) -> None:
     """Refuse a graph from earlier that is not this model's, or not for these inputs.
 
+    The model may be another instance than the one that was traced: what makes a graph is the same where the classes, their
+    plain attributes, the configurations and the parameters' shapes, dtypes and ties are.
+
     Raises:
-        TracingError: the graph reads another model's parameter, has other inputs, or does not hold for the shapes of a batch.
+        TracingError: the graph is of another architecture, has other inputs, or does not hold for the shapes of a batch.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for site in (site for group in traced.groups for site in group.sites):
-        if parameters.get(site.parameter) is not attribute(traced.graph_module, site.parameter):
-            raise TracingError(f"The graph reads the {site.parameter} of another model: expected a graph of this one.")
+    if traced.architecture != architecture(model):
+        raise TracingError(
+            f"The graph is that of another model than this {type(model).__name__}: expected one that was traced from a model "
+            "of the same class, configuration, shapes, dtype and device."
+        )
     placeholders = [node for node in traced.graph_module.graph.nodes if node.op == "placeholder"]
     names = [str(node.target) for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
     first = batches[0]
@@ -80,20 +87,6 @@ def check_traced(model: nn.Module, traced: TracedModel, batches: Sequence[ModelI
             f"have {', '.join(given) or len(first.tensors())}: expected the same."
         )
     check_guards(model, traced.graph_module, batches)
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and afterwards exactly the modes there were (some submodules may be frozen)."""
-    training = [module for module in model.modules() if module.training]
-    # Not model.eval(): some modules do more than set the flag there (merge a LoRA), and nothing here would undo it.
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _export(model: nn.Module, example: ModelInputs, dynamic_dims: Sequence[set[int]]) -> torch.export.ExportedProgram:
@@ -144,20 +137,6 @@ def _named_inputs(model: nn.Module, example: ModelInputs) -> Iterator[None]:
         vars(model).pop("forward", None)
         if before is not None:
             model.forward = before
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, transformers models return no key-value cache: a k_proj whose result is an output would pass for an lm_head."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    cached = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-    for config in cached:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in cached:
-            config.use_cache = True
 
 
 @contextlib.contextmanager

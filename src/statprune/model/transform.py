@@ -1,27 +1,19 @@
-"""Landing pruned weights: in a twin graph that leaves the model alone, or in the model itself.
-
-Two ways, one mathematics. `PruneLinears(weights)(graph_module)` is the `torch.fx` pass: a graph whose linear nodes read
-the pruned weights while the original stays as it was. `apply_` writes them into the model, and `hold_` makes zeros of them
-again after somebody else (an optimizer, an adapter) has written there. No other function of this package changes a model.
-"""
+"""`PruneLinears`, the `torch.fx` pass: a graph whose linear nodes read pruned weights, while the original stays as it was."""
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from statprune.errors import SiteError
-from statprune.methods.pruner import PrunedWeight
-from statprune.model.sites import LinearSite
 
 
 class PruneLinears(PassBase):
     """A pass that returns a graph module reading pruned weights; everything else is shared with the original.
 
     Args:
-        weights: by parameter name, as the parameter is stored (see `LinearSite.view`).
+        weights: by parameter name, as the parameter is stored (`PruningPlan.weights`, `Twin.pruned`).
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -54,25 +46,6 @@ class PruneLinears(PassBase):
                 container, _, attribute = tied.rpartition(".")
                 setattr(twin.get_submodule(container), attribute, parameter)
         return PassResult(twin, modified=bool(self.weights))
-
-
-@torch.no_grad()
-def apply_(model: nn.Module, site: LinearSite, pruned: PrunedWeight) -> None:
-    """Write a pruned weight into the model, in place: ties, optimizers and sharded parameters keep working."""
-    site.view(model.get_parameter(site.parameter)).copy_(pruned.weight)
-    torch.clear_autocast_cache()  # inside an autocast of the caller's, a low-precision copy of the dense weight may live on
-
-
-@torch.no_grad()
-def hold_(parameter: Tensor, keep: Tensor) -> None:
-    """Make exact zeros of a parameter's pruned places again, in place; what is kept does not change.
-
-    Args:
-        parameter: as it is stored, any dtype.
-        keep: bool, of the parameter's own shape and on its device: True = kept.
-    """
-    parameter.masked_fill_(~keep, 0)  # a product with the mask would leave NaN where NaN was written
-    torch.clear_autocast_cache()
 
 
 def _names_of(module: nn.Module, name: str) -> set[str]:

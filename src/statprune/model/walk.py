@@ -1,4 +1,4 @@
-"""The walk: execute the graph segment by segment over all calibration batches, and prune at every cut.
+"""The walk: execute the graph segment by segment over all calibration batches, and stop at every cut.
 
     batch 0   ──embed──norm─┤ q k v ... attention ┤ o ... norm ┤ gate up ...
     batch 1   ──embed──norm─┤ q k v ... attention ┤ o ... norm ┤ gate up ...
@@ -6,8 +6,9 @@
                             prune q k v           prune o      prune gate, up
 
 At a cut the statistics of the next input group are complete for the whole calibration set, and they already come from
-the pruned layers before it. Every node runs once per batch: sequential calibration for the price of one forward pass.
-Between cuts only the values that a later node reads are kept, so what the walk holds does not grow with the depth.
+the pruned layers before it: the walk hands them out, and goes on with what was pruned meanwhile. Every node runs once per
+batch: sequential calibration for the price of one forward pass. Between cuts only the values that a later node reads are kept,
+so what the walk holds does not grow with the depth.
 
 The one-shot schedule is the same loop with a single segment: every group is observed on the dense model. The block schedule
 is the published protocol of Wanda and SparseGPT: a block runs once dense, with all its groups observed and its values thrown
@@ -18,27 +19,23 @@ import contextlib
 import copy
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
-from statprune.errors import CalibrationError, NonFiniteError
+from statprune.errors import CalibrationError
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.nodes import attribute, written_to
-from statprune.model.segments import batch_independent, made_of_weights, plan_segments, prunable_names
+from statprune.model.observe import ForwardContext, Observations, complete, fit_mask
+from statprune.model.schedule import Schedule
+from statprune.model.segments import batch_independent, made_of_weights, plan_segments
 from statprune.model.sites import InputGroup, TracedModel
-from statprune.recipe import Schedule
-
-OnGroup = Callable[[InputGroup, InputMoments], None]
-"""Called once for each input group, in execution order, with its complete statistics."""
-
-ForwardContext = Callable[[], AbstractContextManager[Any]]
-"""Entered around every stretch of model code: Lightning's precision plugin, or nothing."""
+from statprune.model.weights import Weights
+from statprune.ranks import ProcessGroup
 
 
 @torch.no_grad()
@@ -46,25 +43,27 @@ def walk(
     traced: TracedModel,
     groups: Sequence[InputGroup],
     batches: Sequence[ModelInputs],
-    on_group: OnGroup,
+    weights: Weights,
     *,
     schedule: Schedule = "walk",
     needs: Statistic = Statistic.MOMENTS,
-    replaced: dict[str, Tensor] | None = None,
+    process_group: ProcessGroup = None,
     forward_context: ForwardContext = contextlib.nullcontext,
-) -> None:
-    """Run all batches through the graph, and hand every group its statistics.
+) -> Observations:
+    """Run all batches through the graph, and yield every group with its statistics where they are complete.
 
     Args:
         traced: the graph; it must have been traced with inputs of these names.
         groups: the groups to observe, in execution order; nodes that none of them needs never run.
         batches: on the model's device.
-        on_group: prunes the group's weights. What it writes to the model, or puts into `replaced`, is what the rest of the
-            graph computes with.
+        weights: every parameter and buffer of the graph. What is put there between two groups is what the rest computes with.
         schedule: which pruned weights a group's statistics have seen; `Recipe.schedule` tells.
         needs: what to collect.
-        replaced: weights by parameter name that the graph reads in place of the model's own; read at every use.
+        process_group: of the ranks whose sums are added up.
         forward_context: entered around model code.
+
+    Yields:
+        (group, moments), in execution order; with schedule "block", a group's sites of another block come with that block.
 
     Raises:
         NonFiniteError: a group's input holds NaN or infinity; names the first such layer.
@@ -72,14 +71,15 @@ def walk(
         TracingError: schedule "block", and the model writes to a buffer in a block, which would happen twice.
     """
     segments = plan_segments(traced, groups, schedule=schedule)
-    executor = _Executor(traced, replaced if replaced is not None else {})
+    executor = _Executor(traced, weights)
     values: list[dict[Node, Any]] = [executor.bind(batch) for batch in batches]
+    device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
     shareable = batch_independent(traced)
     shared: dict[Any, dict[Node, Any]] = defaultdict(dict)
     moments: dict[str, InputMoments] = {}
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
     for segment in segments:
-        moments |= {group.name: _no_moments(group, batches, needs) for group in segment.groups}
+        moments |= {group.name: InputMoments.zeros(group.in_features, needs, device=device) for group in segment.groups}
         with forward_context():
             for number, (batch, environment) in enumerate(zip(batches, values, strict=True)):
                 common = shared[tuple(tensor.shape for tensor in batch.tensors())]
@@ -105,39 +105,22 @@ def walk(
         for dead, common in itertools.product(gone, shared.values()):
             common.pop(dead, None)
         for group in segment.groups:  # all, before a weight changes
-            complete(group, moments[group.name])
+            complete(group, moments[group.name], process_group)
         for group, part in segment.prunes:
-            on_group(part, moments[group.name])
+            yield part, moments[group.name]
             still_needed[group.name] -= 1
             if not still_needed[group.name]:
                 del moments[group.name]
-
-
-def complete(group: InputGroup, moments: InputMoments) -> InputMoments:
-    """A group's statistics over all ranks, checked.
-
-    Raises:
-        NonFiniteError: NaN or infinity entered the group.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for total in moments.totals():
-            torch.distributed.all_reduce(total)
-    if not moments.is_finite():
-        raise NonFiniteError(
-            f"NaN or infinity in the input of {group.name}, the first layer where it shows. Look at what comes just before "
-            "it; in float16, try bfloat16 or float32."
-        )
-    return moments
+        weights.release(name for name in segment.last_weights if name in weights)
 
 
 class _Executor:
     """Runs one node with the values of one batch."""
 
-    def __init__(self, traced: TracedModel, replaced: dict[str, Tensor]) -> None:
+    def __init__(self, traced: TracedModel, weights: Weights) -> None:
         nodes = list(traced.graph_module.graph.nodes)
         self.graph_module = traced.graph_module
-        self.replaced = replaced
-        self.names = prunable_names(traced)
+        self.weights = weights
         self.made_of_weights = made_of_weights(traced)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         self.placeholders = [node for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
@@ -167,27 +150,12 @@ class _Executor:
         return node.target(*map_arg(node.args, load), **map_arg(node.kwargs, load))  # type: ignore[operator]
 
     def load(self, read: Node | None, environment: dict[Node, Any]) -> Any:
-        """A value that was computed, or a parameter or buffer as it is now."""
+        """A value that was computed, a parameter or buffer as it is now, or a constant of the graph."""
         assert read is not None, "a group of a traced graph has a node"
         if read.op == "get_attr":
-            name = self.names.get(str(read.target), str(read.target))
-            return self.replaced[name] if name in self.replaced else attribute(self.graph_module, read.target)
+            name = str(read.target)
+            return self.weights.get(name) if name in self.weights else attribute(self.graph_module, name)
         return self.run(read, environment) if read in self.made_of_weights else environment[read]
-
-
-def _no_moments(group: InputGroup, batches: Sequence[ModelInputs], needs: Statistic) -> InputMoments:
-    device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
-    return InputMoments.zeros(group.in_features, gram=needs is Statistic.GRAM, device=device)
-
-
-def fit_mask(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
-    """The padding mask [batch, length] in the order of a linear's inputs; None where these are no such tokens (pooled ones)."""
-    if mask is None:
-        return None
-    positions, expected = ([size for size in shape if size != 1] for shape in (inputs.shape[:-1], mask.shape))
-    if positions == expected or positions == [mask.numel()]:
-        return mask
-    return mask.t() if positions == expected[::-1] else None  # [length, batch], as in XLNet
 
 
 def _out_of_range(batch: int, step: "Node | InputGroup", error: IndexError) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from statprune.methods.patterns import Unstructured
-from statprune.recipe import Recipe, Schedule
+from statprune.grammar import write_method
+from statprune.model.schedule import Schedule
+from statprune.recipe import Recipe
 
 BASELINES = ("wanda", "cvr+energy", "sparsegpt")
 """Measured to the end whatever the budget: the field's usual baseline, the paper's method, and the strongest known."""
@@ -47,18 +48,16 @@ prunes fewer weights, and does not compare."""
 
 def variations(recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with one setting changed, for every setting in `VARIATIONS` of its parts."""
-    data = recipe.to_dict()
-    compensation = data["compensation"]
-    parts = [data["criterion"], *(compensation if isinstance(compensation, list) else [compensation])]
+    parts = [recipe.criterion, *recipe.compensation]
     for name, settings in VARIATIONS.items():
         for index, part in enumerate(parts):
             for setting, value in ((setting, value) for setting, values in settings.items() for value in values):
                 if part["name"] == name and part[setting] != value:
                     changed = [*parts[:index], {**part, setting: value}, *parts[index + 1 :]]
-                    yield Recipe.from_dict({**data, "criterion": changed[0], "compensation": changed[1:]})
+                    yield replace(recipe, method=write_method(changed[0], changed[1:]))
 
 
 def allocations(recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with every other allocation that prunes as many weights."""
-    if isinstance(recipe.build_pattern(), Unstructured):
+    if recipe.build_pattern().is_unstructured:
         yield from (replace(recipe, allocation=name) for name in ALLOCATIONS if recipe.allocation != name)

@@ -1,6 +1,12 @@
-"""What the next measurement will take, from what those before it took."""
+"""The budget: what it has left, and what the next measurement will take, from what those before it took."""
 
-from statprune.recipe import Recipe, Schedule
+import time
+
+import torch
+
+from statprune.model.schedule import Schedule
+from statprune.ranks import ProcessGroup, from_first_rank
+from statprune.recipe import Recipe
 from statprune.tuning.trials import Trial
 
 PASSES: dict[Schedule, int] = {"walk": 1, "one-shot": 1, "block": 2}
@@ -39,6 +45,40 @@ class Prices:
 
 def _steps(recipe: Recipe) -> int:
     """Solutions of least squares for each weight; 0 where there are none."""
-    compensation = recipe.to_dict()["compensation"]
-    parts = compensation if isinstance(compensation, list) else [compensation]
-    return sum(part.get("steps", 0) for part in parts)
+    return sum(part.get("steps", 0) for part in recipe.compensation)
+
+
+class Stopwatch:
+    """Seconds of a budget; under DDP those of the first rank, so that all ranks decide alike.
+
+    Args:
+        seconds: the budget.
+        before: what earlier runs have used of it.
+        device: of the model, for the message between ranks.
+        process_group: the ranks that decide together.
+    """
+
+    def __init__(self, seconds: float, before: float, device: torch.device, process_group: ProcessGroup = None) -> None:
+        self.seconds, self.before, self.device, self.process_group = seconds, before, device, process_group
+        self._started = self._lap = time.perf_counter()
+
+    def here(self) -> float:
+        """Seconds used, in this run and before, by this rank's clock."""
+        return self.before + time.perf_counter() - self._started
+
+    def spent(self) -> float:
+        """Seconds used, by the first rank's clock; every rank must ask."""
+        return self.agreed(self.here())
+
+    def left(self) -> float:
+        """Seconds left; below 0 where the budget is overdrawn."""
+        return self.seconds - self.spent()
+
+    def lap(self) -> float:
+        """Seconds since the lap before."""
+        before, self._lap = self._lap, time.perf_counter()
+        return self.agreed(self._lap - before)
+
+    def agreed(self, value: float) -> float:
+        """The first rank's value, on every rank."""
+        return from_first_rank(value, self.device, self.process_group)

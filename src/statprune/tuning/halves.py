@@ -1,19 +1,20 @@
 """The calibration windows, cut in two halves: one to prune on, one to score on."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from statprune.errors import CalibrationError, ModelError
-from statprune.model.inputs import ModelInputs, bind_batches, is_transformers_model
-from statprune.model.trace import eval_mode
+from statprune.model.inputs import ModelInputs
+from statprune.model.kinds import is_causal
+from statprune.model.observe import ForwardContext
+from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
+from statprune.ranks import ProcessGroup
 
 INPUTS = ("input_ids", "attention_mask")
 
@@ -32,30 +33,29 @@ class Halves:
     """Windows in a batch, at most: as many as the largest given batch has."""
 
 
-def halve(model: nn.Module, batches: Tensor | Iterable[Any]) -> Halves:
+def halve(model: nn.Module, inputs: Sequence[ModelInputs]) -> Halves:
     """Deal the windows out in turns, so that both halves hold the same kinds of text.
 
     Args:
         model: a causal language model.
-        batches: token windows [windows, length], or batches of them as `prune` takes.
+        inputs: token windows, on the model's device.
 
     Raises:
         ModelError: not a causal language model of transformers, so there is no perplexity.
-        CalibrationError: fewer than two windows, or inputs that are no tokens and mask of them; or as `prune`.
+        CalibrationError: fewer than two windows, or inputs that are no tokens and mask of them.
     """
-    if not is_transformers_model(model) or model.config.is_encoder_decoder or not model.can_generate():  # type: ignore[union-attr,operator]
+    if not is_causal(model):
         raise ModelError(
             f"The model is a {type(model).__name__}, not a causal language model of transformers: its perplexity, by which a "
             "recipe is chosen, cannot be measured. Give a recipe with a method, such as 'cvr+least-squares'."
         )
-    bound = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
-    windows = [window for batch in bound for window in _windows(batch)]
+    windows = [window for batch in inputs for window in _windows(batch)]
     if len(windows) < 2:
         raise CalibrationError(
             "The calibration set is a single window: expected at least 2 to choose a recipe, one to prune on and one to score "
             "on. Give more --samples, or a recipe with a method."
         )
-    size = max(next(iter(batch.kwargs.values())).shape[0] for batch in bound)
+    size = max(next(iter(batch.kwargs.values())).shape[0] for batch in inputs)
     return Halves(_batches(windows[::2], size), _batches(windows[1::2], size), size)
 
 
@@ -67,16 +67,17 @@ class Scorer:
         model: nn.Module,
         batches: Sequence[Mapping[str, Tensor]],
         weights: Mapping[str, Tensor],
-        forward_context: Callable[[], AbstractContextManager[Any]],
+        forward_context: ForwardContext,
+        process_group: ProcessGroup = None,
     ) -> None:
         self.model, self.batches, self.weights, self.forward_context = model, batches, dict(weights), forward_context
-        self.metric = Perplexity().to(next(model.parameters()).device)
+        self.metric = Perplexity(process_group=process_group).to(next(model.parameters()).device)
         self.done = 0
 
     @torch.no_grad()
     def upto(self, num_batches: int) -> float:
         """The perplexity on the first so many batches; what was run before is not run again."""
-        with eval_mode(self.model):
+        with eval_mode(self.model), without_cache(self.model):
             for batch in self.batches[self.done : num_batches]:
                 with self.forward_context():
                     logits = functional_call(self.model, self.weights, (), dict(batch)).logits

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from statprune.markdown import table
 from statprune.recipe import Recipe
 from statprune.tuning.trials import Trial
 
@@ -55,7 +54,7 @@ class Tuned:
         lines = [list(row.values()) for row in rows]
         for mark, line in zip(self.marks(), lines, strict=True):
             line[:] = [f"**{value}**" for value in line] if mark else line
-        return "\n".join(["| " + " | ".join(line) + " |" for line in [list(rows[0]), ["---"] * len(rows[0]), *lines]])
+        return table(list(rows[0]), lines, num_left=len(rows[0]))
 
     def rows(self) -> list[dict[str, str]]:
         """The table's rows: the trials on the most windows first, and of these the best first."""
@@ -93,15 +92,15 @@ def write(output: str | Path, tuned: Tuned) -> None:
     winner = tuned.winner
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["chosen", *winner.row()], lineterminator="\n")
+    rows = io.StringIO()
+    writer = csv.DictWriter(rows, ["chosen", *winner.row()], lineterminator="\n")
     writer.writeheader()
     writer.writerows({"chosen": trial is winner, **trial.row()} for trial in tuned.trials)
     recipe = (
         f"# Chosen by statprune tune: {winner.recipe.method}, perplexity {winner.perplexity:.4f} on {winner.windows} windows "
-        "that it was not pruned on.\n" + yaml.safe_dump(winner.recipe.to_dict(), sort_keys=False)
+        "that it was not pruned on.\n" + winner.recipe.to_yaml()
     )
-    for name, text in (("tried.csv", table.getvalue()), ("tried.md", tuned.to_markdown() + "\n"), (RECIPE, recipe)):
+    for name, text in (("tried.csv", rows.getvalue()), ("tried.md", tuned.to_markdown() + "\n"), (RECIPE, recipe)):
         partial = folder / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, folder / name)

@@ -1,22 +1,25 @@
 """The search: candidates in rungs, until the budget is used up or everything was tried (see `halving`)."""
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from statprune.engine import plan, undisturbed
-from statprune.errors import CalibrationError
-from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
-from statprune.model.trace import trace
-from statprune.model.walk import ForwardContext
-from statprune.recipe import Recipe
+from statprune.engine import run
+from statprune.errors import CalibrationError, TracingError
+from statprune.model.inputs import bind_batches
+from statprune.model.layers import Layers, find_layers
+from statprune.model.observe import ForwardContext
+from statprune.model.schedule import Schedule
+from statprune.model.weights import Twin
+from statprune.progress import Progress, Say
+from statprune.ranks import ProcessGroup
+from statprune.recipe import Recipe, Search
+from statprune.results import digest
 from statprune.selection import select
 from statprune.tuning.candidates import (
     BASELINE_SCHEDULE,
@@ -27,49 +30,44 @@ from statprune.tuning.candidates import (
     allocations,
     variations,
 )
-from statprune.tuning.clock import Prices
+from statprune.tuning.clock import Prices, Stopwatch
 from statprune.tuning.halves import Halves, Scorer
 from statprune.tuning.outcome import Tuned, write
 from statprune.tuning.rungs import FIRST_SHARE, PARENTS, SECOND_SHARE, affordable, goes_on, num_batches, ranking, survivors
-from statprune.tuning.trials import Stopwatch, Trial, Trials
+from statprune.tuning.trials import Trial, Trials
 from statprune.tuning.twins import plan_together, twins_at_once
-
-Progress = Callable[[int, int, str], None]
-"""Called with (seconds used, seconds in all, what is being done)."""
 
 
 class _OutOfTime(Exception):
     """A candidate would take, or takes, longer than there is."""
 
 
-class Search:
+class SearchRun:
     """One run over one model; see `tune`."""
 
     def __init__(
         self,
-        model: nn.Module,
+        layers: Layers,
         halves: Halves,
-        recipe: Recipe,
+        search: Search,
         output: str | Path | None,
+        process_group: ProcessGroup,
         forward_context: ForwardContext,
-        progress: Progress | None,
-        say: Callable[[str], None],
+        progress: Progress,
+        say: Say,
     ) -> None:
-        self.model, self.halves, self.output = model, halves, output
-        self.forward_context, self.progress, self.say = forward_context, progress, say
-        data = recipe.to_dict()
-        self.seconds = 60.0 * data["criterion"]["minutes"]
-        self.others = {name: data[name] for name in data if name not in ("criterion", "compensation", "schedule")}
-        self.trials = Trials(output, protocol(model, halves, self.others) if output is not None else {})
-        device = next(model.parameters()).device
-        self.watch = Stopwatch(self.seconds, self.trials.seconds_before, device)
+        self.model, self.halves, self.search, self.output = layers.model, halves, search, output
+        self.process_group, self.forward_context, self.progress, self.say = process_group, forward_context, progress, say
+        self.seconds = 60.0 * search.minutes
+        self.inputs = bind_batches(layers.model, halves.pruning)
+        self.layers = _holding(layers, self.inputs)
+        select(self.layers.groups, self.layers.left_out, search)
+        self.trials = Trials(output, protocol(layers.model, halves, search) if output is not None else {})
+        device = next(layers.model.parameters()).device
+        self.watch = Stopwatch(self.seconds, self.trials.seconds_before, device, process_group)
         self.prices = Prices()
         self.num_scoring = len(halves.scoring)
         self.notes: list[str] = []
-        inputs = bind_batches(model, halves.pruning)
-        with undisturbed(model):
-            self.traced = trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
-            select(self.traced.groups, self.traced.left_out, recipe)
 
     def run(self) -> Tuned:
         """All rungs."""
@@ -101,8 +99,8 @@ class Search:
             write(self.output, tuned)
         return tuned
 
-    def _recipe(self, method: str, schedule: str) -> Recipe:
-        return Recipe.parse(method, schedule=schedule, **self.others)
+    def _recipe(self, method: str, schedule: Schedule) -> Recipe:
+        return self.search.recipe(method, schedule)
 
     def _windows(self, num_batches: int) -> int:
         return _count(self.halves.scoring[:num_batches])
@@ -111,7 +109,7 @@ class Search:
         known = self.trials.dense(windows)
         if known is None:
             self._advance("the dense model")
-            known = Scorer(self.model, self.halves.scoring, {}, self.forward_context).upto(self.num_scoring)
+            known = self._scorer({}).upto(self.num_scoring)
             if not math.isfinite(known):
                 raise CalibrationError(
                     f"The dense model's perplexity on the held-out half, {windows} windows, is {known}: expected windows of at "
@@ -140,7 +138,7 @@ class Search:
         known = [self.trials.find(rung, recipe, windows) for recipe in recipes]
         for trial in filter(None, known):
             self.prices.learn(trial, is_shared=True)
-        at_once = min(len(recipes), twins_at_once(self.model, self.traced, recipes[0]))
+        at_once = min(len(recipes), twins_at_once(self.layers, recipes[0]))
         one_pass, scoring = self.prices.statistics("one-shot"), self.prices.scoring(windows)
         costs = [
             0.0 if trial else one_pass / at_once + self.prices.pruning(recipe) + scoring
@@ -172,17 +170,17 @@ class Search:
             return int(self.watch.agreed(count))
 
         twins = plan_together(
-            self.model, self.halves.pruning, recipes, self.traced,
-            forward_context=self.forward_context, keep_going=keep_going,
+            self.layers, self.inputs, recipes,
+            forward_context=self.forward_context, process_group=self.process_group, keep_going=keep_going,
         )  # fmt: skip
-        statistics = (time.perf_counter() - started - sum(twin.seconds for twin in twins)) / len(twins)
+        statistics = (time.perf_counter() - started - sum(twin.seconds["prune"] for twin in twins)) / len(twins)
         for twin in twins:
             self._advance(f"{twin.recipe.method}, one-shot")
             scored = time.perf_counter()
-            perplexity = Scorer(self.model, self.halves.scoring, twin.weights, self.forward_context).upto(batches)
-            twin.weights.clear()
+            perplexity = self._scorer(twin.weights.pruned).upto(batches)
+            twin.weights.pruned.clear()
             took = time.perf_counter() - scored
-            trial = Trial(rung, twin.recipe, windows, perplexity, statistics, twin.seconds, took, self.watch.lap())
+            trial = Trial(rung, twin.recipe, windows, perplexity, statistics, twin.seconds["prune"], took, self.watch.lap())
             self.trials.add(trial)
             self.prices.learn(trial, is_shared=True)
             self._tell(trial)
@@ -240,17 +238,20 @@ class Search:
         if is_limited and price > self.watch.left():
             raise _OutOfTime
 
-        def advance(done: int, total: int, name: str) -> None:
-            self._advance(f"{recipe.method}, {recipe.schedule}: {name}")
+        def advance(done: int, total: int, what: str) -> None:
+            self._advance(f"{recipe.method}, {recipe.schedule}: {what}")
             if is_limited and done < total and self.watch.left() < scoring:
                 raise _OutOfTime
 
-        twin = plan(
-            self.model, self.halves.pruning, recipe,
-            traced=self.traced, progress=advance, forward_context=self.forward_context,
+        weights = Twin(self.model)
+        report = run(
+            self.layers, self.inputs, recipe, weights,
+            process_group=self.process_group, progress=advance, forward_context=self.forward_context,
         )  # fmt: skip
-        scorer = Scorer(self.model, self.halves.scoring, twin.weights, self.forward_context)
-        return scorer, twin.report.seconds.get("walk", 0.0), twin.report.seconds["prune"]
+        return self._scorer(weights.pruned), report.seconds.get("walk", 0.0), report.seconds["prune"]
+
+    def _scorer(self, weights: dict[str, Tensor]) -> Scorer:
+        return Scorer(self.model, self.halves.scoring, weights, self.forward_context, self.process_group)
 
     def _tell(self, trial: Trial) -> None:
         self.say(
@@ -258,28 +259,27 @@ class Search:
         )
 
     def _advance(self, what: str) -> None:
-        if self.progress is not None:
-            self.progress(min(int(self.seconds), int(self.watch.here())), max(1, int(self.seconds)), what)
+        self.progress(min(int(self.seconds), int(self.watch.here())), max(1, int(self.seconds)), what)
+
+
+def _holding(layers: Layers, inputs: list[Any]) -> Layers:
+    """The layers with a graph that holds for these inputs: the halves may have batches of other sizes."""
+    try:
+        return find_layers(layers.model, inputs, traced=layers)
+    except TracingError:
+        return find_layers(layers.model, inputs)
 
 
 def _count(batches: Sequence[dict[str, Tensor]]) -> int:
     return sum(len(batch["input_ids"]) for batch in batches)
 
 
-def protocol(model: nn.Module, halves: Halves, others: dict[str, Any]) -> dict[str, Any]:
-    """What trials must have in common to compare."""
-    named = dict(model.named_parameters())
+def protocol(model: nn.Module, halves: Halves, search: Search) -> dict[str, Any]:
+    """What trials must have in common to compare; the minutes are no part of it."""
     tokens = {f"{index}.{name}": batch[name] for index, batch in enumerate(halves.pruning + halves.scoring) for name in batch}
     first = next(model.parameters())
+    scope = {name: value for name, value in search.to_dict().items() if name != "minutes"}
     return {
-        "model": _digest(named), "calibration": _digest(tokens), "batch_size": halves.batch_size,
-        "dtype": str(first.dtype).removeprefix("torch."), "device": first.device.type, **others,
+        "model": digest(dict(model.named_parameters())), "calibration": digest(tokens), "batch_size": halves.batch_size,
+        "dtype": str(first.dtype).removeprefix("torch."), "device": first.device.type, **scope,
     }  # fmt: skip
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return str(digest.hexdigest()[:16])

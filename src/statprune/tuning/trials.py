@@ -6,13 +6,10 @@ OUTPUT/recipe.yaml     the recipe that was chosen
 """
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from statprune.errors import ResultsError
 from statprune.recipe import Recipe
@@ -50,8 +47,7 @@ class Trial:
         """Plain data for a table."""
         return {
             "rung": self.rung, "method": self.recipe.method, "schedule": self.recipe.schedule,
-            **{name: getattr(self.recipe, name) for name in ("allocation",) if hasattr(self.recipe, name)},
-            "windows": self.windows, "perplexity": self.perplexity,
+            "allocation": self.recipe.allocation, "windows": self.windows, "perplexity": self.perplexity,
             "statistics seconds": round(self.statistics_seconds, 3), "pruning seconds": round(self.pruning_seconds, 3),
         }  # fmt: skip
 
@@ -125,42 +121,3 @@ def _result(recipe: Recipe, windows: int) -> Result:
 
 def _dense(windows: int) -> Result:
     return Result("perplexity", "", DENSE, details={"windows": windows})
-
-
-class Stopwatch:
-    """Seconds of a budget; under DDP those of the first rank, so that all ranks decide alike.
-
-    Args:
-        seconds: the budget.
-        before: what earlier runs have used of it.
-        device: of the model, for the message between ranks.
-    """
-
-    def __init__(self, seconds: float, before: float, device: torch.device) -> None:
-        self.seconds, self.before, self.device = seconds, before, device
-        self._started = self._lap = time.perf_counter()
-
-    def here(self) -> float:
-        """Seconds used, in this run and before, by this rank's clock."""
-        return self.before + time.perf_counter() - self._started
-
-    def spent(self) -> float:
-        """Seconds used, by the first rank's clock; every rank must ask."""
-        return self.agreed(self.here())
-
-    def left(self) -> float:
-        """Seconds left; below 0 where the budget is overdrawn."""
-        return self.seconds - self.spent()
-
-    def lap(self) -> float:
-        """Seconds since the lap before."""
-        before, self._lap = self._lap, time.perf_counter()
-        return self.agreed(self._lap - before)
-
-    def agreed(self, value: float) -> float:
-        """The first rank's value, on every rank."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.broadcast(shared, 0)
-        return float(shared)

@@ -6,35 +6,42 @@ among them, so the winner is never worse than they are on that half.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from statprune.errors import ResultsError
-from statprune.grammar import Part
-from statprune.model.walk import ForwardContext
-from statprune.recipe import Recipe
+from statprune.errors import ResultsError, TracingError
+from statprune.model.inputs import ModelInputs, bind_batches
+from statprune.model.layers import Layers, find_layers
+from statprune.model.observe import ForwardContext
+from statprune.model.sites import TracedModel
+from statprune.model.weights import check_weights
+from statprune.progress import Progress, Say, silent, unsaid
+from statprune.ranks import ProcessGroup, is_distributed, meet
+from statprune.recipe import OnIndivisible, Search
 from statprune.tuning.halves import halve
 from statprune.tuning.outcome import Tuned
-from statprune.tuning.search import Progress, Search
+from statprune.tuning.search import SearchRun
 
 
 def tune(
     model: nn.Module,
     batches: Tensor | Iterable[Any],
     *,
-    pattern: Part = "2:4",
+    pattern: str = "2:4",
     minutes: float = 10.0,
     output: str | Path | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
-    on_indivisible: str = "error",
+    on_indivisible: OnIndivisible = "error",
+    traced: Layers | TracedModel | None = None,
+    process_group: ProcessGroup = None,
+    progress: Progress = silent,
+    say: Say = unsaid,
     forward_context: ForwardContext = contextlib.nullcontext,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Tuned:
     """Choose a recipe by trying candidates out on a model, which stays as it is.
 
@@ -50,9 +57,11 @@ def tune(
         targets: as in a recipe; so are the next two.
         ignore: globs on names.
         on_indivisible: `"error"` or `"skip"`.
-        forward_context: entered around model code, such as an autocast.
+        traced: as for `prune`; so is the next.
+        process_group: the ranks that search together.
         progress: called with (seconds used, seconds in all, what is being done).
         say: called with each step in words.
+        forward_context: entered around model code, such as an autocast.
 
     Returns:
         The recipe, and everything that was measured.
@@ -65,26 +74,44 @@ def tune(
         TracingError: the model cannot be exported.
         ResultsError: the output holds something else, or trials that do not compare with these.
     """
-    recipe = Recipe(
-        {"name": "auto", "minutes": minutes}, pattern,
-        targets=targets, ignore=ignore, on_indivisible=on_indivisible,  # type: ignore[arg-type]
+    search = Search(pattern, minutes, targets, ignore, on_indivisible)  # type: ignore[arg-type]
+    inputs = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
+    check_weights(model)
+    meet(process_group, next(model.parameters()).device, "statprune.tune")
+    layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
+    return search_recipe(
+        layers, inputs, search,
+        output=output, process_group=process_group, progress=progress, say=say, forward_context=forward_context,
     )  # fmt: skip
-    return tune_recipe(model, batches, recipe, output=output, forward_context=forward_context, progress=progress, say=say)
 
 
-def tune_recipe(
-    model: nn.Module,
-    batches: Tensor | Iterable[Any],
-    recipe: Recipe,
+def search_recipe(
+    layers: Layers,
+    inputs: Sequence[ModelInputs],
+    search: Search,
     *,
     output: str | Path | None = None,
+    process_group: ProcessGroup = None,
+    progress: Progress = silent,
+    say: Say = unsaid,
     forward_context: ForwardContext = contextlib.nullcontext,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Tuned:
-    """`tune` for a recipe whose criterion is `auto`; the arguments and the errors are those of `tune`."""
-    if output is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    """`tune` for a model whose layers are found and whose weights are checked already; errors as for `tune`.
+
+    Args:
+        layers: of the model, which stays as it is.
+        inputs: calibration data, on the model's device.
+        search: what to look for.
+        output: as for `tune`; so are the others.
+        process_group: the ranks that search together.
+        progress: called with (seconds used, seconds in all, what is being done).
+        say: called with each step in words.
+        forward_context: entered around model code.
+    """
+    if layers.traced is None:
+        raise TracingError(f"A recipe is chosen by pruning along the model's graph, and there is none: {layers.reason}")
+    if output is not None and is_distributed(process_group):
         raise ResultsError("tune(output=...) on several ranks: each would write the file. Leave it out, or run on one rank.")
     with torch.inference_mode(False), torch.no_grad():
-        halves = halve(model, batches)
-        return Search(model, halves, recipe, output, forward_context, progress, say).run()
+        halves = halve(layers.model, inputs)
+        return SearchRun(layers, halves, search, output, process_group, forward_context, progress, say).run()

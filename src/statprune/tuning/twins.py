@@ -1,18 +1,18 @@
 """Many twins from one walk: the statistics of the dense model are the same for every recipe with schedule one-shot."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
-
-from statprune.engine import undisturbed
+from statprune.clock import timed
 from statprune.errors import SiteError
-from statprune.methods.statistics import InputMoments, Statistic
-from statprune.model.inputs import bind_batches
-from statprune.model.sites import InputGroup, TracedModel
-from statprune.model.walk import ForwardContext, walk
+from statprune.methods.statistics import Statistic
+from statprune.model.inputs import ModelInputs
+from statprune.model.layers import Layers
+from statprune.model.observe import ForwardContext
+from statprune.model.sites import InputGroup
+from statprune.model.undisturbed import undisturbed
+from statprune.model.weights import Twin as TwinWeights
+from statprune.ranks import ProcessGroup
 from statprune.recipe import Recipe
 from statprune.selection import select
 
@@ -24,14 +24,12 @@ MAX_STATISTICS_BYTES = 4 << 30
 
 
 @dataclass
-class Twin:
+class Candidate:
     """One recipe's pruned weights."""
 
     recipe: Recipe
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """By parameter name, as `PruningPlan.weights`."""
-
-    seconds: float = 0.0
+    weights: TwinWeights
+    seconds: dict[str, float] = field(default_factory=lambda: {"prune": 0.0})
     """Of pruning alone."""
 
 
@@ -41,61 +39,55 @@ the twins, from the first on, to go on with."""
 
 
 def plan_together(
-    model: nn.Module,
-    batches: Sequence[Any],
+    layers: Layers,
+    inputs: Sequence[ModelInputs],
     recipes: Sequence[Recipe],
-    traced: TracedModel,
     *,
     forward_context: ForwardContext,
+    process_group: ProcessGroup = None,
     keep_going: KeepGoing = lambda fraction, seconds: len(seconds),
-) -> list[Twin]:
-    """What `plan` gives for each of these recipes, for the price of one pass over the batches.
+) -> list[Candidate]:
+    """What `plan` gives for each of these recipes, for the price of one pass over the inputs.
 
     Args:
-        model: stays as it is.
-        batches: calibration data, as for `plan`.
+        layers: of the model, which stays as it is.
+        inputs: calibration data.
         recipes: with schedule `one-shot`, the same pattern and the same targets.
-        traced: the model's graph.
         forward_context: entered around model code.
-        keep_going: may drop twins from the end, where they take too long.
+        process_group: of the ranks that prune together.
+        keep_going: may drop candidates from the end, where they take too long.
 
     Raises:
         StatpruneError: as `plan`.
     """
-    inputs = bind_batches(model, batches)
-    twins = [Twin(recipe) for recipe in recipes]
+    candidates = [Candidate(recipe, TwinWeights(layers.model)) for recipe in recipes]
     pruners = [recipe.pruner() for recipe in recipes]
-    needs = Statistic.most(*(pruner.needs for pruner in pruners))
-    with undisturbed(model):
-        groups = select(traced.groups, traced.left_out, recipes[0]).groups
-        num_weights = sum(_num_weights(group) for group in groups)
-        done = 0
-
-        def prune_group(group: InputGroup, moments: InputMoments) -> None:
-            nonlocal done
-            for site in group.sites:
-                weight = site.view(model.get_parameter(site.parameter).detach())
-                for twin, pruner in zip(twins, pruners, strict=False):
-                    started = time.perf_counter()
-                    try:
-                        twin.weights[site.parameter] = site.view(pruner(weight, moments).weight).contiguous()
-                    except ValueError as e:
-                        raise SiteError(f"{site.name}, with {twin.recipe.method}: {e}") from e
-                    twin.seconds += time.perf_counter() - started
-            done += _num_weights(group)
-            del twins[keep_going(done / num_weights, [twin.seconds for twin in twins]) :]
-
-        for part in _parts(groups, MAX_STATISTICS_BYTES if needs is Statistic.GRAM else None):
-            walk(
-                traced, part, inputs, prune_group,
-                schedule="one-shot", needs=needs, replaced={}, forward_context=forward_context,
-            )  # fmt: skip
-    return twins
+    needs = Statistic.MOMENTS
+    for pruner in pruners:
+        needs |= pruner.needs
+    groups = select(layers.groups, layers.left_out, recipes[0]).groups
+    num_weights, done = sum(_num_weights(group) for group in groups), 0
+    with undisturbed(layers.model):
+        for part in _parts(groups, MAX_STATISTICS_BYTES if Statistic.GRAM in needs else None):
+            for group, moments in layers.observe(
+                part, inputs, schedule="one-shot", needs=needs, process_group=process_group, forward_context=forward_context
+            ):
+                for site in group.sites:
+                    for candidate, pruner in zip(candidates, pruners, strict=False):
+                        weight = site.view(candidate.weights.get(site.parameter).detach())
+                        with timed(candidate.seconds, "prune"):
+                            try:
+                                candidate.weights.put(site, pruner(weight, moments))
+                            except ValueError as e:
+                                raise SiteError(f"{site.name}, with {candidate.recipe.method}: {e}") from e
+                done += _num_weights(group)
+                del candidates[keep_going(done / num_weights, [one.seconds["prune"] for one in candidates]) :]
+    return candidates
 
 
-def twins_at_once(model: nn.Module, traced: TracedModel, recipe: Recipe) -> int:
+def twins_at_once(layers: Layers, recipe: Recipe) -> int:
     """How many twins `MAX_TWIN_BYTES` hold: at least one."""
-    sites = select(traced.groups, traced.left_out, recipe).sites
+    sites, model = select(layers.groups, layers.left_out, recipe).sites, layers.model
     num_bytes = sum(site.shape[0] * site.shape[1] * model.get_parameter(site.parameter).element_size() for site in sites)
     return max(1, MAX_TWIN_BYTES // num_bytes)
 

@@ -1,0 +1,149 @@
+"""A model's linear layers: found by its graph, or by module hooks where it has none. That is decided here, and nowhere else."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from statprune.errors import TracingError
+from statprune.methods.statistics import InputMoments, Statistic
+from statprune.model.hooks import find_linear_modules, observe_modules
+from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
+from statprune.model.kinds import adapter_parameters
+from statprune.model.observe import ForwardContext
+from statprune.model.schedule import Schedule
+from statprune.model.sites import InputGroup, LeftOut, TracedModel
+from statprune.model.trace import check_traced, trace
+from statprune.model.transform import PruneLinears
+from statprune.model.undisturbed import undisturbed
+from statprune.model.walk import walk
+from statprune.model.weights import InPlace, Weights
+from statprune.ranks import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linear layers of one model, and how their inputs are observed."""
+
+    model: nn.Module
+
+    groups: tuple[InputGroup, ...]
+    """In execution order."""
+
+    left_out: tuple[LeftOut, ...]
+    """Every other weight with two or more dimensions, and why."""
+
+    traced: TracedModel | None = None
+    """The graph; None where the model cannot be exported, and module hooks observe the dense model."""
+
+    reason: str | None = None
+    """Why there is no graph."""
+
+    def observe(
+        self,
+        groups: Sequence[InputGroup],
+        inputs: Sequence[ModelInputs],
+        *,
+        schedule: Schedule = "walk",
+        needs: Statistic = Statistic.MOMENTS,
+        weights: Weights | None = None,
+        process_group: ProcessGroup = None,
+        forward_context: ForwardContext = contextlib.nullcontext,
+    ) -> Iterator[tuple[InputGroup, InputMoments | None]]:
+        """Yield each group, in execution order, with the statistics of its inputs over all batches and ranks.
+
+        Args:
+            groups: of this model, perhaps with some of their sites only.
+            inputs: calibration data, on the model's device (`bind_batches`).
+            schedule: which pruned weights the statistics have seen (see `walk`); without a graph, none.
+            needs: what to collect; with `Statistic.NONE` nothing is run, and the statistics are None.
+            weights: what the graph computes with; by default the model's own. What is put there between two groups counts.
+            process_group: of the ranks whose sums are added up.
+            forward_context: entered around model code.
+
+        Raises:
+            NonFiniteError: a group's input holds NaN or infinity; names the first such layer.
+            CalibrationError: the model cannot run a batch.
+            TracingError: schedule "block" and a model that writes to its buffers.
+        """
+        if not needs:
+            yield from ((group, None) for group in groups)
+        elif self.traced is None:
+            yield from observe_modules(
+                self.model, groups, inputs, needs=needs, process_group=process_group, forward_context=forward_context
+            )
+        else:
+            yield from walk(
+                self.traced, groups, inputs, weights or InPlace(self.model),
+                schedule=schedule, needs=needs, process_group=process_group, forward_context=forward_context,
+            )  # fmt: skip
+
+    def graph_module(self, pruned: Mapping[str, Tensor]) -> GraphModule:
+        """The model's graph, reading these weights in the place of the model's own; it takes the inputs by name.
+
+        Raises:
+            TracingError: the model could not be exported.
+        """
+        if self.traced is None:
+            raise TracingError(f"There is no graph: {self.reason}. Use torch.func.functional_call.")
+        # The graph may have been traced from another instance of the model.
+        read = dict(self.traced.graph_module.named_parameters(remove_duplicate=False))
+        named = self.model.named_parameters(remove_duplicate=False)
+        own = {name: parameter for name, parameter in named if name in read and read[name] is not parameter}
+        result = PruneLinears({**own, **pruned})(self.traced.graph_module)
+        assert result is not None
+        twin: GraphModule = result.graph_module
+        return twin
+
+
+def find_layers(
+    model: nn.Module,
+    inputs: Sequence[ModelInputs],
+    *,
+    traced: Layers | TracedModel | None = None,
+    forward_context: ForwardContext = contextlib.nullcontext,
+) -> Layers:
+    """Find a model's linear layers: by its graph, or where it cannot be exported by running one batch with module hooks.
+
+    The parameters of adapters (peft) are left out.
+
+    Args:
+        model: any module; it is left as it was.
+        inputs: what the layers will be observed with; the graph holds for all of their shapes.
+        traced: what was found for this model before, or for another instance of it, which saves the export.
+        forward_context: entered around model code, where it is run.
+
+    Raises:
+        TracingError: `traced` is of another architecture, or does not hold for the inputs.
+        CalibrationError: the model cannot be exported, nor run a batch.
+    """
+    if isinstance(traced, Layers):
+        if traced.traced is None and traced.model is model:
+            return traced
+        traced = traced.traced
+    with undisturbed(model):
+        if traced is not None:
+            check_traced(model, traced, inputs)
+            return _without_adapters(Layers(model, traced.groups, traced.left_out, traced))
+        try:
+            found = trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
+        except TracingError as e:
+            groups, left_out = find_linear_modules(model, inputs[0], forward_context=forward_context)
+            hint = " Batches of one shape may do." if any(dynamic_dims(inputs)) else ""
+            reason = f"{e}. Falling back to module hooks with one-shot statistics.{hint}"
+            return _without_adapters(Layers(model, tuple(groups), tuple(left_out), None, reason))
+        return _without_adapters(Layers(model, found.groups, found.left_out, found))
+
+
+def _without_adapters(layers: Layers) -> Layers:
+    adapters = adapter_parameters(layers.model)
+    if not adapters:
+        return layers
+    sites = [site for group in layers.groups for site in group.sites if site.parameter in adapters]
+    left_out = [LeftOut(site.name, site.shape, f"part of an adapter: {adapters[site.parameter]}") for site in sites]
+    kept = [
+        replace(group, sites=tuple(site for site in group.sites if site.parameter not in adapters)) for group in layers.groups
+    ]
+    return replace(layers, groups=tuple(group for group in kept if group.sites), left_out=(*layers.left_out, *left_out))

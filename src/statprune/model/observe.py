@@ -1,0 +1,43 @@
+"""Observing: what statistics of a group's inputs are made of, whoever runs the model (the walk, or module hooks)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from statprune.errors import NonFiniteError
+from statprune.methods.statistics import InputMoments
+from statprune.model.sites import InputGroup
+from statprune.ranks import ProcessGroup, sum_over_ranks
+
+ForwardContext = Callable[[], AbstractContextManager[Any]]
+"""Entered around every stretch of model code: Lightning's precision plugin, or nothing."""
+
+Observations = Iterator[tuple[InputGroup, InputMoments]]
+"""Each input group once, in execution order, with its complete statistics; what is read next sees what was pruned by then."""
+
+
+def complete(group: InputGroup, moments: InputMoments, process_group: ProcessGroup = None) -> InputMoments:
+    """A group's statistics over all ranks, checked.
+
+    Raises:
+        NonFiniteError: NaN or infinity entered the group.
+    """
+    sum_over_ranks(moments.totals(), process_group)
+    if not moments.is_finite():
+        raise NonFiniteError(
+            f"NaN or infinity in the input of {group.name}, the first layer where it shows. Look at what comes just before "
+            "it; in float16, try bfloat16 or float32."
+        )
+    return moments
+
+
+def fit_mask(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """The padding mask [batch, length] in the order of a linear's inputs; None where these are no such tokens (pooled ones)."""
+    if mask is None:
+        return None
+    positions, expected = ([size for size in shape if size != 1] for shape in (inputs.shape[:-1], mask.shape))
+    if positions == expected or positions == [mask.numel()]:
+        return mask
+    return mask.t() if positions == expected[::-1] else None  # [length, batch], as in XLNet

@@ -1,0 +1,166 @@
+"""Weights: where a model's weights are read from, and where pruned ones land. No other module changes a parameter.
+
+    InPlace    read from the model, written into the model
+    Twin       read from the model until they are pruned; pruned ones are kept aside, and the model stays as it is
+
+Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from statprune.errors import NonFiniteError, SiteError
+from statprune.methods.pruner import PrunedWeight
+from statprune.model.sites import LinearSite
+
+
+class Weights(Protocol):
+    """The parameters and buffers of a model by name, as the walk computes with them."""
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether what is put changes the model at once."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a parameter or buffer of this name."""
+
+    def get(self, name: str) -> Tensor:
+        """As stored, whole, as it is now: pruned where it was put."""
+
+    def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
+        """Land a pruned weight; every name that it is tied to reads it from now on."""
+
+    def release(self, names: Iterable[str]) -> None:
+        """These are not read again in this walk."""
+
+
+class InPlace:
+    """A model's own weights; memory never holds a second model."""
+
+    is_in_place = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = _named_tensors(model)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def get(self, name: str) -> Tensor:
+        """The model's own tensor."""
+        return self._tensors[name]
+
+    @torch.no_grad()
+    def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
+        """Write it into the model."""
+        site.view(self._tensors[site.parameter]).copy_(pruned.weight)
+        torch.clear_autocast_cache()  # inside an autocast of the caller's, a low-precision copy of the dense weight may live on
+
+    def release(self, names: Iterable[str]) -> None:
+        """They belong to the model, and stay."""
+
+
+class Twin:
+    """A model's weights with pruned ones in the place of some; the model itself stays as it is."""
+
+    is_in_place = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = _named_tensors(model)
+        self.pruned: dict[str, Tensor] = {}
+        """By the site's name of the parameter, as the parameter is stored: ready for `torch.func.functional_call`."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def get(self, name: str) -> Tensor:
+        """The pruned one where there is one."""
+        return self._tensors[name]
+
+    def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
+        """Keep it aside."""
+        # Outside of the view: functional_call wants the parameter's own layout, in memory too.
+        stored = site.view(pruned.weight).contiguous()
+        self.pruned[site.parameter] = stored
+        self._tensors.update(dict.fromkeys((site.parameter, *site.aliases), stored))
+
+    def release(self, names: Iterable[str]) -> None:
+        """They belong to the model or to the plan, and stay."""
+
+
+@torch.no_grad()
+def write_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write weights into a model, all or none.
+
+    Args:
+        model: changed in place.
+        weights: by parameter name, as the parameter is stored.
+
+    Raises:
+        SiteError: a name that is no parameter, or another shape; nothing is changed.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in weights.items():
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        if shape != tuple(weight.shape):
+            raise SiteError(
+                f"The weight {name} {tuple(weight.shape)} belongs to another model: {type(model).__name__} has "
+                + (f"{name} {shape}" if shape is not None else "no such parameter")
+                + ". Nothing was changed."
+            )
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)
+    torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def hold_(parameter: Tensor, keep: Tensor) -> None:
+    """Make exact zeros of a parameter's pruned places again, in place; what is kept does not change.
+
+    Args:
+        parameter: as it is stored, any dtype.
+        keep: bool, of the parameter's own shape and on its device: True = kept.
+    """
+    parameter.masked_fill_(~keep, 0)  # a product with the mask would leave NaN where NaN was written
+    torch.clear_autocast_cache()
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse, naming it, a parameter that cannot be read or written, or that holds NaN or infinity.
+
+    Raises:
+        SiteError: it is on the meta device, was made in inference mode, or is sharded.
+        NonFiniteError: NaN or infinity.
+    """
+    refuse_sharded(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise SiteError(f"The parameter {name} is on the meta device and has no values. Load the weights first.")
+        if parameter.is_inference():
+            raise SiteError(
+                f"The parameter {name} was made in torch.inference_mode, where torch lets nobody write to it from outside. "
+                "Build or load the model outside of it."
+            )
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise NonFiniteError(
+                f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole? Nothing was changed."
+            )
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise SiteError, naming it, for a parameter of which this process holds a part only."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise SiteError(
+                f"The parameter {name} is sharded (a DTensor, as FSDP makes them), and pruning needs whole weights. Prune "
+                "before the model is sharded, or on one device, or with DDP. Nothing was changed."
+            )
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all names that they have."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return dict(named)
