@@ -139,8 +139,8 @@ def show_plan(model: Any, selection: Selection, how: Recipe | Search) -> None:
 
 def expected(model: Any, selection: Selection, how: Recipe | Search) -> dict[str, int]:
     """Sizes of the result: parameters, those in the weights to prune, zeros (to within a few of each row), bytes of weights."""
-    recipe = how if isinstance(how, Recipe) else how.recipe("magnitude")
-    sparsity = getattr(recipe.build_allocation(), "sparsity", None) or recipe.build_pattern().sparsity
+    allocated = getattr(how.build_allocation(), "sparsity", None) if isinstance(how, Recipe) else None
+    sparsity = how.build_pattern().sparsity if allocated is None else allocated
     to_prune = sum(site.shape[0] * site.shape[1] for site in selection.sites)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -151,9 +151,9 @@ def expected(model: Any, selection: Selection, how: Recipe | Search) -> dict[str
 
 
 def show_dry_run(how: Recipe | Search) -> None:
-    """The end of a dry run: what to keep of it."""
-    kind = "recipe" if isinstance(how, Recipe) else "search"
-    console.print(f"The {kind}, as a file for --recipe:\n\n{escape(how.to_yaml())}\nA dry run: nothing was written.", soft_wrap=True)
+    """The end of a dry run: the recipe, as the file that --recipe takes."""
+    text = how.to_yaml() if isinstance(how, Recipe) else yaml.safe_dump({"method": how.method, **how.to_dict()}, sort_keys=False)
+    console.print(f"{escape(text)}\nA dry run: nothing was calibrated, nothing was written.", soft_wrap=True)
 
 
 def show_survey(model: str, selection: Selection) -> None:

@@ -7,7 +7,8 @@ from statprune.commands import display
 from statprune.commands.options import RANDOM_TOKENS, CalibrationOptions, LayerOptions, ModelOptions, ShowOptions
 from statprune.errors import ExperimentError
 from statprune.loading import DType
-from statprune.recipe import Schedule
+from statprune.model.schedule import Schedule
+from statprune.recipe import Search
 
 
 def compare(
@@ -80,12 +81,13 @@ def tune(
     """
     from statprune.tuning.tune import tune as tune_model
 
+    search = Search.from_dict({"minutes": minutes, **layers.given()})
     opened = model.open(calibration, samples=calibration.samples)
     windows = calibration.windows(opened)
     with display.progress("seconds of the budget") as progress:
         tuned = tune_model(
-            opened.model, windows.split(calibration.batch_size), minutes=minutes, output=output, progress=progress,
-            say=display.say, **layers.given(),
+            opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=display.say,
+            **dataclasses.asdict(search),
         )  # fmt: skip
     if show.json:
         trials = [trial.row() for trial in tuned.trials]

@@ -1,5 +1,7 @@
 """The commands about one model: prune, evaluate, inspect, verify, merge."""
 
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,13 +54,18 @@ def prune(
     checkpoint.refuse_existing(output)
     if dry_run:
         empty, seqlen = model.open_empty(calibration, samples=calibration.samples)
-        _show_plan(empty, calibration.blank_batches(seqlen), how)
+        layers = _find_layers(empty, calibration.blank_batches(seqlen))
+        display.show_plan(empty, select(layers.groups, layers.left_out, how), how)
         display.show_dry_run(how)
         return
     opened = model.open(calibration, samples=calibration.samples)
-    layers = _show_plan(opened.model, calibration.blank_batches(opened.seqlen), how)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "trace"):
+        layers = _find_layers(opened.model, calibration.blank_batches(opened.seqlen))
+    display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how)
     windows = calibration.windows(opened)
-    with display.progress("pruning") as progress:
+    with display.progress("pruning") as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=re.escape(layers.reason or ""))  # it was said already
         report = prune_model(
             opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
         )
@@ -66,17 +73,17 @@ def prune(
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
+    report.seconds["trace"] += seconds["trace"]
     with timed(report.seconds, "save"):
         checkpoint.save(opened.model, report, output, tokenizer=opened.tokenizer, protocol=protocol)
     display.show_report(report, output)
 
 
-def _show_plan(model: Any, batches: Sequence[Any], how: Recipe | Search) -> Layers:
-    """Find the layers, with batches of made-up values, and say what becomes of them."""
+def _find_layers(model: Any, batches: Sequence[Any]) -> Layers:
+    """The model's linear layers, and in words why they were not found by its graph, where that is so."""
     layers = find_layers(model, bind_batches(model, batches))
     if layers.reason is not None:
         display.say(layers.reason)
-    display.show_plan(model, select(layers.groups, layers.left_out, how), how)
     return layers
 
 
@@ -126,7 +133,7 @@ def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
     """
     empty = empty_model(model)
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
-    layers = find_layers(empty, bind_batches(empty, [example_inputs(empty)]))
+    layers = _find_layers(empty, [example_inputs(empty)])
     selection = select(layers.groups, layers.left_out, how)
     if show.json:
         expected = {"recipe": how.to_dict(), **display.expected(empty, selection, how)} if recipe.given() else {}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from statprune.commands import display
 from statprune.loading import DType, check_positive, load_config, load_tokenizer, model_class, open_causal, window_length
-from statprune.recipe import Recipe, Schedule, Search, read_how
+from statprune.model.schedule import Schedule
+from statprune.recipe import AUTO, How, Recipe, Search, read_how
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,13 @@ class RecipeOptions(LayerOptions):
             RecipeError: the file cannot be read, or a name or a value does not exist.
         """
         given = {key: value for key, value in self.given().items() if key != "recipe"}
-        return read_how(None if self.recipe is None else Recipe.from_yaml(self.recipe), **given)
+        if self.recipe is None:
+            return read_how(**given)
+        how: How = Recipe.from_yaml(self.recipe)
+        if str(self.method or self.criterion).partition(":")[0] == AUTO:
+            # Of the file, what a search does not look for itself.
+            how = {field.name: getattr(how, field.name) for field in fields(LayerOptions)}
+        return read_how(how, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
