@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from statprune import CausalLM, Perplexity, Recipe, StatisticalPruning, TextData
-from statprune.checkpoint import load_model, verify
+from statprune.checkpoint import verify
 from statprune.errors import CalibrationError, CheckpointError
+from statprune.loading import load_model
 from statprune.training.modules import WindowDataset
 
 TOKENS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))

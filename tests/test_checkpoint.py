@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import statprune
 from statprune import Recipe
-from statprune.checkpoint import RECORD, load_model, load_tokenizer, save, verify
+from statprune.checkpoint import RECORD, save, verify
 from statprune.errors import CheckpointError, ModelError
+from statprune.loading import load_model, load_tokenizer
 
 BATCHES = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))]
 
@@ -41,7 +42,9 @@ def test_transformers_loads_it_with_no_code_of_ours(sparse_folder, tiny_model_fo
 
 
 def test_the_record_says_what_was_done(sparse_folder):
-    record = verify(sparse_folder)
+    told = []
+    record = verify(sparse_folder, progress=lambda *step: told.append(step))
+    assert told == [(index + 1, len(record["sites"]), site["name"]) for index, site in enumerate(record["sites"])]
     assert record["recipe"] == Recipe(pattern="2:4").to_dict()
     assert record["sparsity"] == 0.5
     assert {site["num_zeros"] for site in record["sites"]} == {128, 64, 256}
@@ -169,8 +172,8 @@ def test_a_failed_save_leaves_nothing(tmp_path, tiny_model_folder):
 
 KILLED_WHILE_SAVING = """
 import os, sys, torch, statprune
-from statprune import checkpoint
-model = checkpoint.load_model(sys.argv[1])
+from statprune import checkpoint, loading
+model = loading.load_model(sys.argv[1])
 report = statprune.prune(model, [torch.zeros(1, 8, dtype=torch.int64)])
 checkpoint.verify = lambda folder: os._exit(9)
 checkpoint.save(model, report, sys.argv[2])

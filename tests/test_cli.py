@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from statprune.checkpoint import load_model, verify
+from statprune.checkpoint import verify
 from statprune.commands.cli import COMMANDS, main
+from statprune.loading import load_model
 from statprune.perplexity import evaluate
 
 TEXT = "to be or not to be, that is the question\n" * 40
@@ -137,7 +138,7 @@ def test_evaluate_prints_the_perplexity_and_the_protocol(capsys, tiny_model_fold
     from statprune.data import evaluation_windows
 
     model = load_model(tiny_model_folder)
-    from statprune.checkpoint import load_tokenizer
+    from statprune.loading import load_tokenizer
 
     windows = evaluation_windows([text], tokenizer=load_tokenizer(tiny_model_folder), model=model, seqlen=16)
     assert result["perplexity"] == pytest.approx(evaluate(model, windows))

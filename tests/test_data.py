@@ -5,17 +5,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from statprune.checkpoint import load_model, load_tokenizer
 from statprune.data import (
     calibration_windows,
     consecutive_windows,
     evaluation_windows,
+    generated_windows,
     random_windows,
     read_text,
     standard_library_text,
     tokenize,
 )
 from statprune.errors import CalibrationError
+from statprune.loading import load_model, load_tokenizer
 
 TEXT = "to be or not to be, that is the question\n"
 
@@ -59,6 +60,11 @@ def test_files_are_joined_by_blank_lines(tmp_path):
     assert read_text([tmp_path / "a", tmp_path / "b"]) == "one\n\ntwo"
 
 
+def test_a_count_of_one_is_singular():
+    with pytest.raises(CalibrationError, match=r"has 1 token, less than one window of 2"):
+        consecutive_windows(torch.arange(1), 2)
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
 def test_a_missing_or_binary_file_is_named(tmp_path, content):
     if content is not None:
@@ -92,6 +98,12 @@ def test_the_model_samples_its_own_windows_and_leaves_the_random_state_alone(mod
     assert (first[:, 1:] != model.config.eos_token_id).all()
 
 
+def test_generated_windows_are_told_as_they_come(model):
+    told = []
+    generated_windows(model, 3, 8, 0, batch_size=2, progress=lambda *step: told.append(step))
+    assert told == [(2, 3, "windows"), (3, 3, "windows")]
+
+
 @pytest.mark.parametrize("key", ["", ":calibration"])
 def test_a_token_file_gives_its_first_windows(tmp_path, model, key):
     tokens = torch.arange(40, dtype=torch.int32).view(4, 10)
@@ -123,7 +135,7 @@ def test_a_data_set_gives_one_window_a_long_document(tmp_path, model, tokenizer)
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(document) for document in documents))
     got = windows([str(tmp_path)], model, tokenizer, samples=4, seqlen=32)
     assert got.shape == (4, 32)
-    with pytest.raises(CalibrationError, match="documents longer than 32 tokens, 9 are wanted"):
+    with pytest.raises(CalibrationError, match="4 documents longer than 32 tokens, wanted: 9"):
         windows([str(tmp_path)], model, tokenizer, samples=9, seqlen=32)
     with pytest.raises(CalibrationError, match="has the columns text, not 'body'"):
         windows([f"{tmp_path}:::body"], model, tokenizer)

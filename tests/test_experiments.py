@@ -13,16 +13,18 @@ import torch
 import yaml
 
 from statprune import Recipe, plan
-from statprune.checkpoint import load_model, load_tokenizer
 from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.errors import ExperimentError, RecipeError, ResultsError
-from statprune.experiments import running
+from statprune.experiments import run as running
+from statprune.experiments.compare import Cell, compare, markdown_table
 from statprune.experiments.cost import measured, peak_of_tensors
 from statprune.experiments.definition import NAMES, Experiment
 from statprune.experiments.run import CELLS, run
+from statprune.experiments.walk_cost import measure_walk
+from statprune.loading import load_model, load_tokenizer
 from statprune.perplexity import evaluate
-from statprune.results import Result, ResultsFile
+from statprune.results import Result, ResultsFile, digest
 from test_zero_shot import write_task
 
 WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
@@ -42,6 +44,16 @@ def settings(tiny_model_folder, text):
         "model": [tiny_model_folder], "calibration": [text], "text": [text], "windows": 3, "samples": 2, "seqlen": 16,
         "batch_size": 2, "dtype": "float32", "methods": ["magnitude", "wanda"], "patterns": ["50%"],
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder):
+    return load_model(tiny_model_folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
 def options(settings):
@@ -183,6 +195,29 @@ class TestResultsFile:
         assert self.open(tmp_path / CELLS).results() == [result]
 
 
+class TestDigest:
+    FIRST = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3, dtype=torch.int32)}  # noqa: RUF012
+
+    def test_equal_tensors_have_equal_digests_however_they_lie_in_memory(self):
+        both = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+        again = {"a": both[:, 0], "b": torch.tensor([3], dtype=torch.int32)[0]}
+        assert digest(again) == digest(self.FIRST)
+        assert len(digest(self.FIRST)) == 16
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"a": torch.tensor([1.0, 2.0])},
+            {"a": torch.tensor([1.0, 2.5]), "b": torch.tensor(3, dtype=torch.int32)},
+            {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor(3, dtype=torch.int32)},
+            {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3, dtype=torch.int32).view(torch.float32)},
+            {"a": torch.tensor([1.0, 2.0]), "c": torch.tensor(3, dtype=torch.int32)},
+        ],
+    )
+    def test_names_values_shapes_and_dtypes_count(self, changed):
+        assert digest(changed) != digest(self.FIRST)
+
+
 class TestRun:
     def test_a_cell_holds_what_pruning_and_evaluating_by_hand_give(self, tmp_path, settings, text):
         run([Experiment.load("perplexity", settings)], tmp_path / "out")
@@ -268,6 +303,13 @@ class TestRun:
         assert len(outcome.failures) == 2
         assert "ZeroDivisionError: of all things" in outcome.failures[0]
         assert lines(tmp_path / "out")[0]["values"]["perplexity"] > 0
+
+    def test_one_sequence_is_singular(self, tmp_path, settings):
+        told = []
+        experiment = Experiment.load("perplexity", {**settings, "methods": ["wanda"], "samples": 1})
+        run([experiment], tmp_path / "out", progress=lambda *step: told.append(step))
+        assert [(done, total) for done, total, _ in told] == [(0, 2), (1, 2), (2, 2)]
+        assert told[1][2] == "perplexity: tiny: wanda 50% 1 sequence, seed 0"
 
     def test_a_model_that_cannot_be_opened_leaves_the_others(self, tmp_path, settings):
         experiment = Experiment.load("perplexity", {**settings, "model": [str(tmp_path / "nothing"), *settings["model"]]})
@@ -390,6 +432,40 @@ class TestMeasuring:
             for _ in range(3):
                 torch.ones(size, dtype=torch.uint8)
         assert 0.9 * size < cost.peak_memory < 1.9 * size
+
+
+class TestCompare:
+    def test_the_best_of_each_pattern_is_bold_and_a_label_ends_no_cell(self):
+        cells = [Cell("dense", "", 5.0, 0.0, {}), Cell("a|b", "50%", 7.0, 1.0, {}), Cell("c", "50%", 6.0, 1.0, {})]
+        assert markdown_table(cells).splitlines() == [
+            "| perplexity (dense 5.00) | 50% |",
+            "|---|---|",
+            r"| a\|b | 7.00 |",
+            "| c | **6.00** |",
+        ]
+
+    def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows):
+        told = []
+        cells = compare(
+            model, windows[:2], windows[2:], methods=["wanda", "cvr+energy"], patterns=["2:4"], batch_size=2,
+            progress=lambda *step: told.append(step),
+        )  # fmt: skip
+        twin = plan(model, windows[:2].split(2), Recipe.parse("wanda", pattern="2:4"))
+        assert [(cell.method, cell.pattern) for cell in cells] == [("dense", ""), ("wanda", "2:4"), ("cvr+energy", "2:4")]
+        assert cells[0].perplexity == evaluate(model, windows[2:], batch_size=2)
+        assert cells[1].perplexity == evaluate(model, windows[2:], batch_size=2, weights=twin.weights)
+        assert cells[1].recipe == Recipe.parse("wanda", pattern="2:4").to_dict()
+        assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
+        assert told[1][2] == f"cvr+energy 2:4: {cells[2].perplexity:.3f}"
+
+
+def test_the_walk_is_timed_beside_the_plain_model_and_each_round_is_told(model, windows):
+    told = []
+    cost = measure_walk(model, windows.split(2), rounds=2, progress=lambda *step: told.append(step))
+    assert told == [(0, 2, "rounds"), (1, 2, "rounds"), (2, 2, "rounds")]
+    assert len(cost.forward) == len(cost.walk) == 2
+    assert min(*cost.forward, *cost.walk, cost.export) > 0
+    assert cost.ratio == pytest.approx(sum(walk / forward for walk, forward in zip(cost.walk, cost.forward, strict=True)) / 2)
 
 
 def test_what_auto_chose_is_written_down(settings, tmp_path):

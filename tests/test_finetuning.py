@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import cross_entropy
 
 from statprune import CausalLM, Recipe, StatisticalPruning
-from statprune.checkpoint import load_model, verify
+from statprune.checkpoint import verify
 from statprune.errors import CheckpointError, MaskError, RecipeError
+from statprune.loading import load_model
 from statprune.report import PruningReport, SiteReport
 from statprune.training.masks import HeldMasks, refuse_sharded, remeasure
 from test_callback import Classifier, classifier_data, layer_weights, loader, sparsity, tiny_llama, trainer

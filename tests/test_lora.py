@@ -11,8 +11,9 @@ from torch import nn
 
 import statprune
 from statprune import Recipe
-from statprune.checkpoint import RECORD, load_model, load_tokenizer, save, verify
+from statprune.checkpoint import RECORD, save, verify
 from statprune.errors import AdapterError, MaskError, NonFiniteError
+from statprune.loading import load_model, load_tokenizer
 from statprune.report import PruningReport
 from statprune.training.lora import load_adapter, merge_adapters
 from test_cli import run

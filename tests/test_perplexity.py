@@ -10,6 +10,7 @@ from torch import nn
 from statprune import Perplexity
 from statprune.errors import CalibrationError
 from statprune.perplexity import TOKENS_PER_CHUNK, evaluate
+from tiny_models import llama, tokens
 
 
 def logits_and_targets(batch=3, length=7, vocabulary=11, seed=0):
@@ -131,6 +132,22 @@ def test_evaluate_counts_every_token_but_the_first_of_each_window(batch_size):
     model = Echo().train()
     assert evaluate(model, torch.full((3, 4), 2), batch_size=batch_size) == pytest.approx(12 / 9)
     assert model.training
+
+
+def test_evaluate_tells_each_batch():
+    told = []
+    evaluate(Echo(), torch.full((3, 4), 2), batch_size=2, progress=lambda *step: told.append(step))
+    assert told == [(2, 3, "windows"), (3, 3, "windows")]
+
+
+def test_evaluate_builds_no_key_value_cache_and_leaves_the_setting_as_it_was():
+    model = llama()
+    outputs = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    evaluate(model, tokens(3, 8), batch_size=2)
+    assert [output.past_key_values for output in outputs] == [None, None]
+    assert model.config.use_cache
+    assert model(tokens(1, 4)).past_key_values is not None
 
 
 def test_evaluate_refuses_what_has_no_next_token():

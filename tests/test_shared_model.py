@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import statprune
 from statprune import Recipe
-from statprune.checkpoint import load_model
 from statprune.commands.cli import main
+from statprune.loading import load_model
 from statprune.model.inputs import bind_batches
 from statprune.model.trace import trace
 from statprune.perplexity import evaluate

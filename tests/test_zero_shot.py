@@ -125,6 +125,17 @@ def test_some_weights_are_as_a_model_that_has_them(to_be, model, other_model, ti
     assert to_be(model, tiny_tokenizer, weights=weights) == to_be(mixed, tiny_tokenizer)
 
 
+def test_no_key_value_cache_is_built(to_be, model, tiny_tokenizer):
+    caches = []
+    handle = model.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
+    try:
+        to_be(model, tiny_tokenizer, batch_size=8)
+    finally:
+        handle.remove()
+    assert set(caches) == {None}
+    assert model.config.use_cache
+
+
 def test_weights_of_no_parameter_are_refused(to_be, model, tiny_tokenizer):
     with pytest.raises(ExperimentError, match=r"no parameter called layers\.9"):
         to_be(model, tiny_tokenizer, weights={"layers.9": torch.zeros(1)})
@@ -245,7 +256,7 @@ def test_next_line_wraps_prose():
 
 @pytest.mark.parametrize("text", ["", "one line", poem(8), "the same line again\n" * 500], ids=["no", "one", "eight", "same"])
 def test_next_line_of_too_short_a_text_is_refused(text):
-    with pytest.raises(ExperimentError, match="enough for 0 questions, and 100 are asked for: give more text"):
+    with pytest.raises(ExperimentError, match=r"enough for 0 questions, wanted: 100\. Give more text"):
         next_line_questions(text)
 
 

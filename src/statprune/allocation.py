@@ -259,8 +259,8 @@ def _dense_layers(selection: Selection, pattern: ModelPattern, harms: Tensor, sp
     reached = sum(count for site, count in zip(sites, counts, strict=True) if site.parameter in chosen) / num_weights
     name = recipe.allocation.partition(":")[0]
     reason = (
-        f"dense by the allocation {name}: {pattern} in the other layers makes {100 * reached:.4g} % of the weights in scope zero, "
-        f"{100 * sparsity:.4g} % were asked for"
+        f"dense by the allocation {name}: {pattern} in the other layers makes {100 * reached:.4g} % of the weights in scope "
+        f"zero, {100 * sparsity:.4g} % were asked for"
     )
     groups = [
         replace(group, sites=tuple(site for site in group.sites if site.parameter in chosen)) for group in selection.groups

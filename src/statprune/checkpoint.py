@@ -1,4 +1,4 @@
-"""A model on disk: load it safely, save it sparse with a record of what was done, and verify the record later.
+"""A sparse model on disk: saved with a record of what was done, and the record verified later.
 
 What is saved is what every runtime reads: dense safetensors with exact zeros, no `quantization_config`, no
 `sparsity_config`. What we know beyond that goes into a side file:
@@ -8,13 +8,12 @@ What is saved is what every runtime reads: dense safetensors with exact zeros, n
     OUTPUT/pruning.json         the recipe, the versions, and for each weight what can be recomputed from the file
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from statprune.errors import CheckpointError, ModelError
+from statprune.errors import CheckpointError
 from statprune.grammar import split
+from statprune.loading import file_digest, file_digests
 from statprune.methods.patterns import SITE_PATTERNS
 from statprune.methods.pruner import energy_sq
+from statprune.progress import Progress, silent
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
 
@@ -33,82 +34,6 @@ RECORD = "pruning.json"
 FORMAT = 1
 ENERGY_TOLERANCE = 1e-6
 """Relative. Energies are float64 sums; another device or number of threads adds them in another order."""
-
-
-def load_config(path: str) -> Any:
-    """A model's configuration.
-
-    Raises:
-        ModelError: the folder is no model.
-    """
-    from transformers import AutoConfig
-
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{path} is not a model folder: expected config.json and *.safetensors in it, as save_pretrained writes them."
-        )
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f"No model at {path!r}, neither a folder nor a name on the hub: {_first_line(e)}") from e
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{path} is quantized: prune the model that it was made from, and quantize afterwards.")
-    return config
-
-
-def model_class(config: Any) -> Any:
-    """The transformers class that the configuration names, or the one for causal language models where it names none."""
-    import transformers
-
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
-
-
-def load_model(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
-    """A transformers model from a folder or the hub: safetensors only, and no code that came with it.
-
-    Raises:
-        ModelError: not a model, quantized, or only pickled weights.
-    """
-    config = load_config(path)
-    folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-        raise ModelError(
-            f"{path} has no *.safetensors"
-            + (f", only {', '.join(pickled)}: a pickle can run code when it is read. Convert it with save_pretrained "
-               "on a machine where you trust it." if pickled else ": a configuration without weights.")
-        )  # fmt: skip
-    try:
-        model = model_class(config).from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as e:
-        raise ModelError(f"The weights in {path} cannot be loaded: {_first_line(e)}") from e
-    return model.to(device).eval()
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer beside a model.
-
-    Raises:
-        ModelError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f"No tokenizer in {path}: {_first_line(e)}") from e
-
-
-def fingerprint(path: str, config: Any) -> str:
-    """What tells one version of a model from another: its commit on the hub, or a digest of the folder's weight files."""
-    if not Path(path).is_dir():
-        return str(getattr(config, "_commit_hash", None))
-    digests = json.dumps(_digests(Path(path)), sort_keys=True)
-    return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 
 def refuse_existing(output: str | Path) -> None:
@@ -148,7 +73,7 @@ def save(
         model.save_pretrained(partial)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        record = {"format": FORMAT, **report.to_dict(), "protocol": protocol or {}, "files": _digests(partial)}
+        record = {"format": FORMAT, **report.to_dict(), "protocol": protocol or {}, "files": file_digests(partial)}
         places = _places(partial)
         for site in record["sites"]:
             site["file"], site["tensor"] = _find(site["parameter"], model.get_parameter(site["parameter"]), places, partial)
@@ -161,7 +86,7 @@ def save(
     return output
 
 
-def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None = None) -> dict[str, Any]:
+def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:
     """Recompute every promise of a folder's `pruning.json` from the files on disk, and return the record.
 
     Recomputed for each weight: it exists, its shape, number of zeros, energy, and that the pattern holds (at most N
@@ -170,7 +95,7 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
 
     Args:
         folder: what `save` wrote.
-        progress: called with (weights done, weights in all, name).
+        progress: called after each weight, with its layer's name.
 
     Raises:
         CheckpointError: the first promise that is broken.
@@ -204,8 +129,7 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
                 raise _broken(folder, site["name"], "energy", site["energy_after"], energy_sq(weight))
             zeros, weights = zeros + num_zeros, weights + weight.numel()
             energies = [energies[0] + site["energy_before"], energies[1] + energy_sq(weight)]
-            if progress is not None:
-                progress(index + 1, len(record["sites"]), site["name"])
+            progress(index + 1, len(record["sites"]), site["name"])
         for name, promised, found in (
             ("sparsity", record["sparsity"], zeros / max(1, weights)),
             ("energy ratio", record["energy_ratio"], energies[1] / max(1e-300, energies[0])),
@@ -213,7 +137,7 @@ def verify(folder: str | Path, progress: Callable[[int, int, str], None] | None 
             if not _close(found, promised):
                 raise _broken(folder, "all weights together", name, promised, found)
         for file, digest in record["files"].items():
-            if (found_digest := _digest(folder / file)) != digest:
+            if (found_digest := file_digest(folder / file)) != digest:
                 raise _broken(folder, file, "SHA-256", digest, found_digest)
     except (KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder / RECORD} is damaged: {type(e).__name__}: {e}.") from e
@@ -261,19 +185,3 @@ def _candidates(parameter: str, places: dict[str, str]) -> Iterator[str]:
     if parameter in places:
         yield parameter
     yield from (name for name in places if name != parameter)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: _digest(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e}.") from e
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,17 +1,15 @@
 """Token windows: from text files, token files, `datasets`, the standard library's source, or the model's own samples."""
 
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from statprune.errors import CalibrationError
-
-Progress = Callable[[int, int], None]
-"""Called with (windows done, windows in all)."""
+from statprune.errors import CalibrationError, first_line, number_of
+from statprune.progress import Progress, silent
 
 GENERATED = "generated"
 """The calibration source that needs no data: the model's own samples."""
@@ -63,7 +61,8 @@ def consecutive_windows(tokens: Tensor, seqlen: int) -> Tensor:
     num_windows = tokens.numel() // seqlen
     if num_windows == 0:
         raise CalibrationError(
-            f"The text has {tokens.numel()} tokens, less than one window of {seqlen}: give more text or a smaller --seqlen."
+            f"The text has {number_of(tokens.numel(), 'token')}, less than one window of {seqlen}: "
+            "give more text or a smaller --seqlen."
         )
     return tokens[: num_windows * seqlen].view(num_windows, seqlen)
 
@@ -77,7 +76,7 @@ def random_windows(tokens: Tensor, samples: int, seqlen: int, seed: int) -> Tens
     places = tokens.numel() - seqlen + 1
     if places < 1:
         raise CalibrationError(
-            f"The calibration text has {tokens.numel()} tokens, less than one window of {seqlen}: "
+            f"The calibration text has {number_of(tokens.numel(), 'token')}, less than one window of {seqlen}: "
             "give more text or a smaller --seqlen."
         )
     starts = torch.randint(places, (samples,), generator=torch.Generator().manual_seed(seed))
@@ -92,7 +91,7 @@ def calibration_windows(
     samples: int,
     seqlen: int,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Tensor:
     """Token windows [samples, seqlen] from wherever the user says.
 
@@ -104,7 +103,7 @@ def calibration_windows(
         samples: how many windows. A token file gives its first ones.
         seqlen: tokens in each.
         seed: of the random places and of the sampling.
-        progress: called while it works.
+        progress: called after each window, where that takes long.
 
     Raises:
         CalibrationError: the source cannot be read, or has too little text; says what was tried.
@@ -145,12 +144,10 @@ def _wikitext_test() -> list[str]:
     try:
         lines: list[str] = datasets.load_dataset(path, configuration, split="test")[column]
     except Exception as e:  # datasets raises whatever its loaders and the network raise
-        raise CalibrationError(f"--text {WIKITEXT}: the data set {path!r} cannot be had: {_first_line(e)}. {advice}") from e
+        raise CalibrationError(
+            f"--text {WIKITEXT}: the data set {path!r} cannot be had: {type(e).__name__}: {first_line(e)}. {advice}"
+        ) from e
     return lines
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def token_file_windows(source: str, samples: int | None, seqlen: int) -> Tensor:
@@ -177,7 +174,8 @@ def token_file_windows(source: str, samples: int | None, seqlen: int) -> Tensor:
     if windows.ndim != 2 or windows.is_floating_point() or windows.shape[1] < seqlen or len(windows) < (samples or 1):
         raise CalibrationError(
             f"The tokens in {source} have shape {tuple(windows.shape)} and dtype {windows.dtype}: expected whole numbers, "
-            f"at least {samples or 1} windows of at least {seqlen} tokens. Choose a smaller --samples or --seqlen."
+            f"at least {number_of(samples or 1, 'window')} of at least {number_of(seqlen, 'token')}. "
+            "Choose a smaller --samples or --seqlen."
         )
     chosen: Tensor = windows[:samples, :seqlen].long()
     return chosen
@@ -191,7 +189,7 @@ def dataset_windows(
     seed: int,
     *,
     vocabulary: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Tensor:
     """One random window [samples, seqlen] from each of `samples` documents that are long enough (Wanda's protocol).
 
@@ -234,19 +232,18 @@ def dataset_windows(
         if tokens.numel() > seqlen:
             start = int(torch.randint(tokens.numel() - seqlen, (), generator=generator))
             windows.append(tokens[start : start + seqlen])
-            if progress is not None:
-                progress(len(windows), samples)
+            progress(len(windows), samples, "windows")
         if len(windows) == samples:
             return torch.stack(windows)
     raise CalibrationError(
-        f"The data set {path!r} has {len(windows)} documents longer than {seqlen} tokens, {samples} are wanted: "
-        "choose a smaller --samples or --seqlen."
+        f"The data set {path!r} has {number_of(len(windows), 'document')} longer than {number_of(seqlen, 'token')}, "
+        f"wanted: {samples:,}. Choose a smaller --samples or --seqlen."
     )
 
 
 @torch.no_grad()
 def generated_windows(
-    model: Any, samples: int, seqlen: int, seed: int, *, batch_size: int = 8, progress: Progress | None = None
+    model: Any, samples: int, seqlen: int, seed: int, *, batch_size: int = 8, progress: Progress = silent
 ) -> Tensor:
     """Windows [samples, seqlen] sampled from the model itself (temperature 1), so that no data is needed.
 
@@ -271,8 +268,7 @@ def generated_windows(
         for start in first.split(batch_size):
             tokens = start.to(device)
             windows.append(model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings).cpu())
-            if progress is not None:
-                progress(sum(len(window) for window in windows), samples)
+            progress(sum(len(window) for window in windows), samples, "windows")
     return torch.cat(windows)
 
 

@@ -1,11 +1,17 @@
-"""Open what a command names: a causal language model, and the numbers that go with it, checked before a weight is read."""
+"""A model, its tokenizer and its fingerprint, from a folder or the hub: safetensors only, and no code that came with it.
 
+What cannot be is refused before a weight is read.
+"""
+
+import hashlib
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
-from statprune.checkpoint import load_config, load_model
-from statprune.errors import CalibrationError, ModelError
+from statprune.errors import CalibrationError, CheckpointError, ModelError, first_line
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_SEQLEN = 2048
@@ -53,7 +59,7 @@ def load_causal(model: str, dtype: str, device: str) -> Any:
     try:
         loaded = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ModelError(f"--device {device}: {str(e).splitlines()[0]}") from e
+        raise ModelError(f"--device {device}: {first_line(e)}") from e
     if loaded.config.is_encoder_decoder or not loaded.can_generate():
         raise ModelError(
             f"{model} is a {type(loaded).__name__}, not a causal language model, and text alone does not calibrate it: "
@@ -65,3 +71,108 @@ def load_causal(model: str, dtype: str, device: str) -> Any:
 def choose_device(device: str) -> str:
     """`"auto"` as the GPU, or the CPU where there is none; any other name as it is."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def load_config(path: str) -> Any:
+    """A model's configuration.
+
+    Raises:
+        ModelError: the folder is no model.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{path} is not a model folder: expected config.json and *.safetensors in it, as save_pretrained writes them."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(f"No model at {path!r}, neither a folder nor a name on the hub: {first_line(e)}") from e
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{path} is quantized: prune the model that it was made from, and quantize afterwards.")
+    return config
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that the configuration names, or the one for causal language models where it names none."""
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def load_model(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
+    """A transformers model from a folder or the hub: safetensors only, and no code that came with it.
+
+    Args:
+        path: folder or hub name.
+        dtype: a torch dtype; `"auto"` takes the checkpoint's.
+        device: where it goes, as torch calls it.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ModelError: not a model, quantized, or only pickled weights.
+    """
+    config = load_config(path)
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+        raise ModelError(
+            f"{path} has no *.safetensors"
+            + (f", only {', '.join(pickled)}: a pickle can run code when it is read. Convert it with save_pretrained "
+               "on a machine where you trust it." if pickled else ": a configuration without weights.")
+        )  # fmt: skip
+    try:
+        model = model_class(config).from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as e:
+        raise ModelError(f"The weights in {path} cannot be loaded: {first_line(e)}") from e
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model.
+
+    Args:
+        path: folder or hub name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(f"No tokenizer in {path}: {first_line(e)}") from e
+
+
+def fingerprint(path: str, config: Any) -> str:
+    """What tells one version of a model from another: its commit on the hub, or a digest of the folder's weight files."""
+    if not Path(path).is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    digests = json.dumps(file_digests(Path(path)), sort_keys=True)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 digest of each of the folder's weight files, by file name; errors as for `file_digest`."""
+    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}.") from e

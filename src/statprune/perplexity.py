@@ -1,6 +1,6 @@
 """Perplexity, as a torchmetrics Metric that stays right on long runs, low precision and bad models."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from statprune.errors import CalibrationError
-from statprune.model.trace import eval_mode
+from statprune.model.undisturbed import eval_mode, without_cache
+from statprune.progress import Progress, silent
 
 TOKENS_PER_CHUNK = 1024
 """Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""
@@ -87,7 +88,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     weights: Mapping[str, Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> float:
     """Perplexity of a causal language model on token windows.
 
@@ -96,7 +97,7 @@ def evaluate(
         windows: [windows, length], int: each is scored on its own; every token but a window's first counts.
         batch_size: windows in one forward pass.
         weights: by parameter name, read in place of the model's own: a pruned twin's (`PruningPlan.weights`).
-        progress: called with (windows done, windows in all) after each batch.
+        progress: called after each batch, in windows.
 
     Raises:
         CalibrationError: there is no window, or windows of one token.
@@ -105,10 +106,9 @@ def evaluate(
         raise CalibrationError(f"evaluate(windows of shape {tuple(windows.shape)}): expected [windows, at least 2 tokens].")
     device = next(model.parameters()).device
     metric = Perplexity().to(device)
-    with eval_mode(model):
+    with eval_mode(model), without_cache(model):
         for start in range(0, len(windows), batch_size):
             tokens = windows[start : start + batch_size].to(device).long()
             metric.update_next_token(functional_call(model, dict(weights or {}), (tokens,)).logits, tokens)
-            if progress is not None:
-                progress(min(start + batch_size, len(windows)), len(windows))
+            progress(min(start + batch_size, len(windows)), len(windows), "windows")
     return float(metric.compute())

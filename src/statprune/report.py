@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from statprune.errors import number_of
 from statprune.methods.pruner import PrunedWeight, energy_sq
 from statprune.model.sites import LeftOut, LinearSite
 
@@ -132,10 +133,11 @@ class PruningReport:
         shares = [100 * site.sparsity for site in self.sites if site.pattern]
         by_layer = f"{min(shares):.1f} to {max(shares):.1f} % of a layer, " if shares else ""
         return (
-            f"{len(self.sites)} weights, {self.num_weights:,} parameters: {100 * self.sparsity:.2f} % are zero now, {by_layer}"
+            f"{number_of(len(self.sites), 'weight')}, {number_of(self.num_weights, 'parameter')}: "
+            f"{100 * self.sparsity:.2f} % are zero now, {by_layer}"
             f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, "
-            f"{self.num_tokens:,} calibration tokens; {took}"
-            + (f"; {self.finetuning_steps:,} steps of fine-tuning" if self.finetuning_steps else "")
+            f"{number_of(self.num_tokens, 'calibration token')}; {took}"
+            + (f"; {number_of(self.finetuning_steps, 'step')} of fine-tuning" if self.finetuning_steps else "")
         )
 
 

@@ -1,14 +1,16 @@
 """Compare methods: prune a twin for each cell of methods x patterns, and measure its perplexity on held-out windows."""
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from statprune.api import plan
+from statprune.experiments.cost import measured
+from statprune.markdown import table
 from statprune.perplexity import evaluate
+from statprune.progress import Progress, silent
 from statprune.recipe import Method, labelled
 
 METHODS = ("magnitude", "wanda", "cvr", "magnitude+energy", "wanda+energy", "cvr+energy")
@@ -36,7 +38,7 @@ def compare(
     patterns: Sequence[str] = PATTERNS,
     schedule: str = "walk",
     batch_size: int = 1,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = silent,
 ) -> list[Cell]:
     """Measure every method with every pattern; the dense model is the first cell, and is left as it was.
 
@@ -48,7 +50,7 @@ def compare(
         patterns: at which sparsities.
         schedule: `"walk"`, `"block"` or `"one-shot"`, for all that have none of their own.
         batch_size: windows in one forward pass.
-        progress: called with (cells done, cells in all, what was measured).
+        progress: called after each cell, with its perplexity.
 
     Raises:
         StatpruneError: as `prune`; recipes are checked before anything runs.
@@ -57,16 +59,14 @@ def compare(
         (*labelled(method, pattern=str(pattern), schedule=schedule), str(pattern)) for pattern in patterns for method in methods
     ]
     cells = [Cell("dense", "", evaluate(model, evaluation, batch_size=batch_size), 0.0, {})]
-    traced = None
+    device, traced = next(model.parameters()).device, None
     for index, (label, recipe, pattern) in enumerate(recipes):
-        started = time.perf_counter()
-        twin = plan(model, calibration.split(batch_size), recipe, traced=traced)
+        with measured(device) as cost:
+            twin = plan(model, calibration.split(batch_size), recipe, traced=traced)
         traced = twin.traced
-        seconds = time.perf_counter() - started
         perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
-        cells.append(Cell(label, pattern, perplexity, seconds, twin.report.recipe))
-        if progress is not None:
-            progress(index + 1, len(recipes), f"{label} {pattern}: {perplexity:.3f}")
+        cells.append(Cell(label, pattern, perplexity, cost.seconds, twin.report.recipe))
+        progress(index + 1, len(recipes), f"{label} {pattern}: {perplexity:.3f}")
     return cells
 
 
@@ -82,10 +82,5 @@ def markdown_table(cells: Iterable[Cell]) -> str:
         value = values[method, pattern]
         return f"**{value:.2f}**" if value == best[pattern] else f"{value:.2f}"
 
-    return "\n".join(
-        [
-            f"| perplexity (dense {dense.perplexity:.2f}) | " + " | ".join(patterns) + " |",
-            "|---|" + "---|" * len(patterns),
-            *(f"| {method} | " + " | ".join(text(method, pattern) for pattern in patterns) + " |" for method in methods),
-        ]
-    )
+    heads = [f"perplexity (dense {dense.perplexity:.2f})", *patterns]
+    return table(heads, ([method, *(text(method, pattern) for pattern in patterns)] for method in methods), num_left=len(heads))

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from statprune.markdown import table
 from statprune.results import DENSE, Result
 
 Row = tuple[str, ...]
@@ -90,18 +91,8 @@ def grid(heads: Sequence[str], columns: Sequence[str], entries: Mapping[tuple[Ro
         return (f"**{one.text}**" if is_best else one.text) + one.beside
 
     rows = dict.fromkeys(row for row, _ in entries)
-    return "\n".join(
-        [
-            _line([escape(head) for head in (*heads, *columns)]),
-            "|" + "---|" * len(heads) + "---:|" * len(columns),
-            *(_line([*map(escape, row), *(text(row, column) for column in columns)]) for row in rows),
-        ]
-    )
-
-
-def escape(text: str) -> str:
-    """Text that ends no cell of a Markdown table."""
-    return text.replace("|", "\\|")
+    lines = ([*row, *(text(row, column) for column in columns)] for row in rows)
+    return table([*heads, *columns], lines, num_left=len(heads))
 
 
 def two_decimals(value: float) -> str:
@@ -123,7 +114,3 @@ def ratio(value: float) -> str:
 def superscript(number: int) -> str:
     """The mark of a footnote."""
     return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _line(texts: Iterable[str]) -> str:
-    return f"| {' | '.join(texts)} |"

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from statprune.data import read_text
-from statprune.errors import ExperimentError
+from statprune.errors import ExperimentError, number_of
 
 NEXT_LINE = "next-line"
 
@@ -51,8 +51,8 @@ def next_line_questions(text: str, *, number: int = 100, seed: int = 0) -> list[
         if len(questions) == number:
             return questions
     raise ExperimentError(
-        f"{NEXT_LINE}: the text has {len(lines)} lines, enough for {len(questions)} questions, and {number} are asked for: "
-        "give more text, or a smaller limit."
+        f"{NEXT_LINE}: the text has {number_of(len(lines), 'line')}, enough for {number_of(len(questions), 'question')}, "
+        f"wanted: {number:,}. Give more text, or a smaller limit."
     )
 
 

@@ -6,9 +6,8 @@ Uses the package as its users would: a Lightning Trainer trains `CausalLM`, and 
 import contextlib
 import copy
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,11 @@ from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from statprune.checkpoint import refuse_existing
+from statprune.clock import timed
 from statprune.data import standard_library_text
+from statprune.errors import number_of
 from statprune.experiments.compare import Cell
+from statprune.progress import Say, unsaid
 from statprune.recipe import Recipe
 from statprune.training.callback import StatisticalPruning
 from statprune.training.modules import CausalLM, TextData
@@ -38,12 +40,13 @@ def quickstart(
     steps: int = 400,
     seed: int = 0,
     progress_bar: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = unsaid,
 ) -> list[Cell]:
     """Train, prune, compare; leave a dense and a sparse model and the texts in `output` for the other commands.
 
     Args:
-        output: a folder that does not exist yet; gets `dense/`, `sparse/`, `training.txt` and `held-out.txt`.
+        output: a folder that does not exist yet; gets `dense/`, `sparse/`, `texts/training.txt` and
+            `texts/held-out.txt`.
         steps: of training; the default takes about a minute on two cores.
         seed: of the initial weights and of the windows.
         progress_bar: Lightning's.
@@ -77,7 +80,10 @@ def quickstart(
         torch.manual_seed(seed)
         module = CausalLM(_small_llama(tokenizer), learning_rate=5e-3)
         num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        say(f"training a LLaMA of {num_parameters / 1e6:.1f} M parameters for {steps} steps with a Lightning Trainer")
+        say(
+            f"training a LLaMA of {num_parameters / 1e6:.1f} M parameters for {number_of(steps, 'step')} with a Lightning "
+            "Trainer"
+        )
         _trainer(progress_bar, max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0).fit(module, datamodule=data)
     module.model.save_pretrained(output / "dense")
     tokenizer.save_pretrained(output / "dense")
@@ -90,11 +96,11 @@ def quickstart(
             recipe = Recipe.parse(method, pattern=pattern)
             is_last = (pattern, method) == (PATTERNS[-1], METHODS[-1])
             pruning = StatisticalPruning(recipe, output=str(output / "sparse") if is_last else None)
-            started = time.perf_counter()
-            with _quiet_lightning():
+            seconds: dict[str, float] = {}
+            with _quiet_lightning(), timed(seconds, "cell"):
                 measured = _trainer(False, callbacks=[pruning]).validate(module, datamodule=data, verbose=False)[0]
             cells[0] = Cell("dense", "", measured["dense_perplexity"], 0.0, {})
-            cells.append(Cell(method, pattern, measured["pruned_perplexity"], time.perf_counter() - started, recipe.to_dict()))
+            cells.append(Cell(method, pattern, measured["pruned_perplexity"], seconds["cell"], recipe.to_dict()))
             say(f"{method} at {pattern}: perplexity {cells[-1].perplexity:.2f} (dense {cells[0].perplexity:.2f})")
     return cells
 

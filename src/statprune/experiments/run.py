@@ -1,7 +1,6 @@
 """Run experiments: for each model, cell after cell, each written when it is finished; what is in the file is not run again."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 from statprune.api import plan
-from statprune.checkpoint import fingerprint, load_config, load_tokenizer
 from statprune.data import calibration_windows, evaluation_windows
-from statprune.engine import PruningPlan
-from statprune.errors import ExperimentError, StatpruneError
+from statprune.api import PruningPlan
+from statprune.errors import ExperimentError, StatpruneError, number_of
 from statprune.experiments.cost import measured
 from statprune.experiments.definition import Cell, Experiment
 from statprune.experiments.plots import PICTURED, plot
@@ -23,18 +21,17 @@ from statprune.experiments.published import Published
 from statprune.experiments.runtime import measure_block
 from statprune.experiments.tables import markdown, write_csv
 from statprune.experiments.zero_shot import ZeroShot
-from statprune.loading import choose_device, load_causal, window_length
+from statprune.loading import choose_device, fingerprint, load_causal, load_config, load_tokenizer, window_length
 from statprune.model.inputs import bind_batches
 from statprune.model.sites import TracedModel
 from statprune.model.survey import survey
 from statprune.perplexity import evaluate
+from statprune.progress import Progress, Say, silent, unsaid
 from statprune.recipe import Recipe
 from statprune.report import versions
-from statprune.results import Result, ResultsFile
+from statprune.results import Result, ResultsFile, digest
 
 CELLS = "cells.jsonl"
-
-Advance = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,15 @@ def run(
     experiments: Sequence[Experiment],
     output: str | Path,
     *,
-    progress: Advance = lambda done, total, what: None,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
+    say: Say = unsaid,
 ) -> Outcome:
     """Measure every cell that is not in the output folder yet, and write tables and pictures of all.
 
     Args:
         experiments: of one protocol (see `Experiment.protocol`). Each model is loaded once for all of them.
         output: a folder; gets `cells.jsonl`, and for each experiment NAME.csv, NAME.md and, where there is one, NAME.png.
-        progress: called with (cells done, cells in all, what is next).
+        progress: called before each cell, with how many are done and what is next, and at the end.
         say: called with each new result in words.
 
     Returns:
@@ -171,9 +168,9 @@ class _Bench:
         """What the tokens and the tasks are, so that a text that has changed since gives another cell."""
         details: dict[str, Any] = {}
         if cell.samples is not None and cell.seed is not None:
-            details["calibration_tokens"] = _digest(self._calibration(cell.samples, cell.seed))
+            details["calibration_tokens"] = digest({"tokens": self._calibration(cell.samples, cell.seed)})
         if cell.measure == "perplexity":
-            details["evaluation_tokens"] = _digest(self._evaluation())
+            details["evaluation_tokens"] = digest({"tokens": self._evaluation()})
         elif cell.measure == "runtime":
             details["rounds"] = experiment.rounds
         elif tasks is not None:
@@ -255,12 +252,8 @@ def _short(model: str, models: Sequence[str]) -> str:
 
 
 def _words(cell: Cell) -> list[str]:
-    samples = f"{cell.samples} sequences, seed {cell.seed}" if cell.samples is not None else ""
+    samples = f"{number_of(cell.samples, 'sequence')}, seed {cell.seed}" if cell.samples is not None else ""
     return [word for word in (cell.label, cell.pattern, samples) if word]
-
-
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.segments import blocks
 from statprune.model.sites import InputGroup
-from statprune.model.trace import eval_mode, without_cache
+from statprune.model.undisturbed import eval_mode, without_cache
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from statprune.experiments.grid import (
     Metric,
     Row,
     entry,
-    escape,
     finished,
     grid,
     ratio,
@@ -27,6 +26,7 @@ from statprune.experiments.grid import (
     two_decimals,
 )
 from statprune.experiments.published import Published
+from statprune.markdown import escape
 from statprune.methods.patterns import NM, Unstructured, parse_shorthand
 from statprune.results import DENSE, Result
 

@@ -1,16 +1,17 @@
 """What the walk costs: the same batches through the plain model and through the walk, in turns on one machine."""
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from statprune.experiments.cost import measured
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.trace import eval_mode, trace
 from statprune.model.walk import walk
+from statprune.progress import Progress, silent
 from statprune.recipe import Recipe
 from statprune.selection import select
 
@@ -37,42 +38,28 @@ class WalkCost:
 
 
 @torch.no_grad()
-def measure_walk(
-    model: nn.Module, batches: Sequence[Tensor], *, rounds: int = 5, progress: Callable[[int, int], None] | None = None
-) -> WalkCost:
+def measure_walk(model: nn.Module, batches: Sequence[Tensor], *, rounds: int = 5, progress: Progress = silent) -> WalkCost:
     """Time the walk against a plain forward pass, after one round that does not count.
 
     Args:
         model: a causal language model.
         batches: token tensors.
         rounds: how many to count; a round times both, one after the other.
-        progress: called with (rounds done, rounds in all).
+        progress: called after each round.
     """
     inputs = bind_batches(model, batches)
-    started = time.perf_counter()
-    traced = trace(model, example_batch(inputs), dynamic_dims(inputs))
-    export = time.perf_counter() - started
+    device = next(model.parameters()).device
+    with measured(device) as export:
+        traced = trace(model, example_batch(inputs), dynamic_dims(inputs))
     groups = select(traced.groups, traced.left_out, Recipe(pattern="50%")).groups
     times: list[tuple[float, float]] = []
     with eval_mode(model):
         for index in range(rounds + 1):
-            forward = _seconds(lambda: [model(**batch.kwargs, use_cache=False) for batch in inputs])
-            walked = _seconds(lambda: walk(traced, groups, inputs, lambda group, moments: None))
-            times += [(forward, walked)] if index else []
-            if progress is not None:
-                progress(index, rounds)
-    return WalkCost(export, tuple(forward for forward, _ in times), tuple(walked for _, walked in times))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    _synchronize()
-    started = time.perf_counter()
-    work()
-    _synchronize()
-    return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    """A GPU works ahead of Python; wait for it, or the time measured is the time to ask."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+            with measured(device) as forward:
+                for batch in inputs:
+                    model(**batch.kwargs, use_cache=False)
+            with measured(device) as walked:
+                walk(traced, groups, inputs, lambda group, moments: None)
+            times += [(forward.seconds, walked.seconds)] if index else []
+            progress(index, rounds, "rounds")
+    return WalkCost(export.seconds, tuple(forward for forward, _ in times), tuple(walked for _, walked in times))

@@ -36,7 +36,7 @@ from torch.func import functional_call
 
 from statprune.errors import ExperimentError, nearest
 from statprune.experiments.next_line import NEXT_LINE, write_next_line
-from statprune.model.trace import eval_mode
+from statprune.model.undisturbed import eval_mode, without_cache
 
 TASKS = {
     "boolq": "acc", "rte": "acc", "hellaswag": "acc", "winogrande": "acc", "arc_easy": "acc", "arc_challenge": "acc",
@@ -131,7 +131,7 @@ class ZeroShot:
         """
         if strangers := sorted((weights or {}).keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):
             raise ExperimentError(f"The model has no parameter called {', '.join(strangers)}, of which weights were given.")
-        with _quiet_harness() as harness, eval_mode(model):
+        with _quiet_harness() as harness, eval_mode(model), without_cache(model):
             language_model = harness.HFLM(
                 pretrained=_WithWeights(model, weights or {}),
                 tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token

@@ -25,7 +25,7 @@ PENALTY = 0.3
 
 @dataclass(frozen=True)
 class GradualMask:
-    """A WeightPruner: a criterion and a pattern, reached in steps of ADMM; its weights are where a solution on its mask starts."""
+    """A WeightPruner: a criterion and a pattern, reached in steps of ADMM. A solution on its mask starts at its weights."""
 
     criterion: Callable[..., Tensor]
     pattern: Pattern

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from statprune.api import Choice, choose
 from statprune.checkpoint import refuse_existing, save
-from statprune.engine import plan, prune
+from statprune.api import plan, prune
 from statprune.errors import CalibrationError, MaskError, RecipeError
 from statprune.model.inputs import is_transformers_model
 from statprune.recipe import Recipe

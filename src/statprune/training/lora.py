@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from statprune.engine import check_weights
+from statprune.model.weights import check_weights
 from statprune.errors import AdapterError, MaskError
 from statprune.model.transform import hold_
 from statprune.report import PruningReport

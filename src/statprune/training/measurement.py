@@ -10,10 +10,10 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from statprune.engine import PruningPlan
+from statprune.api import PruningPlan
 from statprune.model.inputs import is_transformers_model
 from statprune.model.kinds import is_causal, predictions_of
-from statprune.model.trace import eval_mode
+from statprune.model.undisturbed import eval_mode
 from statprune.perplexity import Perplexity
 
 

@@ -8,8 +8,8 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from statprune.checkpoint import load_model, load_tokenizer
 from statprune.data import consecutive_windows, random_windows, read_text, tokenize
+from statprune.loading import load_model, load_tokenizer
 from statprune.perplexity import Perplexity
 
 
