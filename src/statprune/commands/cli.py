@@ -130,7 +130,7 @@ def _fields(kind: Any, default: Any) -> Iterator[_Option]:
     """The fields of a dataclass of options, its own before those that it inherits."""
     kinds = get_type_hints(kind)
     known = {field.name: field for field in dataclasses.fields(kind)}
-    for owner in filter(dataclasses.is_dataclass, kind.__mro__):
+    for owner in [one for one in kind.__mro__ if dataclasses.is_dataclass(one)]:
         helps = _helps_of_fields(owner)
         for name in owner.__annotations__:
             usual = Parameter.empty if known[name].default is dataclasses.MISSING else known[name].default

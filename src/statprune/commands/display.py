@@ -104,7 +104,7 @@ def only_own_bars() -> Iterator[None]:
 
     Those of a download stay, since nothing else tells how far it is; so do those of a training.
     """
-    from tqdm.std import tqdm
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
 
     own = tqdm.__init__
 
@@ -152,7 +152,9 @@ def expected(model: Any, selection: Selection, how: Recipe | Search) -> dict[str
 
 def show_dry_run(how: Recipe | Search) -> None:
     """The end of a dry run: the recipe, as the file that --recipe takes."""
-    text = how.to_yaml() if isinstance(how, Recipe) else yaml.safe_dump({"method": how.method, **how.to_dict()}, sort_keys=False)
+    text = (
+        how.to_yaml() if isinstance(how, Recipe) else yaml.safe_dump({"method": how.method, **how.to_dict()}, sort_keys=False)
+    )
     console.print(f"{escape(text)}\nA dry run: nothing was calibrated, nothing was written.", soft_wrap=True)
 
 

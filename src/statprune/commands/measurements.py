@@ -96,9 +96,7 @@ def tune(
         display.show_tuned(tuned, model.model, output)
 
 
-def benchmark(
-    model: ModelOptions, show: ShowOptions, calibration: CalibrationOptions = RANDOM_TOKENS, rounds: int = 5
-) -> None:
+def benchmark(model: ModelOptions, show: ShowOptions, calibration: CalibrationOptions = RANDOM_TOKENS, rounds: int = 5) -> None:
     """What the walk costs beside a plain forward pass over the same batches, in turns on this machine.
 
     Without --calibration the tokens are random, which costs the same.
@@ -146,8 +144,8 @@ def experiment(
     that was interrupted goes on where it stopped.
 
     Args:
-        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation, which are the paper's; correction, which is ours:
-            better corrections, what they gain and what they cost; or all, which is every one of these.
+        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation, which are the paper's; correction, which is
+            not: better corrections, what they gain and what they cost; or all, which is every one of these.
         output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
             gone on with, if its protocol and versions are the same.
         model: Folders or hub names (safetensors only; several: --model FOLDER OTHER). Default: the paper's models.

@@ -18,7 +18,7 @@ from statprune.commands.options import (
 )
 from statprune.model.inputs import bind_batches, example_inputs
 from statprune.model.layers import Layers, find_layers
-from statprune.recipe import Recipe, Search
+from statprune.recipe import Recipe
 from statprune.selection import select
 
 
@@ -65,7 +65,8 @@ def prune(
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how)
     windows = calibration.windows(opened)
     with display.progress("pruning") as progress, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=re.escape(layers.reason or ""))  # it was said already
+        if layers.reason is not None:  # it was said already
+            warnings.filterwarnings("ignore", message=re.escape(layers.reason))
         report = prune_model(
             opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
         )
