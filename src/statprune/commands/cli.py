@@ -130,7 +130,8 @@ def _fields(kind: Any, default: Any) -> Iterator[_Option]:
     """The fields of a dataclass of options, its own before those that it inherits."""
     kinds = get_type_hints(kind)
     known = {field.name: field for field in dataclasses.fields(kind)}
-    for owner in [one for one in kind.__mro__ if dataclasses.is_dataclass(one)]:
+    owners: list[Any] = [owner for owner in kind.__mro__ if dataclasses.is_dataclass(owner)]
+    for owner in owners:
         helps = _helps_of_fields(owner)
         for name in owner.__annotations__:
             usual = Parameter.empty if known[name].default is dataclasses.MISSING else known[name].default
