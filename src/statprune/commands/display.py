@@ -58,16 +58,18 @@ def progress(title: str, *, each: bool = False) -> Iterator[Progress]:
 class _Bar:
     def __init__(self, title: str) -> None:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[what]}"),
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"),
         )  # fmt: skip
         self.bar = rich.progress.Progress(*columns, console=errors, transient=True)
         self.task = self.bar.add_task(escape(title), total=None, what="")
+        self.room = max(8, errors.width - len(title) - 20 - len(" 1000/1000 0:00:00 0:00:00  "))
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        if done:
-            self.bar.start()
+        what = what if len(what) <= self.room else f"{what[: self.room - 1]}…"
         self.bar.update(self.task, completed=done, total=total, what=escape(what))
+        if done:
+            self.bar.start()  # here, so that it never shows "0/?"
 
     def close(self) -> None:
         self.bar.stop()
@@ -76,15 +78,17 @@ class _Bar:
 class _Lines:
     def __init__(self, title: str, *, each: bool) -> None:
         self.title, self.each = title, each
-        self.total, self.shown, self.started = 0, 0, time.perf_counter()
+        self.done, self.total, self.shown = 0, 0, 0
+        self.started = self.latest = time.perf_counter()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        if total != self.total:  # other work
-            self.total, self.shown = total, 0
+        if total != self.total or done < self.done:  # other work
+            self.shown, self.started = 0, self.latest
+        self.done, self.total, self.latest = done, total, time.perf_counter()
         part = done if self.each else 10 * done // max(1, total)
         if part > self.shown:
             self.shown = part
-            seconds = time.perf_counter() - self.started
+            seconds = self.latest - self.started
             left = f"about {_clock(seconds * (total - done) / done)} left" if done < total else "finished"
             say(f"{self.title}: {done} of {total}, {_clock(seconds)}, {left}: {what}")
 
@@ -120,12 +124,14 @@ def only_own_bars() -> Iterator[None]:
         tqdm.__init__ = own
 
 
-def show_plan(model: Any, selection: Selection, how: Recipe | Search) -> None:
-    """What will be pruned, what stays dense and why, and what to expect of the result."""
+def show_plan(model: Any, selection: Selection, how: Recipe | Search, reason: str | None) -> None:
+    """What will be pruned, what stays dense and why, and what to expect of the result; and why there is no graph, if so."""
     title = f"{how.method} at {how.pattern}"
     if isinstance(how, Recipe):
         title += f", schedule {how.schedule}, allocation {how.allocation}"
     _show_sites(title, selection)
+    if reason is not None:
+        console.print(f"[yellow]{escape(reason)}[/]", soft_wrap=True)
     size = expected(model, selection, how)
     console.print(
         f"{size['parameters_to_prune']:,} of {size['parameters']:,} parameters "
@@ -218,11 +224,9 @@ def show_report(report: PruningReport, output: str) -> None:
             f"{report.chosen_by['measurements']} measurements",
             soft_wrap=True,
         )
-    if report.fallback_reason:
-        console.print(f"[yellow]{escape(report.fallback_reason)}[/]", soft_wrap=True)
     for name, what in _steps(report).items():
         if name in report.seconds:
-            console.print(f"{what:<58}{report.seconds[name]:8.1f} s")
+            console.print(f"{what:<64}{report.seconds[name]:8.1f} s", soft_wrap=True)
     console.print(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
@@ -235,10 +239,10 @@ def _steps(report: PruningReport) -> dict[str, str]:
     """What took time, in order, by the name that the report has for it."""
     allocation = report.recipe["allocation"]["name"]
     times = "twice, block by block" if report.schedule == "block" else "once"
-    runner = "dense model, with module hooks" if report.fallback_reason else "graph"
+    runner = "dense model with hooks" if report.fallback_reason else "graph"
     return {
         "tune": "candidates tried out on the calibration windows",
-        "trace": "export to a graph",
+        "trace": "export to a graph, in vain" if report.fallback_reason else "export to a graph",
         **({"allocate": f"allocation: {allocation}, measured on the dense model"} if allocation != "uniform" else {}),
         "check": "first batch through the dense model, before any change",
         "walk": f"walk: the calibration set through the {runner}, {times}",
@@ -247,10 +251,12 @@ def _steps(report: PruningReport) -> dict[str, str]:
     }
 
 
-def show_tuned(tuned: Any, model: str, output: str) -> None:
+def show_tuned(tuned: Any, next_command: str) -> None:
     """The end of `statprune tune`."""
-    # Seconds are in the files: the terminal may be narrow, and methods have long names.
-    rows = [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in tuned.rows()]
+    rows = tuned.rows()
+    # Everything is in the files: the terminal may be narrow, and methods have long names.
+    shown = [key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} != {"uniform"}]
+    rows = [{key: row[key] for key in shown} for row in rows]
     table = Table(title="what was tried, on most windows first", title_justify="left", title_style="bold", header_style="bold")
     for column in ("", *rows[0]):
         is_number = column in ("windows", "perplexity")
@@ -265,7 +271,7 @@ def show_tuned(tuned: Any, model: str, output: str) -> None:
         f"chosen (*): [bold]{escape(tuned.recipe.method)}[/], schedule {tuned.recipe.schedule}: perplexity "
         f"[bold]{tuned.winner.perplexity:.4f}[/] (dense {tuned.dense_perplexity:.4f}) on {tuned.held_out_windows} windows that "
         f"it was not pruned on, in {tuned.seconds:.0f} s. Next:\n"
-        f"  statprune prune {escape(model)} --recipe {escape(output)}/recipe.yaml --output sparse",
+        f"  {escape(next_command)}",
         soft_wrap=True,
     )
 

@@ -1,10 +1,18 @@
 """The commands that compare: methods, costs, the paper's experiments, and the demonstration."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 from statprune.commands import display
-from statprune.commands.options import RANDOM_TOKENS, CalibrationOptions, LayerOptions, ModelOptions, ShowOptions
+from statprune.commands.options import (
+    RANDOM_TOKENS,
+    CalibrationOptions,
+    LayerOptions,
+    ModelOptions,
+    ShowOptions,
+    words,
+)
 from statprune.errors import ExperimentError
 from statprune.loading import DType
 from statprune.model.schedule import Schedule
@@ -93,7 +101,8 @@ def tune(
         trials = [trial.row() for trial in tuned.trials]
         display.show_json({"recipe": tuned.recipe.to_dict(), "trials": trials, **tuned.record()})
     else:
-        display.show_tuned(tuned, model.model, output)
+        recipe = ["--recipe", f"{output}/recipe.yaml", "--output", "sparse"]
+        display.show_tuned(tuned, shlex.join(["statprune", "prune", model.model, *recipe, *words(calibration), *words(model)]))
 
 
 def benchmark(model: ModelOptions, show: ShowOptions, calibration: CalibrationOptions = RANDOM_TOKENS, rounds: int = 5) -> None:

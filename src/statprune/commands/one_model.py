@@ -2,9 +2,11 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from statprune.commands import display
 from statprune.commands.options import (
@@ -16,6 +18,8 @@ from statprune.commands.options import (
     WindowOptions,
     empty_model,
 )
+from statprune.errors import CalibrationError
+from statprune.loading import DType, load_model, load_tokenizer
 from statprune.model.inputs import bind_batches, example_inputs
 from statprune.model.layers import Layers, find_layers
 from statprune.recipe import Recipe
@@ -53,18 +57,19 @@ def prune(
     how = recipe.read()
     checkpoint.refuse_existing(output)
     if dry_run:
-        empty, seqlen = model.open_empty(calibration, samples=calibration.samples)
-        layers = _find_layers(empty, calibration.blank_batches(seqlen))
-        display.show_plan(empty, select(layers.groups, layers.left_out, how), how)
+        seqlen = model.check(calibration, samples=calibration.samples)
+        empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
+        display.show_plan(empty, select(layers.groups, layers.left_out, how), how, layers.reason)
         display.show_dry_run(how)
         return
     opened = model.open(calibration, samples=calibration.samples)
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
-        layers = _find_layers(opened.model, calibration.blank_batches(opened.seqlen))
-    display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how)
+        layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
+    display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     windows = calibration.windows(opened)
-    with display.progress("pruning") as progress, warnings.catch_warnings():
+    title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
+    with display.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
             warnings.filterwarnings("ignore", message=re.escape(layers.reason))
         report = prune_model(
@@ -80,12 +85,14 @@ def prune(
     display.show_report(report, output)
 
 
-def _find_layers(model: Any, batches: Sequence[Any]) -> Layers:
-    """The model's linear layers, and in words why they were not found by its graph, where that is so."""
-    layers = find_layers(model, bind_batches(model, batches))
-    if layers.reason is not None:
-        display.say(layers.reason)
-    return layers
+def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> tuple[Any, Layers]:
+    """A model and its layers. Its weights are read only where there is no graph and it cannot be run without values."""
+    model = empty_model(path, dtype)
+    try:
+        return model, find_layers(model, bind_batches(model, batches(model)))
+    except CalibrationError:
+        model = load_model(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        return model, find_layers(model, bind_batches(model, batches(model)))
 
 
 def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show: ShowOptions) -> None:
@@ -132,15 +139,14 @@ def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
         statprune inspect MODEL --pattern 50% --ignore '*.down_proj' '*.0.*'
         statprune inspect MODEL --recipe recipe.yaml --json
     """
-    empty = empty_model(model)
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
-    layers = _find_layers(empty, [example_inputs(empty)])
+    empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
     selection = select(layers.groups, layers.left_out, how)
     if show.json:
         expected = {"recipe": how.to_dict(), **display.expected(empty, selection, how)} if recipe.given() else {}
         display.show_json({**expected, **display.survey_data(selection)})
     elif recipe.given():
-        display.show_plan(empty, selection, how)
+        display.show_plan(empty, selection, how, layers.reason)
     else:
         display.show_survey(model, selection)
 
@@ -179,7 +185,6 @@ def merge(model: str, adapter: str, output: str) -> None:
         statprune merge sparse ADAPTER --output sparse-tuned
     """
     import statprune.checkpoint as checkpoint
-    from statprune.loading import load_model, load_tokenizer
     from statprune.report import PruningReport
     from statprune.training.lora import check_adapter_folder, load_adapter, merge_adapters
     from statprune.training.masks import remeasure

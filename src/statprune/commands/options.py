@@ -12,7 +12,7 @@ from torch import Tensor
 from statprune.commands import display
 from statprune.loading import DType, check_positive, load_config, load_tokenizer, model_class, open_causal, window_length
 from statprune.model.schedule import Schedule
-from statprune.recipe import AUTO, How, Recipe, Search, read_how
+from statprune.recipe import AUTO, How, Recipe, Search, read_how, read_yaml
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class ModelOptions:
         )
         return Opened(model, load_tokenizer(self.model), seqlen)
 
-    def open_empty(self, windows: WindowOptions, **numbers: int) -> tuple[Any, int]:
-        """The model without its weights, and the tokens in a window; checks what `open` checks before it reads weights."""
+    def check(self, windows: WindowOptions, **numbers: int) -> int:
+        """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
         seqlen = window_length(load_config(self.model), windows.seqlen)
         check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
-        return empty_model(self.model, self.dtype), seqlen
+        return seqlen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class RecipeOptions(LayerOptions):
         given = {key: value for key, value in self.given().items() if key != "recipe"}
         if self.recipe is None:
             return read_how(**given)
-        how: How = Recipe.from_yaml(self.recipe)
+        how: How = read_yaml(self.recipe)
         if str(self.method or self.criterion).partition(":")[0] == AUTO:
             # Of the file, what a search does not look for itself.
             how = {field.name: getattr(how, field.name) for field in fields(LayerOptions)}
@@ -186,6 +186,18 @@ class ShowOptions:
 
     json: bool = False
     """Print one JSON object instead of tables."""
+
+
+def words(options: CalibrationOptions | ModelOptions) -> list[str]:
+    """What was given of them as words of a command line, without what stands by its position."""
+    given = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "model"}
+    usual = {field.name: field.default for field in fields(options)}
+    return [
+        word
+        for name, value in given.items()
+        if value is not None and value != usual[name]
+        for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))
+    ]
 
 
 MODEL_SAMPLES = CalibrationOptions(calibration=["generated"])
