@@ -49,7 +49,7 @@ def test_an_auto_recipe_is_plain_data_like_any_other(tmp_path):
     assert Recipe("auto").method == "auto"
     assert recipe.criterion == {"name": "auto", "minutes": 5}
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    assert Recipe.parse(recipe.method, pattern="50%", ignore=["*.down_proj"]) == recipe
+    assert Recipe(recipe.method, pattern="50%", ignore=["*.down_proj"]) == recipe
     (tmp_path / "recipe.yaml").write_text("{criterion: 'auto:minutes=5', pattern: 50%, ignore: ['*.down_proj']}")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
 
@@ -69,7 +69,7 @@ def test_what_unstructured_weights_compete_in_is_for_the_chosen_method_unless_it
         (lambda: Recipe("auto").pruner(), r"'auto'\) names no method yet: expected one such as 'cvr'"),
         (lambda: Recipe("auto:minutes=0"), r"auto\(minutes=0\): expected a number above 0"),
         (lambda: Recipe("auto:hours=1"), "'auto' has no setting 'hours'.*Its settings are minutes"),
-        (lambda: Recipe.parse("auto+energy"), "auto chooses the compensation itself"),
+        (lambda: Recipe("auto+energy"), "auto chooses the compensation itself"),
         (lambda: Recipe("auto", compensation="least-squares"), "auto chooses the compensation itself"),
         (lambda: Recipe("auto", pattern="50%", allocation="owl"), "`auto` tries allocations itself"),
         (lambda: Recipe("autoo"), "does not exist.*Did you mean 'auto'"),

@@ -307,7 +307,7 @@ class TestDegenerate:
         model, x = classifier(), torch.randn(6, 8)
         with torch.no_grad():
             spoil(model[0].weight, x)
-        report = statprune.prune(model, [x], statprune.Recipe.parse(method, pattern="2:4"))
+        report = statprune.prune(model, [x], statprune.Recipe(method, pattern="2:4"))
         for site in report.sites:
             weight = model.get_parameter(site.parameter)
             assert torch.isfinite(weight).all()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import statprune
 from statprune import Recipe
 from statprune.errors import SiteError, TracingError
-from statprune.methods.statistics import InputMoments
+from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.segments import blocks
 from statprune.model.sites import InputGroup, LinearSite
@@ -24,7 +24,7 @@ METHODS = ["wanda", "cvr+energy", "sparsegpt"]
 
 
 def recipe_of(method: str, schedule: str = "block") -> Recipe:
-    return Recipe.parse(method, pattern="50%", schedule=schedule)
+    return Recipe(method, pattern="50%", schedule=schedule)
 
 
 def padded(length, *kept):
@@ -65,7 +65,7 @@ def published_loop(model: nn.Module, block_names: list[str], batches, recipe: Re
         for handle in handles:
             handle.remove()
         for name, layer in layers.items():
-            moments = InputMoments.zeros(seen[name][0].shape[-1], gram=True)
+            moments = InputMoments.zeros(seen[name][0].shape[-1], needs=Statistic.GRAM)
             for batch, inputs in zip(batches, seen[name], strict=True):
                 moments.add(inputs, mask_of(name, batch))
             weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
@@ -171,7 +171,7 @@ def test_pruning_in_place_and_planning_give_the_same(traced, method):
 
 def test_a_selection_of_layers_is_observed_block_by_block(traced):
     model, batches, graph = traced("llama")
-    recipe = Recipe.parse("wanda", pattern="50%", schedule="block", targets=["*.o_proj", "*.down_proj"])
+    recipe = Recipe("wanda", pattern="50%", schedule="block", targets=["*.o_proj", "*.down_proj"])
     twin = statprune.plan(model, batches, recipe, traced=graph)
     expected = copy.deepcopy(model)
     for layer in range(2):
@@ -275,7 +275,7 @@ def test_a_model_that_writes_to_a_buffer_is_refused_and_the_other_schedules_take
 
 def test_a_buffer_is_written_to_where_no_block_runs_twice():
     model = nn.Sequential(nn.Linear(8, 8), Counting(), nn.Linear(8, 3)).eval()
-    recipe = Recipe.parse("wanda", pattern="50%", schedule="block", targets=["0", "1.up"])
+    recipe = Recipe("wanda", pattern="50%", schedule="block", targets=["0", "1.up"])
     twin = statprune.plan(model, [torch.randn(6, 8)], recipe)
     assert (twin.report.schedule, list(twin.weights)) == ("block", ["0.weight", "1.up.weight"])
     assert model[1].num_calls == 0

@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.grammar import build_compensation
 from statprune.methods.compensations import COMPENSATIONS, activation_energy, energy, none
+from statprune.methods.least_squares import LeastSquares
 from statprune.methods.statistics import InputMoments, Statistic
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NO_CLAMP = (1e-30, 1e30)
+CORRECT = {**COMPENSATIONS, "least-squares": LeastSquares()}
+"""By name, functions of (original, pruned, keep, moments)."""
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)
@@ -149,7 +151,7 @@ def test_energy_equals_a_plain_reference(out_features, in_features, settings, se
 )
 def test_pruned_weights_are_never_revived(name, stack, out_features, in_features, kept, dtype, seed):
     original, pruned, keep = random_weight(seed, *stack, out_features, in_features, kept=kept, dtype=dtype)
-    corrected = build_compensation({"name": name})(original, pruned, keep, moments_of(seed, in_features, *stack))
+    corrected = CORRECT[name](original, pruned, keep, moments_of(seed, in_features, *stack))
     assert (corrected.shape, corrected.dtype) == (original.shape, torch.float32)
     assert corrected[~keep].count_nonzero() == 0
     assert corrected.isfinite().all()
@@ -242,7 +244,7 @@ def test_a_stack_is_corrected_matrix_by_matrix():
 def test_compensating_does_not_change_its_inputs(name, dtype):
     inputs = random_weight(0, 5, 6, dtype=dtype)
     before = [tensor.clone() for tensor in inputs]
-    build_compensation({"name": name})(*inputs, moments_of(0, 6))
+    CORRECT[name](*inputs, moments_of(0, 6))
     assert all(torch.equal(tensor, old) for tensor, old in zip(inputs, before, strict=True))
 
 
@@ -263,7 +265,7 @@ def test_energy_refuses_settings_out_of_range(settings, message):
 
 
 def test_what_each_compensation_needs():
-    assert {name: build_compensation({"name": name}) for name in COMPENSATIONS}.keys() == COMPENSATIONS.keys()
+    assert CORRECT.keys() == COMPENSATIONS.keys()
     assert (none.needs, energy.needs, activation_energy.needs) == (Statistic.NONE, Statistic.NONE, Statistic.MOMENTS)
 
 

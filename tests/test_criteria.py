@@ -13,7 +13,7 @@ quick = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 def moments_of(tokens: torch.Tensor) -> InputMoments:
-    return InputMoments.zeros(tokens.shape[-1], gram=True).add(tokens)
+    return InputMoments.zeros(tokens.shape[-1], needs=Statistic.GRAM).add(tokens)
 
 
 def random_layer(seed: int, out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:

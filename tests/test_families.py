@@ -170,7 +170,7 @@ EXPECTED_LEFT_OUT = {
 def test_a_family_is_pruned_by_the_walk_over_batches_of_different_shapes(family):
     model, batches = build(family)
     before = snapshot(model)
-    report = statprune.prune(model, batches, statprune.Recipe(criterion="cvr", pattern="2:4", compensation="energy"))
+    report = statprune.prune(model, batches, statprune.Recipe("cvr+energy", "2:4"))
     assert report.schedule == "walk"
     assert report.fallback_reason is None
     assert len(report.sites) >= 4
@@ -200,7 +200,7 @@ def test_half_of_each_row_is_pruned_where_half_is_asked_for(family):
 def test_of_a_mixture_of_experts_the_dense_layers_and_the_router_are_pruned():
     model, batches = build("mixtral")
     # Magnitude needs no forward pass: the names come from the graph alone.
-    report = statprune.plan(model, batches[:1], statprune.Recipe.parse("magnitude")).report
+    report = statprune.plan(model, batches[:1], statprune.Recipe("magnitude")).report
     assert [site.name.removeprefix("model.layers.0.") for site in report.sites] == [
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate",
     ]  # fmt: skip

@@ -9,9 +9,10 @@ from torch import Tensor
 from statprune import Recipe, prune
 from statprune.errors import NonFiniteError
 from statprune.methods.criteria import CRITERIA, wanda
+from statprune.methods.gradual import least_squares
 from statprune.methods.least_squares import LeastSquares
 from statprune.methods.patterns import NM, Pattern, Unstructured
-from statprune.methods.pruner import CompensatedPruner, MaskPruner
+from statprune.methods.pruner import MaskPruner
 from statprune.methods.statistics import InputMoments, Statistic
 from tiny_models import classifier, llama, tokens
 
@@ -31,7 +32,7 @@ def correlated(seed: int, num_tokens: int, in_features: int, *stack: int) -> Ten
 
 
 def moments_of(tokens: Tensor) -> InputMoments:
-    return InputMoments.zeros(tokens.shape[-1], gram=True).add(tokens)
+    return InputMoments.zeros(tokens.shape[-1], needs=Statistic.GRAM).add(tokens)
 
 
 def layer(seed: int, out_features: int, in_features: int, num_tokens: int = 200, sparsity: float = 0.5):
@@ -61,7 +62,7 @@ def solved_row_by_row(weight: Tensor, keep: Tensor, gram: Tensor) -> Tensor:
 
 def test_two_channels_by_hand():
     # H = [[4, 2], [2, 1.5]]: the first weight takes over 2/4 of the second's 3, and the second 2/1.5 of the first's 1.
-    moments = InputMoments.zeros(2, gram=True).add(torch.tensor([[2.0, 1.0], [0.0, 0.5**0.5]]))
+    moments = InputMoments.zeros(2, needs=Statistic.GRAM).add(torch.tensor([[2.0, 1.0], [0.0, 0.5**0.5]]))
     weight = torch.tensor([[1.0, 3.0], [1.0, 3.0]])
     keep = torch.tensor([[True, False], [False, True]])
     corrected = EXACT(weight, weight * keep, keep, moments)
@@ -70,7 +71,7 @@ def test_two_channels_by_hand():
 
 def test_damping_by_hand():
     # The diagonal entry 4 counts as 5: the first weight takes over 2/5 of the second's 3.
-    moments = InputMoments.zeros(2, gram=True).add(torch.tensor([[2.0, 1.0]]))
+    moments = InputMoments.zeros(2, needs=Statistic.GRAM).add(torch.tensor([[2.0, 1.0]]))
     weight, keep = torch.tensor([[1.0, 3.0]]), torch.tensor([[True, False]])
     corrected = LeastSquares(tolerance=0.0, damping=0.25)(weight, weight * keep, keep, moments)
     torch.testing.assert_close(corrected, torch.tensor([[2.2, 0.0]]))
@@ -156,7 +157,7 @@ def test_the_scale_of_the_inputs_changes_nothing(scale):
 
 def test_no_tokens_at_all_change_nothing():
     weight, pruned, keep, _ = layer(5, 3, 8)
-    assert torch.equal(LeastSquares()(weight, pruned, keep, InputMoments.zeros(8, gram=True)), pruned)
+    assert torch.equal(LeastSquares()(weight, pruned, keep, InputMoments.zeros(8, needs=Statistic.GRAM)), pruned)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -164,7 +165,7 @@ def test_no_tokens_at_all_change_nothing():
 @pytest.mark.parametrize("steps", [0, 3])
 def test_half_precision_is_finite_and_exactly_masked(dtype, pattern, steps):
     weight, _, _, moments = layer(6, 8, 16)
-    pruned = CompensatedPruner(MaskPruner(wanda, pattern), LeastSquares(steps))(weight.to(dtype), moments)
+    pruned = least_squares(MaskPruner(wanda, pattern), steps=steps)(weight.to(dtype), moments)
     assert pruned.weight.dtype == dtype
     assert pruned.weight.isfinite().all()
     assert torch.equal(pruned.weight != 0, pruned.keep)
@@ -218,7 +219,7 @@ def test_without_a_gram_it_is_refused():
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        LeastSquares(**settings)
+        least_squares(MaskPruner(wanda, NM(2, 4)), **settings)
 
 
 # --- a mask that is reached in steps ---------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_steps_end_at_exactly_the_pattern(seed, criterion, pattern, steps, out_features, in_features):
     weight, _, _, moments = layer(seed, out_features, in_features)
     before = weight.clone()
-    pruned = CompensatedPruner(MaskPruner(CRITERIA[criterion], pattern), LeastSquares(steps))(weight, moments)
+    pruned = least_squares(MaskPruner(CRITERIA[criterion], pattern), steps=steps)(weight, moments)
     assert torch.equal(weight, before)
     assert int(pruned.keep.sum()) == int(pattern(weight.abs()).sum())
     assert pattern.holds(pruned.weight)
@@ -247,16 +248,14 @@ def test_steps_end_at_exactly_the_pattern(seed, criterion, pattern, steps, out_f
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_mask_that_is_reached_in_steps_loses_less(pattern: Pattern):
     weight, _, _, moments = layer(11, 32, 64, 1000)
-    at_once, in_steps = (
-        CompensatedPruner(MaskPruner(wanda, pattern), LeastSquares(steps))(weight, moments).weight for steps in (0, 10)
-    )
+    at_once, in_steps = (least_squares(MaskPruner(wanda, pattern), steps=steps)(weight, moments).weight for steps in (0, 10))
     assert error(weight, in_steps, moments).sum() < 0.95 * error(weight, at_once, moments).sum()
 
 
 @pytest.mark.parametrize("method", ["sparsegpt+least-squares:steps=5", "cvr+energy+least-squares:steps=5"])
 def test_steps_need_a_criterion_right_before(method):
-    with pytest.raises(ValueError, match=r"steps=5: a mask is reached in steps where the compensation follows a criterion"):
-        Recipe.parse(method)
+    with pytest.raises(ValueError, match=r"steps=5: a mask is reached in steps where least squares follow a criterion"):
+        Recipe(method)
 
 
 def test_a_gram_beyond_float32_is_refused_with_what_can_be_done():
@@ -268,14 +267,14 @@ def test_a_gram_beyond_float32_is_refused_with_what_can_be_done():
 
 def test_inputs_beyond_float32_are_an_error_that_names_the_layer():
     with pytest.raises(NonFiniteError, match=r"input of 0, the first layer"):
-        prune(classifier(), [(torch.full((4, 8), 1e30),)], Recipe.parse("wanda+least-squares", pattern="50%"))
+        prune(classifier(), [(torch.full((4, 8), 1e30),)], Recipe("wanda+least-squares", pattern="50%"))
 
 
 @pytest.mark.parametrize("method", ["cvr+least-squares", "cvr+least-squares:steps=3+energy", "optimal-brain+least-squares"])
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
 def test_a_whole_model(method, pattern):
     model, dense = llama(), llama()
-    report = prune(model, [tokens(2, 16) for _ in range(2)], Recipe.parse(method, pattern=pattern))
+    report = prune(model, [tokens(2, 16) for _ in range(2)], Recipe(method, pattern=pattern))
     assert report.sparsity == 0.5
     assert all(site.energy_after > 0 for site in report.sites)
     changed, unchanged = (dict(m.named_parameters())["model.layers.0.mlp.down_proj.weight"] for m in (model, dense))

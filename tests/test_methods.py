@@ -15,9 +15,9 @@ from statprune import Recipe
 from statprune.checkpoint import verify
 from statprune.commands.cli import main
 from statprune.errors import RecipeError
-from statprune.grammar import PRUNERS, known_compensations, known_criteria, known_pruners
 from statprune.methods.compensations import COMPENSATIONS
 from statprune.methods.criteria import CRITERIA
+from statprune.methods.registry import PRUNERS, known_compensations, known_criteria, known_pruners, summary
 from statprune.methods.sparsegpt import SparseGPT
 from statprune.methods.statistics import InputMoments, Statistic
 from tiny_models import llama, tokens
@@ -56,6 +56,10 @@ COMPENSATION_SETTINGS = {
 }
 
 
+def from_parts(criterion, pattern, compensation="none", schedule="walk"):
+    return Recipe.from_dict({"criterion": criterion, "pattern": pattern, "compensation": compensation, "schedule": schedule})
+
+
 def parts(known):
     return st.sampled_from(sorted(known)).flatmap(
         lambda name: st.fixed_dictionaries({"name": st.just(name)}, optional=known[name])
@@ -71,9 +75,9 @@ def test_all_methods_are_tried_here():
 @quick
 @given(parts(CRITERION_SETTINGS), st.lists(parts(COMPENSATION_SETTINGS), max_size=3))
 def test_the_short_name_of_a_recipe_gives_the_recipe_back(criterion, compensations):
-    recipe = Recipe(criterion, "2:4", compensations)
-    assert Recipe.parse(recipe.method, pattern="2:4") == recipe
-    assert Recipe.parse(recipe.method, pattern="2:4").method == recipe.method
+    recipe = from_parts(criterion, "2:4", compensations)
+    assert Recipe(recipe.method, pattern="2:4") == recipe
+    assert Recipe(recipe.method, pattern="2:4").method == recipe.method
 
 
 @pytest.mark.parametrize(
@@ -102,9 +106,9 @@ def test_the_short_name_of_a_recipe_gives_the_recipe_back(criterion, compensatio
     ],
 )  # fmt: skip
 def test_a_short_name_and_mappings_make_equal_recipes(method, criterion, compensation):
-    recipe = Recipe.parse(method, pattern="4:8", schedule="block")
-    assert recipe == Recipe(criterion, "4:8", compensation, "block")
-    assert Recipe.parse(recipe.method, pattern="4:8", schedule="block") == recipe
+    recipe = Recipe(method, pattern="4:8", schedule="block")
+    assert recipe == from_parts(criterion, "4:8", compensation, "block")
+    assert Recipe(recipe.method, pattern="4:8", schedule="block") == recipe
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_a_short_name_and_mappings_make_equal_recipes(method, criterion, compens
     ],
 )
 def test_a_recipe_is_called_by_what_is_not_a_default(method, shortest):
-    assert Recipe.parse(method).method == shortest
+    assert Recipe(method).method == shortest
 
 
 @pytest.mark.parametrize(
@@ -146,41 +150,67 @@ def test_a_recipe_is_called_by_what_is_not_a_default(method, shortest):
         ("cvr:alpha=1,", "'' is no switch."),
         ("cvr:alpha=1,,eps=1", "'' is no switch."),
         ("cvr:alpha=[1", "In 'cvr:alpha=[1', '[1' is no value: while parsing a flow sequence"),
-        ("cvr:alpha=much", "'alpha': 'much'"),
-        ("cvr:alpha=", "'alpha': None"),
+        ("cvr:alpha=much", "The criterion 'cvr' has alpha='much': expected a number"),
+        ("cvr:alpha=", "The criterion 'cvr' has alpha=None: expected a number"),
         ("cvr:alpha=-1", "cvr(alpha=-1): expected alpha >= 0"),
         ("sparsegpt:damping=0", "sparsegpt(damping=0): expected more than 0"),
         ("cvr+energy:clamp=[2, 0.5]", "energy(clamp=[2, 0.5]): expected [low, high]"),
-        ("cvr+energy:clamp=2", "'clamp': 2"),
+        ("cvr+energy:clamp=2", "The compensation 'energy' has clamp=2: expected a list"),
         *((method, f"The method {method!r} is not understood: expected CRITERION or CRITERION+COMPENSATION, each with settings "
                    "or without, such as 'wanda', 'cvr+energy' or 'cvr:alpha=0.25+energy:column'.")
           for method in ("", "+", "+energy", "cvr+", "cvr:", "cvr+energy:", ":alpha=1", "cvr energy", "cvr + energy",
-                         "cvr+energy+5", "50%", "2:4", "-cvr", None, 5, ["cvr"])),
+                         "cvr+energy+5", "50%", "2:4", "-cvr")),
+        *((method, f"Recipe(method={method!r}): expected a text") for method in (None, 5, ["cvr"])),
     ],
 )  # fmt: skip
 def test_a_short_name_that_makes_no_sense_is_refused(method, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        Recipe.parse(method)
+        Recipe(method)
 
 
 @pytest.mark.parametrize("value", ["maybe", "2", "[true]", "1.0"])
 def test_a_switch_takes_true_and_false_only(value):
     with pytest.raises(RecipeError, match="column"):
-        Recipe.parse(f"wanda+energy:column={value}")
+        Recipe(f"wanda+energy:column={value}")
 
 
-@pytest.mark.parametrize("method", ["cvr:alpha=true", "sparsegpt:block_size=true", "ria:exponent=false"])
-def test_a_number_that_is_true_or_false_is_refused_or_has_a_short_name_that_gives_it_back(method):
-    try:
-        recipe = Recipe.parse(method)
-    except RecipeError:
-        return
-    assert Recipe.parse(recipe.method) == recipe
+@pytest.mark.parametrize("method", ["cvr:alpha=true", "cvr:alpha=yes", "sparsegpt:block_size=true", "ria:exponent=off"])
+def test_true_and_false_are_no_numbers(method):
+    with pytest.raises(RecipeError, match="expected a number, not true or false"):
+        Recipe(method)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("cvr:alpha=1e400", "finite number"),
+        ("cvr:eps=.nan", "finite number"),
+        ("wanda+energy:clamp=[0.5, .inf]", "finite numbers"),
+        ("sparsegpt:block_size=1.5", "whole number"),
+        ("cvr+least-squares:steps=2.5", "whole number"),
+    ],
+)
+def test_a_setting_takes_numbers_of_its_kind(method, expected):
+    with pytest.raises(RecipeError, match=f"expected (a )?{expected}"):
+        Recipe(method)
+
+
+@pytest.mark.parametrize("name", ["energy", "activation-energy"])
+def test_an_error_names_the_compensation_that_was_asked_for(name):
+    with pytest.raises(RecipeError, match=rf" {name}\(eps=0\): expected eps > 0"):
+        Recipe(f"wanda+{name}:eps=0")
+
+
+def test_every_method_says_in_a_line_what_it_is():
+    for known in (known_criteria(), known_compensations()):
+        lines = [summary(function) for function in known.values()]
+        assert all(lines)
+        assert len(set(lines)) == len(lines)
 
 
 def test_a_setting_given_twice_is_refused():
     with pytest.raises(RecipeError, match="alpha"):
-        Recipe.parse("cvr:alpha=1,alpha=2")
+        Recipe("cvr:alpha=1,alpha=2")
 
 
 # --- methods of installed packages -----------------------------------------------------------------------------------
@@ -280,20 +310,20 @@ def test_an_installed_package_adds_names(install):
     assert known_pruners().keys() == {"sparsegpt", "halved"}
     assert known_compensations().keys() == {*COMPENSATIONS, "negated"}
     with pytest.raises(RecipeError, match=r"Did you mean 'smallest'\? Known: magnitude, .*smallest"):
-        Recipe.parse("smalest")
+        Recipe("smalest")
 
 
 def test_names_are_looked_up_once(install, monkeypatch):
     install()
-    Recipe.parse("smallest+negated")
-    monkeypatch.setattr("statprune.grammar.entry_points", lambda **group: pytest.fail("looked up again"))
-    Recipe.parse("halved+negated")
+    Recipe("smallest+negated")
+    monkeypatch.setattr("statprune.methods.registry.entry_points", lambda **group: pytest.fail("looked up again"))
+    Recipe("halved+negated")
 
 
 def test_what_they_add_is_used_as_what_there_is(install):
     install()
     weight = torch.tensor([[1.0, -4.0, 2.0, 3.0]])
-    moments = InputMoments.zeros(4, gram=True).add(torch.tensor([[9.0, 0.0, 1.0, 1.0]]))
+    moments = InputMoments.zeros(4, needs=Statistic.GRAM).add(torch.tensor([[9.0, 0.0, 1.0, 1.0]]))
     for method, needed, expected in [
         ("smallest", Statistic.NONE, [1, 0, 2, 0]),
         ("smallest+negated", Statistic.NONE, [-1, 0, -2, 0]),
@@ -302,7 +332,7 @@ def test_what_they_add_is_used_as_what_there_is(install):
         ("halved", Statistic.GRAM, [0, -2, 0, 1.5]),
         ("halved:factor=0.25+negated", Statistic.GRAM, [0, 1, 0, -0.75]),
     ]:
-        pruner = Recipe.parse(method, pattern="2:4").pruner()
+        pruner = Recipe(method, pattern="2:4").pruner()
         assert pruner.needs is needed, method
         assert pruner(weight, moments).weight[0].tolist() == expected, method
 
@@ -319,7 +349,7 @@ def test_what_they_add_is_used_as_what_there_is(install):
 def test_their_settings_are_checked_as_all_are(install, method, message):
     install()
     with pytest.raises(RecipeError, match=re.escape(message)):
-        Recipe.parse(method)
+        Recipe(method)
 
 
 @pytest.mark.parametrize(
@@ -332,21 +362,21 @@ def test_their_settings_are_checked_as_all_are(install, method, message):
 )
 def test_settings_that_are_text_survive_the_short_name(install, part):
     install()
-    recipe = Recipe("smallest", "2:4", part)
-    assert Recipe.parse(recipe.method) == recipe
+    recipe = from_parts("smallest", "2:4", part)
+    assert Recipe(recipe.method) == recipe
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 60])
 def test_lists_of_any_length_survive_the_short_name(install, length):
     install()
-    recipe = Recipe({"name": "halved", "weights": [index / 7 for index in range(length)]}, "2:4", "none")
-    assert Recipe.parse(recipe.method) == recipe
+    recipe = from_parts({"name": "halved", "weights": [index / 7 for index in range(length)]}, "2:4")
+    assert Recipe(recipe.method) == recipe
 
 
 def test_a_model_is_pruned_by_a_method_of_another_package(install):
     install()
     model, dense = llama(num_hidden_layers=1), llama(num_hidden_layers=1)
-    report = statprune.prune(model, [tokens(2, 6)], Recipe.parse("halved:factor=0.25+negated", pattern="2:4"))
+    report = statprune.prune(model, [tokens(2, 6)], Recipe("halved:factor=0.25+negated", pattern="2:4"))
     assert report.recipe["criterion"] == {"name": "halved", "factor": 0.25, "weights": []}
     for site in report.sites:
         before, after = (one.get_parameter(site.parameter) for one in (dense, model))
@@ -412,12 +442,12 @@ def test_two_packages_with_one_name_are_refused(install):
 def test_a_criterion_and_a_pruner_of_one_name_are_refused(install):
     install("[statprune.criteria]\nmine = {module}:smallest\n\n[statprune.pruners]\nmine = {module}:Halved\n")
     with pytest.raises(RecipeError, match=r"'mine' = .* that is not taken"):
-        Recipe.parse("mine")
+        Recipe("mine")
 
 
 def test_a_compensation_may_have_the_name_of_a_criterion(install):
     install("[statprune.compensations]\nwanda = {module}:negated\n")
-    assert Recipe.parse("wanda+wanda").method == "wanda+wanda"
+    assert Recipe("wanda+wanda").method == "wanda+wanda"
 
 
 @pytest.mark.parametrize(
@@ -441,7 +471,7 @@ def test_an_entry_point_that_cannot_be_loaded_is_named(install, entry_points, so
 def test_an_entry_point_that_is_no_function_is_named(install, group):
     install(f"[statprune.{group}]\nmine = {{module}}:NUMBER\n", "NUMBER = 5")
     with pytest.raises(RecipeError, match="mine"):
-        Recipe.parse("wanda+mine" if group == "compensations" else "mine")
+        Recipe("wanda+mine" if group == "compensations" else "mine")
 
 
 def test_afterwards_the_names_are_what_they_were():

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.grammar import build_compensation
 from statprune.methods.compensations import COMPENSATIONS, energy, none
 from statprune.methods.criteria import CRITERIA, cvr, magnitude, wanda
 from statprune.methods.patterns import NM, Unstructured
 from statprune.methods.pruner import compose, energy_sq
+from statprune.methods.registry import build_pruner
 from statprune.methods.statistics import InputMoments, Statistic
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -22,7 +22,7 @@ def random_layer(seed: int, out_features: int, in_features: int, dtype: torch.dt
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
     tokens = torch.randn(40, in_features, generator=generator) * (0.1 + torch.rand(in_features, generator=generator))
-    return weight, InputMoments.zeros(in_features, gram=True).add(tokens)
+    return weight, InputMoments.zeros(in_features, needs=Statistic.GRAM).add(tokens)
 
 
 def test_criterion_pattern_compensation_in_this_order_by_hand():
@@ -54,7 +54,7 @@ def test_a_pruned_weight_keeps_its_promises(criterion, compensation, pattern, dt
     weight, moments = random_layer(seed, out_features, in_features, dtype)
     weight = torch.ones_like(weight) if ties else weight
     before = weight.clone()
-    pruned = compose(CRITERIA[criterion], pattern, build_compensation({"name": compensation}))(weight, moments)
+    pruned = build_pruner({"name": criterion}, pattern, [{"name": compensation}])(weight, moments)
     assert torch.equal(weight, before)
     assert (pruned.weight.dtype, pruned.weight.shape) == (dtype, weight.shape)
     assert torch.equal(pruned.keep, pattern(CRITERIA[criterion](weight, moments)))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -11,7 +12,7 @@ from statprune.errors import RecipeError, SiteError, StatpruneError
 from statprune.methods.patterns import NM, Unstructured
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.sites import InputGroup, LeftOut, LinearSite
-from statprune.recipe import Recipe
+from statprune.recipe import Recipe, Search, labelled, read_how
 from statprune.selection import select
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -19,7 +20,7 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
 positive = st.floats(1e-12, 1e3)
 globs = st.lists(st.text("abc*.0123", min_size=1), max_size=3)
 recipes = st.builds(
-    Recipe,
+    lambda **data: Recipe.from_dict(data),
     criterion=st.one_of(
         st.sampled_from(["magnitude", "wanda", "ria", "z-pruner", "cvr", "sparsegpt"]),
         st.fixed_dictionaries(
@@ -69,13 +70,35 @@ def test_a_recipe_survives_plain_data_json_and_yaml(recipe):
 
 
 def test_a_recipe_survives_a_yaml_file(tmp_path):
-    recipe = Recipe(
-        "wanda", {"name": "nm", "keep": 1, "of": 4}, {"name": "energy", "eps": 1e-7}, "one-shot", ["*.mlp.*"], ["a"]
-    )
+    recipe = Recipe("wanda+energy:eps=1e-7", "1:4", "one-shot", ("*.mlp.*",), ("a", "1e5", "2:4"))
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
+    path.write_text(recipe.to_yaml(), encoding="utf-8")  # 1e5 needs quotes, or it is a number
     assert Recipe.from_yaml(path) == recipe
     assert Recipe.from_yaml(str(path)) == recipe
+
+
+def test_a_recipe_is_plain_frozen_data():
+    recipe = Recipe("wanda", "50%", targets=["*.mlp.*"])
+    assert {type(getattr(recipe, one.name)) for one in dataclasses.fields(recipe)} == {str, tuple}
+    assert len({recipe, Recipe("wanda", "50.0 %", targets=("*.mlp.*",)), Recipe("wanda+none", "50%")}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.method = "cvr"
+
+
+@pytest.mark.parametrize(
+    "change", [{"method": "sparsegpt"}, {"pattern": "2:4"}, {"schedule": "block"}, {"targets": None}, {"allocation": "owl"}]
+)
+def test_replacing_a_field_gives_what_a_fresh_recipe_would_give(change):
+    given = {"method": "wanda+energy:column", "pattern": "50%", "targets": ("a",)}
+    assert dataclasses.replace(Recipe(**given), **change) == Recipe(**{**given, **change})
+
+
+def test_no_method_has_a_compensation_that_nobody_asked_for():
+    for criterion in ("wanda", "sparsegpt", "cvr"):
+        for recipe in (Recipe(criterion), Recipe.from_dict({"criterion": criterion}), read_how(criterion=criterion)):
+            assert (recipe.method, recipe.compensation) == (criterion, ())
+    assert Recipe.from_dict({"compensation": "least-squares"}).method == "cvr+least-squares"
+    assert Recipe().method == Recipe.from_dict({}).method == "cvr+energy"
 
 
 def write(tmp_path, text):
@@ -98,11 +121,12 @@ def test_a_recipe_written_by_hand(tmp_path):
         """,
     )
     assert Recipe.from_yaml(path).to_dict() == {
+        "method": "cvr:alpha=0.25,eps=1.0e-06+energy:eps=0.0002,clamp=[0.8, 1.25]",
         "criterion": {"name": "cvr", "alpha": 0.25, "exponent": 0.25, "eps": 1e-6},
         "pattern": {"name": "unstructured", "sparsity": 0.5, "rank_over": "row"},
-        "compensation": {
-            "name": "energy", "column": True, "row": True, "eps": 2e-4, "clamp": [0.8, 1.25], "strength": 1.0,
-        },
+        "compensation": [
+            {"name": "energy", "column": True, "row": True, "eps": 2e-4, "clamp": [0.8, 1.25], "strength": 1.0},
+        ],
         "schedule": "walk",
         "targets": None,
         "ignore": ["*.down_proj"],
@@ -129,8 +153,8 @@ def test_a_recipe_written_by_hand(tmp_path):
     ],
 )
 def test_two_ways_to_write_a_recipe_are_one_recipe(short, long):
-    assert Recipe(**short) == Recipe(**long)
-    assert Recipe(**short).to_dict() == Recipe(**long).to_dict()
+    assert Recipe.from_dict(short) == Recipe.from_dict(long)
+    assert Recipe.from_dict(short).to_dict() == Recipe.from_dict(long).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -145,8 +169,8 @@ def test_two_ways_to_write_a_recipe_are_one_recipe(short, long):
     ],
 )
 def test_methods_have_short_names(method, criterion, compensation, name):
-    recipe = Recipe.parse(method, pattern="4:8")
-    assert recipe == Recipe(criterion=criterion, compensation=compensation, pattern="4:8")
+    recipe = Recipe(method, pattern="4:8")
+    assert recipe == Recipe.from_dict({"criterion": criterion, "compensation": compensation, "pattern": "4:8"})
     assert recipe.method == name
 
 
@@ -156,10 +180,14 @@ def test_methods_have_short_names(method, criterion, compensation, name):
         ("2:4", NM(keep=2, of=4)),
         ("62.5%", Unstructured(0.625)),
         ({"name": "unstructured", "sparsity": 0.2, "rank_over": "layer"}, Unstructured(0.2, "layer")),
+        ("20%:rank_over=layer", Unstructured(0.2, "layer")),
+        ({"name": "unstructured", "sparsity": 1 / 3}, Unstructured(1 / 3)),
     ],
 )
 def test_a_recipe_builds_its_pattern(pattern, built):
-    assert Recipe(pattern=pattern).build_pattern() == built
+    recipe = Recipe.from_dict({"pattern": pattern})
+    assert recipe.build_pattern() == built
+    assert Recipe(pattern=recipe.pattern).build_pattern() == built
 
 
 @pytest.mark.parametrize(
@@ -173,8 +201,8 @@ def test_a_recipe_builds_its_pattern(pattern, built):
     ],
 )
 def test_weights_compete_as_the_method_has_it_unless_the_pattern_says_otherwise(criterion, pattern, rank_over):
-    recipe = Recipe(criterion, pattern)
-    assert recipe.pattern == {"name": "unstructured", "sparsity": 0.5, "rank_over": rank_over}
+    recipe = Recipe.from_dict({"method": criterion, "pattern": pattern})
+    assert recipe.to_dict()["pattern"] == {"name": "unstructured", "sparsity": 0.5, "rank_over": rank_over}
     assert Recipe.from_dict(recipe.to_dict()).build_pattern() == Unstructured(0.5, rank_over)
 
 
@@ -182,25 +210,25 @@ def test_a_recipe_passes_its_settings_on():
     # Scores of the one row: magnitude 2, 4, 2, 0; Wanda, with root mean squares 1, 1, 3, 3, 2, 4, 6, 0.
     tokens = torch.tensor([[1.0, 1.0, 3.0, 3.0], [1.0, 1.0, -3.0, -3.0]])
     moments, weight = InputMoments.zeros(4).add(tokens), torch.tensor([[2.0, 4.0, -2.0, 0.0]])
-    assert Recipe.parse("magnitude", pattern="1:2").pruner()(weight, None).weight.tolist() == [[0, 4, -2, 0]]
-    assert Recipe.parse("wanda", pattern="1:4").pruner()(weight, moments).weight.tolist() == [[0, 0, -2, 0]]
-    assert Recipe.parse("magnitude", pattern="1:4").pruner()(weight, None).weight.tolist() == [[0, 4, 0, 0]]
+    assert Recipe("magnitude", pattern="1:2").pruner()(weight, None).weight.tolist() == [[0, 4, -2, 0]]
+    assert Recipe("wanda", pattern="1:4").pruner()(weight, moments).weight.tolist() == [[0, 0, -2, 0]]
+    assert Recipe("magnitude", pattern="1:4").pruner()(weight, None).weight.tolist() == [[0, 4, 0, 0]]
     # Row mean 1 and s held at 3: 3w - 2.
-    energy = {"name": "energy", "column": False, "clamp": [3.0, 3.0]}
-    assert Recipe("magnitude", "1:4", energy).pruner()(weight, None).weight.tolist() == [[0, 10, 0, 0]]
+    energy = "energy:row,clamp=[3.0, 3.0]"
+    assert Recipe(f"magnitude+{energy}", "1:4").pruner()(weight, None).weight.tolist() == [[0, 10, 0, 0]]
     # Column variances 1 and 36. Scores of the first row: 1 and 12 for alpha = 0, 1 and 12 / 36^2 for alpha = 4.
     weight, moments = (
         torch.tensor([[1.0, 12.0], [3.0, 0.0]]),
         InputMoments.zeros(2).add(torch.tensor([[1.0, 1.0], [-1.0, -1.0]])),
     )
     for alpha, kept in ((0.0, [0, 1]), (4.0, [1, 0])):
-        recipe = Recipe({"name": "cvr", "alpha": alpha}, "1:2", "none")
+        recipe = Recipe(f"cvr:alpha={alpha}", "1:2")
         assert recipe.pruner()(weight, moments).keep[0].int().tolist() == kept
     # The optimal brain surgeon on two weights, as in test_sparsegpt; energy holds s at 2 around the row's mean 1.5.
-    moments = InputMoments.zeros(2, gram=True)
+    moments = InputMoments.zeros(2, needs=Statistic.GRAM)
     moments.gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
-    for compensation, expected in (("none", 2.4), ({"name": "energy", "column": False, "clamp": [2, 2]}, 3.3)):
-        recipe = Recipe({"name": "sparsegpt", "damping": 0.25}, "1:2", compensation)
+    for compensation, expected in (("none", 2.4), ("energy:row,clamp=[2, 2]", 3.3)):
+        recipe = Recipe(f"sparsegpt:damping=0.25+{compensation}", "1:2")
         assert recipe.pruner()(torch.tensor([[1.0, 2.0]]), moments).weight[0].tolist() == pytest.approx([0, expected])
 
 
@@ -217,13 +245,13 @@ def test_a_recipe_passes_its_settings_on():
     ],
 )
 def test_a_recipe_collects_no_more_than_it_needs(method, needed):
-    assert Recipe.parse(method).pruner().needs is needed
+    assert Recipe(method).pruner().needs is needed
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"critereon": "cvr"}, "Recipe has no key 'critereon'. Did you mean 'criterion'? The keys are criterion, pattern,"),
+        ({"critereon": "cvr"}, "Recipe has no key 'critereon'. Did you mean 'criterion'? The keys are method, pattern,"),
         ({7: "cvr"}, "Recipe has no key 7. The keys are"),
         ({"criterion": "wnada"}, "Recipe(criterion='wnada') does not exist. Did you mean 'wanda'? Known: magnitude, wanda"),
         ({"criterion": "zzz"}, "Recipe(criterion='zzz') does not exist. Known:"),
@@ -231,6 +259,12 @@ def test_a_recipe_collects_no_more_than_it_needs(method, needed):
         ({"schedule": "oneshot"}, "Recipe(schedule='oneshot') does not exist. Did you mean 'one-shot'? Known: walk, block,"),
         ({"schedule": "blocks"}, "Recipe(schedule='blocks') does not exist. Did you mean 'block'? Known: walk, block, one"),
         ({"schedule": None}, "Recipe(schedule=None) does not exist. Known: walk, block, one-shot"),
+        ({"method": 5}, "Recipe(method=5): expected a text"),
+        ({"allocation": 5}, "Recipe(allocation=5): expected a text"),
+        ({"pattern": None}, "Recipe(pattern=None): expected a text, such as '50%' or '2:4'; Recipe.from_dict takes mappings"),
+        ({"pattern": "50%:rank_ovr=row"}, "The pattern 'unstructured' has no setting 'rank_ovr'. Did you mean 'rank_over'?"),
+        ({"pattern": "2:4:keep=3"}, "Recipe(pattern='2:4:keep=3'): '2:4' says keep already"),
+        ({"method": "auto"}, "Recipe(method='auto'): a recipe names its method. statprune.Search(minutes=...) finds one"),
         ({"on_indivisible": "skp"}, "Recipe(on_indivisible='skp') does not exist. Did you mean 'skip'? Known: error, skip"),
         ({"pattern": {"name": "unstructred", "sparsity": 0.5}}, "Did you mean 'unstructured'? Known: unstructured, nm"),
         (
@@ -267,8 +301,8 @@ def test_a_recipe_collects_no_more_than_it_needs(method, needed):
         ({"criterion": {"name": "sparsegpt", "pattern": "2:4"}}, "has no setting 'pattern'. Its settings are block_size,"),
         ({"compensation": {"name": "energy", "clamp": [2, 0.5]}}, "energy(clamp=[2, 0.5]): expected [low, high]"),
         ({"compensation": {"name": "energy", "strength": 2}}, "energy(strength=2): expected a number in [0, 1]"),
-        ({"compensation": {"name": "energy", "clamp": 2.0}}, "'clamp': 2.0"),
-        ({"criterion": {"name": "cvr", "alpha": "much"}}, "'alpha': 'much'"),
+        ({"compensation": {"name": "energy", "clamp": 2.0}}, "The compensation 'energy' has clamp=2.0: expected a list"),
+        ({"criterion": {"name": "cvr", "alpha": "much"}}, "The criterion 'cvr' has alpha='much': expected a number"),
         ({"targets": "*.mlp.*"}, "Recipe(targets='*.mlp.*', ignore=()): expected lists of names, such as ['*.mlp.*']"),
         ({"ignore": "lm_head"}, "ignore='lm_head'): expected lists of names"),
         ({"ignore": None}, "ignore=None): expected lists of names"),
@@ -294,7 +328,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(data, message):
 )
 def test_a_method_that_does_not_exist_is_refused(method, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        Recipe.parse(method)
+        Recipe(method)
 
 
 @pytest.mark.parametrize("text", ["pattern: 2:4", "pattern: 1:2", "pattern: 0.5", "pattern: 50"])
@@ -478,7 +512,95 @@ def test_nothing_left_to_prune_is_an_error_with_the_reasons(groups, choices, mes
 def test_a_method_stands_for_its_two_parts_in_plain_data(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text('method: cvr:alpha=0.25+energy:column\npattern: "50%"\nschedule: block\n')
-    expected = Recipe.parse("cvr:alpha=0.25+energy:column", pattern="50%", schedule="block")
+    expected = Recipe("cvr:alpha=0.25+energy:column", pattern="50%", schedule="block")
     assert Recipe.from_yaml(path) == expected
-    with pytest.raises(RecipeError, match="`method` stands for `criterion` and `compensation`"):
+    with pytest.raises(RecipeError, match=r"method 'cvr' and criterion and compensation 'cvr\+energy' differ"):
         Recipe.from_dict({"method": "cvr", "compensation": "energy"})
+
+
+# --- a search, and whatever says how ---------------------------------------------------------------------------------
+
+
+def test_a_search_is_plain_data_too():
+    search = Search("50%", 5, ignore=["*.down_proj"])
+    assert Search.from_dict(json.loads(json.dumps(search.to_dict()))) == search
+    assert (search.method, Search().method) == ("auto:minutes=5", "auto")
+    assert search.recipe("wanda", "block") == Recipe("wanda", "50%", "block", ignore=["*.down_proj"])
+    # What weights compete in is each method's own, unless it was said.
+    assert search.recipe("sparsegpt").build_pattern() == Unstructured(0.5, "layer")
+    assert Search("50%:rank_over=row").recipe("sparsegpt").build_pattern() == Unstructured(0.5, "row")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Search(minutes=0), r"Search\(minutes=0\): expected a number above 0"),
+        (lambda: Search(minutes=True), r"Search\(minutes=True\): expected a number above 0"),
+        (lambda: Search("5:4"), "expected 0 < keep <= of"),
+        (lambda: Search(targets="*.mlp.*"), "expected lists of names"),
+        (lambda: Search(on_indivisible="skp"), "Did you mean 'skip'"),
+        (lambda: read_how("auto:hours=1"), "'auto' has no setting 'hours'.*Its settings are minutes"),
+        (lambda: read_how("auto+energy"), r"Search\(compensation=.*the search tries these itself"),
+        (lambda: read_how("auto", schedule="walk"), r"Search\(schedule='walk'\): the search tries these itself"),
+        (
+            lambda: read_how({"method": "auto", "allocation": "owl"}),
+            r"Search\(allocation='owl'\): the search tries these itself",
+        ),
+        (lambda: read_how(5), "how=5 is a int: expected a Recipe, a Search, a method's short name"),
+        (lambda: read_how("wanda", minutes=5), "Recipe has no key 'minutes'"),
+    ],
+)
+def test_what_cannot_be_searched_for_is_refused(make, message):
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("how", "others", "expected"),
+    [
+        (None, {}, Recipe()),
+        (None, {"pattern": "50%", "schedule": None}, Recipe(pattern="50%")),
+        ("wanda", {"pattern": "50%"}, Recipe("wanda", "50%")),
+        (Recipe("wanda", "50%"), {}, Recipe("wanda", "50%")),
+        (Recipe("wanda", "50%"), {"pattern": "2:4"}, Recipe("wanda", "2:4")),
+        (Recipe("wanda+energy", "50%"), {"criterion": "cvr"}, Recipe("cvr+energy", "50%")),
+        (Recipe("wanda+energy", "50%"), {"compensation": "none"}, Recipe("wanda", "50%")),
+        (Recipe("wanda+energy", "50%"), {"method": "ria"}, Recipe("ria", "50%")),
+        ({"criterion": {"name": "cvr", "alpha": 0}, "pattern": "50%"}, {}, Recipe("cvr:alpha=0", "50%")),
+        ({"criterion": "cvr", "compensation": "energy"}, {"criterion": "wanda"}, Recipe("wanda+energy")),
+        (None, {"criterion": "wanda"}, Recipe("wanda")),
+        (None, {"compensation": ["energy:column", "least-squares"]}, Recipe("cvr+energy:column+least-squares")),
+        ("auto", {}, Search()),
+        ("auto:minutes=5", {"pattern": "50%"}, Search("50%", 5)),
+        (None, {"criterion": "auto:minutes=5", "ignore": ["a"]}, Search(minutes=5, ignore=["a"])),
+        ({"method": "auto", "minutes": 3, "pattern": "4:8"}, {}, Search("4:8", 3)),
+        (Search("50%", 5), {}, Search("50%", 5)),
+        (Search("50%", 5), {"pattern": "2:4"}, Search("2:4", 5)),
+        (Search("50%", 5), {"method": "wanda"}, Recipe("wanda", "50%")),
+        (Recipe("wanda", "50%", ignore=["a"]), {"method": "auto"}, "the search tries these itself"),
+    ],
+)
+def test_whatever_says_how_is_a_recipe_or_a_search(how, others, expected):
+    if isinstance(expected, str):
+        with pytest.raises(RecipeError, match=expected):
+            read_how(how, **others)
+    else:
+        assert read_how(how, **others) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "label", "expected"),
+    [
+        ("cvr+energy", "cvr+energy", Recipe("cvr+energy", "50%", "block")),
+        ({"method": "wanda", "label": "theirs"}, "theirs", Recipe("wanda", "50%", "block")),
+        ({"criterion": {"name": "cvr", "alpha": 1}}, "cvr:alpha=1", Recipe("cvr:alpha=1", "50%", "block")),
+        ({"method": "wanda", "schedule": "walk", "allocation": "owl:spread=0.1"}, "wanda (owl)",
+         Recipe("wanda", "50%", "walk", allocation="owl:spread=0.1")),
+        ("auto:minutes=3", "auto:minutes=3", Search("50%", 3)),
+        ({"method": "auto", "label": "chosen"}, "chosen", Search("50%")),
+    ],
+)  # fmt: skip
+def test_a_method_has_a_label(method, label, expected):
+    assert labelled(method, pattern="50%", schedule="block") == (label, expected)
+    with pytest.raises(RecipeError, match="has the keys method, pattern"):
+        labelled({"method": "wanda", "pattern": "2:4"})

@@ -44,7 +44,7 @@ def test_the_dense_model_has_the_perplexity_that_is_known(model, tokens):
 
 @pytest.mark.parametrize(("method", "pattern"), PROTOTYPE)
 def test_pruned_perplexity_is_the_prototypes_within_a_few_hundredths(model, tokens, traced, method, pattern):
-    twin = statprune.plan(model, tokens["calibration"].split(4), Recipe.parse(method, pattern=pattern), traced=traced)
+    twin = statprune.plan(model, tokens["calibration"].split(4), Recipe(method, pattern=pattern), traced=traced)
     perplexity = evaluate(model, tokens["evaluation"], batch_size=4, weights=twin.weights)
     assert twin.report.schedule == "walk"
     assert perplexity == pytest.approx(PROTOTYPE[method, pattern], abs=A_FEW_HUNDREDTHS)
@@ -61,7 +61,7 @@ PEER = {
 
 @pytest.mark.parametrize(("method", "pattern"), PEER)
 def test_block_by_block_pruned_perplexity_is_the_peers(model, tokens, traced, method, pattern):
-    recipe = Recipe.parse(method, pattern=pattern, schedule="block")
+    recipe = Recipe(method, pattern=pattern, schedule="block")
     perplexities = []
     # SparseGPT's choices hang on rounding: the order in which the Gram is added up alone moves its perplexity by 0.03, so
     # two equally good orders are averaged. Wanda's moves in the fourth decimal.

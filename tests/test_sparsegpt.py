@@ -37,12 +37,12 @@ def random_weight(seed: int, *shape: int) -> Tensor:
 
 
 def moments_of(tokens: Tensor) -> InputMoments:
-    return InputMoments.zeros(tokens.shape[-1], gram=True).add(tokens)
+    return InputMoments.zeros(tokens.shape[-1], needs=Statistic.GRAM).add(tokens)
 
 
 def with_gram(gram: Tensor) -> InputMoments:
     """Statistics of which only the Gram is of interest."""
-    moments = InputMoments.zeros(gram.shape[-1], stack=tuple(gram.shape[:-2]), gram=True)
+    moments = InputMoments.zeros(gram.shape[-1], stack=tuple(gram.shape[:-2]), needs=Statistic.GRAM)
     moments.gram = gram
     return moments
 
@@ -456,7 +456,7 @@ def factorised(monkeypatch):
     return sizes
 
 
-RECIPE = Recipe.parse("sparsegpt", pattern="2:4")
+RECIPE = Recipe("sparsegpt", pattern="2:4")
 GROUPS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
 
@@ -474,7 +474,7 @@ def test_a_model_is_pruned_with_the_gram_of_its_inputs():
         model(batch)
     handle.remove()
     x = torch.cat([part.detach().flatten(0, -2) for part in seen])
-    recipe = Recipe.parse("sparsegpt", pattern="2:4", schedule="one-shot")
+    recipe = Recipe("sparsegpt", pattern="2:4", schedule="one-shot")
     expected = SparseGPT(NM(2, 4))(model.model.layers[0].mlp.down_proj.weight.detach(), moments_of(x))
     statprune.prune(model, batches, recipe)
     torch.testing.assert_close(model.model.layers[0].mlp.down_proj.weight.detach(), expected.weight, rtol=1e-4, atol=1e-5)

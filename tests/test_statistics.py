@@ -191,7 +191,7 @@ def test_needs_marks_a_function_and_leaves_it_as_it_is():
 
 
 def gram_moments_of(tokens: torch.Tensor) -> InputMoments:
-    return InputMoments.zeros(tokens.shape[-1], gram=True).add(tokens)
+    return InputMoments.zeros(tokens.shape[-1], needs=Statistic.GRAM).add(tokens)
 
 
 def test_a_gram_by_hand():
@@ -217,7 +217,7 @@ def test_a_gram_is_the_product_of_the_kept_tokens(batch, length, in_features, se
     tokens = random_tokens(seed, batch, length, in_features).to(dtype)
     keep = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < (0.6 if has_padding else 2)
     padded = tokens.masked_fill(~keep[..., None], float("nan"))
-    moments = InputMoments.zeros(in_features, gram=True).add(padded, keep)
+    moments = InputMoments.zeros(in_features, needs=Statistic.GRAM).add(padded, keep)
     kept = tokens[keep].double()
     expected = torch.tensor(
         [[sum(a * b for a, b in kept[:, [i, j]].tolist()) for j in range(in_features)] for i in range(in_features)]
@@ -249,7 +249,7 @@ def test_what_is_merged_has_a_gram_only_where_both_have_one():
 
 
 def test_a_gram_of_a_stack_and_one_started_in_inference_mode():
-    assert InputMoments.zeros(3, stack=(2,), gram=True).gram.shape == (2, 3, 3)
+    assert InputMoments.zeros(3, stack=(2,), needs=Statistic.GRAM).gram.shape == (2, 3, 3)
     with torch.inference_mode():
         moments = gram_moments_of(torch.ones(2, 3))
     assert torch.equal(moments.add(torch.ones(5, 3)).gram, torch.full((3, 3), 7.0))
@@ -294,16 +294,13 @@ def test_a_derived_nothing_is_remembered_too():
     assert calls == [1]
 
 
-@pytest.mark.parametrize(
-    ("statistics", "most"),
-    [
-        ([], Statistic.NONE),
-        ([Statistic.NONE], Statistic.NONE),
-        ([Statistic.NONE, Statistic.MOMENTS], Statistic.MOMENTS),
-        ([Statistic.GRAM, Statistic.MOMENTS, Statistic.NONE], Statistic.GRAM),
-        ([Statistic.MOMENTS, Statistic.GRAM], Statistic.GRAM),
-        ([Statistic.NONE, Statistic.GRAM], Statistic.GRAM),
-    ],
-)
-def test_the_most_of_several_statistics_contains_them_all(statistics, most):
-    assert Statistic.most(*statistics) is most
+def test_what_several_need_is_joined_and_nothing_is_false():
+    assert not Statistic.NONE
+    assert Statistic.NONE | Statistic.MOMENTS is Statistic.MOMENTS
+    both = Statistic.MOMENTS | Statistic.GRAM
+    assert Statistic.GRAM in both
+    assert Statistic.GRAM not in Statistic.MOMENTS
+    for needed, has_gram in ((Statistic.NONE, False), (Statistic.MOMENTS, False), (Statistic.GRAM, True), (both, True)):
+        moments = InputMoments.zeros(3, needed)
+        assert (moments.gram is not None) == has_gram
+        assert moments.sum.shape == moments.sum_sq.shape == (3,)

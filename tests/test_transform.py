@@ -95,7 +95,7 @@ def test_a_plan_and_a_commit_agree_on_a_tied_weight_that_is_asked_for():
 def test_a_plan_and_a_commit_agree_on_what_comes_after_a_second_use_of_a_tied_weight():
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)], nn.LayerNorm(8))
     model[1].weight = model[0].weight
-    batches, recipe = [torch.randn(16, 8)], statprune.Recipe(criterion="wanda", targets=["*"])
+    batches, recipe = [torch.randn(16, 8)], statprune.Recipe("wanda+energy", targets=["*"])
     plan = statprune.plan(model, batches, recipe)
     from_twin = plan.graph_module()(input=batches[0])
     statprune.prune(model, batches, recipe)

@@ -88,7 +88,7 @@ def test_progress_is_in_seconds_of_the_budget(few):
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_twins_from_one_walk_are_those_of_a_plan_each(model, monkeypatch):
     model, batches = model(), tokens(4, 12).split(2)
-    recipes = [Recipe.parse(method, pattern="2:4", schedule="one-shot") for method in METHODS]
+    recipes = [Recipe(method, pattern="2:4", schedule="one-shot") for method in METHODS]
     traced = compress.plan(model, batches, recipes[0]).traced
     context = torch.no_grad
     for max_bytes in (shared.MAX_STATISTICS_BYTES, 1):
@@ -118,7 +118,7 @@ def test_twins_that_do_not_fit_in_memory_are_made_in_several_walks(few, monkeypa
 
 def test_twins_are_dropped_from_the_end_where_they_take_too_long():
     model, batches = llama(), tokens(4, 12).split(2)
-    recipes = [Recipe.parse(method, pattern="2:4", schedule="one-shot") for method in FEW]
+    recipes = [Recipe(method, pattern="2:4", schedule="one-shot") for method in FEW]
     traced = compress.plan(model, batches, recipes[0]).traced
     seen = []
 
@@ -278,27 +278,27 @@ def test_windows_of_several_lengths_and_a_tensor_of_windows_will_do(few):
 
 
 def test_variations_change_one_setting_and_keep_the_rest():
-    recipe = Recipe.parse("cvr+least-squares:steps=15", pattern="2:4", schedule="one-shot", ignore=["*.down_proj"])
+    recipe = Recipe("cvr+least-squares:steps=15", pattern="2:4", schedule="one-shot", ignore=["*.down_proj"])
     found = [one.method for one in variations(recipe)]
     assert "cvr:alpha=0.25+least-squares:steps=15" in found
     assert "cvr+least-squares:steps=40" in found
     assert len(found) == len(set(found))
     assert recipe.method not in found
     assert all((one.ignore, one.schedule) == (recipe.ignore, "one-shot") for one in variations(recipe))
-    assert list(variations(Recipe.parse("magnitude"))) == []
+    assert list(variations(Recipe("magnitude"))) == []
     for method in METHODS:
-        assert len({one.method for one in variations(Recipe.parse(method))}) == len(list(variations(Recipe.parse(method))))
+        assert len({one.method for one in variations(Recipe(method))}) == len(list(variations(Recipe(method))))
 
 
 def test_allocations_are_tried_where_they_prune_as_many_weights():
-    recipe = Recipe.parse("wanda", pattern="70%", schedule="block")
+    recipe = Recipe("wanda", pattern="70%", schedule="block")
     assert [one.allocation["name"] for one in allocations(recipe)] == ["sensitivity", "owl"]
     assert all((one.method, one.pattern, one.schedule) == ("wanda", recipe.pattern, "block") for one in allocations(recipe))
-    assert list(allocations(Recipe.parse("wanda", pattern="2:4"))) == []
+    assert list(allocations(Recipe("wanda", pattern="2:4"))) == []
 
 
 def test_every_listed_method_exists():
-    assert len({Recipe.parse(method).method for method in METHODS}) == len(METHODS)
+    assert len({Recipe(method).method for method in METHODS}) == len(METHODS)
 
 
 DDP_SCRIPT = """

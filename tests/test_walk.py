@@ -16,7 +16,7 @@ from statprune.model.trace import trace
 from statprune.model.walk import _Executor, fit_mask, walk
 from tiny_models import llama, t5, tokens
 
-RECIPE = statprune.Recipe(criterion="cvr", pattern="50%", compensation="energy")
+RECIPE = statprune.Recipe("cvr+energy", "50%")
 IN_ORDER = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
 IN_ORDER += [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
 LLAMA_GROUPS = [[f"model.layers.{layer}.{name}" for name in group] for layer in (0, 1) for group in IN_ORDER]
@@ -322,7 +322,7 @@ def test_a_cast_of_a_weight_before_its_cut_does_not_keep_the_dense_weight():
             a, b = self.a.double(), self.b.t().to(torch.float64)
             return self.head((x.double() @ a).relu() @ b)
 
-    batches, recipe = [torch.randn(16, 8)], statprune.Recipe(criterion="wanda", pattern="50%", targets=["*"])
+    batches, recipe = [torch.randn(16, 8)], statprune.Recipe("wanda+energy", "50%", targets=["*"])
     model = Early()
     twin = statprune.plan(model, batches, recipe)
     expected = copy.deepcopy(model)

@@ -15,7 +15,8 @@ text  <-  write_method, write_pattern, write   <-
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import yaml
@@ -66,7 +67,8 @@ def complete_parts(criterion: Part, compensation: Part | Sequence[Part]) -> tupl
     Raises:
         RecipeError: a name or setting does not exist.
     """
-    given = [compensation] if isinstance(compensation, str | Mapping) else list(compensation)
+    several = isinstance(compensation, Sequence) and not isinstance(compensation, str)
+    given = list(compensation) if several else [compensation]
     completed = [complete("compensation", part, known_compensations()) for part in given]
     return complete("criterion", criterion, known_criteria()), [part for part in completed if part["name"] != "none"]
 
@@ -99,8 +101,15 @@ def read_pattern(part: object) -> Whole:
             raise RecipeError(f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}, or a mapping with a 'name'.")
         name = _name_of(pattern)
         values = {key: getattr(pattern, key) for key in _NUMBERS[name]}
-        given = {**values, **_read("pattern", f"{name}:{settings}", PATTERNS)} if settings else {"name": name, **values}
+        others = _read("pattern", f"{name}:{settings}", PATTERNS)
+        if twice := [key for key in values if key in others]:
+            raise RecipeError(f"Recipe(pattern={part!r}): {numbers!r} says {' and '.join(twice)} already. Leave them out.")
+        given = {**others, **values}
     whole = complete("pattern", given, PATTERNS)
+    try:
+        PATTERNS[whole["name"]](**split(whole)[1])
+    except (ValueError, TypeError) as e:
+        raise RecipeError(f"Recipe(pattern={part!r}): {e}") from e
     is_open = isinstance(given, Mapping) and "rank_over" not in given
     return {key: value for key, value in whole.items() if not (is_open and key == "rank_over")}
 
@@ -191,18 +200,9 @@ def _name_of(pattern: ModelPattern) -> str:
 
 
 def _percent(sparsity: float) -> str:
-    """The shortest percentage that reads back as this fraction."""
-    for text in _percentages(100 * sparsity):
-        if float(text) / 100 == sparsity:
-            return f"{text}%"
-    raise AssertionError(f"{sparsity!r} has no percentage")
-
-
-def _percentages(percent: float) -> Iterator[str]:
-    for value in (percent, math.nextafter(percent, math.inf), math.nextafter(percent, -math.inf)):
-        for digits in (6, 15, 17):
-            text = f"{value:.{digits}g}"
-            yield text if "e" not in text else f"{value:.{digits + 12}f}".rstrip("0").rstrip(".")
+    """The percentage that reads back as this fraction."""
+    text = f"{Decimal(repr(float(sparsity))) * 100:f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
 
 
 def _mismatch(value: object, kind: type | None) -> str | None:

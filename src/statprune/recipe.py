@@ -4,6 +4,7 @@ A recipe is total: it can prune. It is plain data, hashable, the same in Python,
 text (see `grammar`), and the settings in it are the keyword arguments of the function that its name stands for.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -83,7 +84,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_texts("Recipe", method=self.method, allocation=self.allocation)
-        if self.method.partition(":")[0] == AUTO:
+        if _is_auto(self.method):
             raise RecipeError(
                 f"Recipe(method={self.method!r}): a recipe names its method. statprune.Search(minutes=...) finds one; prune, "
                 "plan and the command take it, or the text 'auto:minutes=10', in a recipe's place."
@@ -247,7 +248,8 @@ class Search:
             RecipeError: as the constructor; a key that a search has not, as it is what is looked for.
         """
         given = dict(data)
-        method = str(given.pop("method", given.pop("criterion", AUTO)))
+        method, *compensations = re.split(r"\+(?=[A-Za-z])", str(given.pop("method", given.pop("criterion", AUTO))))
+        given |= {"compensation": "+".join(compensations)} if compensations else {}
         minutes = {key: value for key, value in complete("method", method, {AUTO: _auto}).items() if key == "minutes"}
         for key in ("schedule", "allocation", "compensation"):
             if key in given:
@@ -312,9 +314,11 @@ def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
     is_search = isinstance(how, Search) and "method" not in others and "criterion" not in others
     if isinstance(how, Search) and not is_search:
         data.pop("minutes")
-    merged = {**data, **_in_place_of(data, others)}
-    name = merged.get("method", merged.get("criterion"))
-    if is_search or (isinstance(name, str) and name.partition(":")[0] == AUTO):
+    replaced = _in_place_of(data, others)
+    if "method" in replaced:
+        data = {key: value for key, value in data.items() if key not in ("criterion", "compensation")}
+    merged = {**data, **replaced}
+    if is_search or _is_auto(merged.get("method", merged.get("criterion"))):
         return Search.from_dict(merged)
     return Recipe.from_dict(merged)
 
@@ -344,14 +348,17 @@ def labelled(method: Method, **others: Any) -> tuple[str, Recipe | Search]:
             "`compensation`; and perhaps `label`, `schedule` and `allocation`."
         )
     own = {"method": method} if isinstance(method, str) else {key: method[key] for key in keys}
-    name = own.get("method", own.get("criterion"))
-    if isinstance(name, str) and name.partition(":")[0] == AUTO:
+    if _is_auto(own.get("method", own.get("criterion"))):
         others = {key: value for key, value in others.items() if key not in ("schedule", "allocation")}
     how = read_how({**others, **own})
     usual = str(method) if isinstance(method, str) else how.method
     if isinstance(how, Recipe) and how.allocation != "uniform":
         usual = f"{usual} ({how.allocation.partition(':')[0]})"
     return str(method.get("label", usual)) if isinstance(method, Mapping) else usual, how
+
+
+def _is_auto(method: object) -> bool:
+    return isinstance(method, str) and re.split("[:+]", method)[0] == AUTO
 
 
 def _auto(*, minutes: float = 10.0) -> None:
@@ -379,7 +386,7 @@ def _in_place_of(data: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str
     if "method" in data:
         criterion, compensations = read_method(data["method"])
     parts = {"criterion": criterion, "compensation": compensations, **others}
-    if str(parts["criterion"]).partition(":")[0] == AUTO:
+    if _is_auto(parts["criterion"]):
         return {**others, "method": parts["criterion"]}
     method = write_method(*complete_parts(parts["criterion"] or "cvr", parts["compensation"] or "none"))
     return {**{key: value for key, value in others.items() if key not in ("criterion", "compensation")}, "method": method}

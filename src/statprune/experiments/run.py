@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statprune.api import plan
+from statprune.api import PruningPlan, plan
 from statprune.data import calibration_windows, evaluation_windows
-from statprune.api import PruningPlan
 from statprune.errors import ExperimentError, StatpruneError, number_of
 from statprune.experiments.cost import measured
 from statprune.experiments.definition import Cell, Experiment

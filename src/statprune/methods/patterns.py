@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Literal, Protocol
 
 import torch
@@ -282,7 +283,7 @@ SHORTHAND_HELP = "'50%' for half of the weights anywhere, '2:4' for two of every
 def parse_shorthand(text: str) -> ModelPattern | None:
     """`"50%"` or `"2:4"` as a pattern; None where the text is neither."""
     if found := re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", text):
-        return Unstructured(float(found[1]) / 100)
+        return Unstructured(float(Decimal(found[1]) / 100))  # in decimals, so that every fraction has a percentage
     if found := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
         return NM(keep=int(found[1]), of=int(found[2]))
     return None

@@ -27,9 +27,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
-from statprune.api import Choice, choose
+from statprune.api import Choice, choose, plan, prune
 from statprune.checkpoint import refuse_existing, save
-from statprune.api import plan, prune
 from statprune.errors import CalibrationError, MaskError, RecipeError
 from statprune.model.inputs import is_transformers_model
 from statprune.recipe import Recipe

@@ -17,9 +17,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from statprune.model.weights import check_weights
 from statprune.errors import AdapterError, MaskError
 from statprune.model.transform import hold_
+from statprune.model.weights import check_weights
 from statprune.report import PruningReport
 from statprune.training.masks import absent, keep_mask
 
