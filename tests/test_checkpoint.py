@@ -146,6 +146,15 @@ def test_a_lie_about_the_total_is_found(copy):
         verify(copy)
 
 
+@pytest.mark.parametrize("pattern", [{"name": "mine"}, {"name": "nm", "keep": 9, "of": 4}, {"name": "nm", "of": 4}, "2:4"])
+def test_a_pattern_that_cannot_be_is_damage(copy, pattern):
+    record = json.loads((copy / RECORD).read_text())
+    record["recipe"]["pattern"] = pattern
+    (copy / RECORD).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="damaged"):
+        verify(copy)
+
+
 def test_a_missing_file_is_found(copy):
     (copy / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"promised in model\.safetensors"):

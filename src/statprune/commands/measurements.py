@@ -147,7 +147,7 @@ def experiment(
     device: str | None = None,
     dtype: DType | None = None,
 ) -> None:
-    """Repeat an experiment of the paper, or all experiments, on any models: tables, a picture, and every number in one file.
+    """Repeat an experiment of the paper, or all experiments, on any models: tables, pictures, and every number in one file.
 
     What is not given is the paper's: configs/paper/NAME.yaml holds the settings, and is installed with the command. A run
     that was interrupted goes on where it stopped.
@@ -178,19 +178,16 @@ def experiment(
         statprune experiment zero-shot --output results --model MODEL --tasks next-line --text held-out.txt --questions 200
     """
     given = {key: value for key, value in locals().items() if key not in ("name", "output")}
-    from statprune.experiments.definition import NAMES, OWNER, Experiment
+    from statprune.experiments.definition import load_experiments
     from statprune.experiments.run import run
 
-    if name == "all":
-        own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in NAMES}
-        experiments = [Experiment.load(one, settings) for one, settings in own.items()]
-    else:
-        experiments = [Experiment.load(name, given)]
+    experiments = load_experiments(name, given)
     with display.progress(name, each=True) as progress:
         outcome = run(experiments, output, progress=progress, say=display.say)
     for title, table in outcome.tables.items():
         print(f"\n## {title}\n\n{table}")
-    display.say(f"tables, pictures and every measurement are in {output}")
+    if outcome.contents:
+        display.say(f"{outcome.contents} are in {output}")
     if outcome.failures:
         raise ExperimentError("\n  ".join([f"{len(outcome.failures)} failed:", *outcome.failures]))
 

@@ -93,7 +93,7 @@ def quickstart(
     for pattern in PATTERNS:
         for method in METHODS:
             module.load_state_dict(trained)
-            recipe = Recipe.parse(method, pattern=pattern)
+            recipe = Recipe(method, pattern)
             is_last = (pattern, method) == (PATTERNS[-1], METHODS[-1])
             pruning = StatisticalPruning(recipe, output=str(output / "sparse") if is_last else None)
             seconds: dict[str, float] = {}
