@@ -106,14 +106,14 @@ def _clock(seconds: float) -> str:
 def only_own_bars() -> Iterator[None]:
     """Without the bars of transformers, `datasets` and lm-evaluation-harness, which are all tqdm's, between ours.
 
-    Those of a download stay, since nothing else tells how far it is; so do those of a training.
+    Those of a download stay, since nothing else tells how far it is.
     """
     from tqdm.std import tqdm  # type: ignore[import-untyped]
 
     own = tqdm.__init__
 
     def without_bar(bar: Any, *args: Any, **kwargs: Any) -> None:
-        if not type(bar).__module__.startswith(("huggingface_hub", "lightning")):
+        if not type(bar).__module__.startswith("huggingface_hub"):
             kwargs["disable"] = True
         own(bar, *args, **kwargs)
 

@@ -209,6 +209,7 @@ def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int
     from statprune.experiments.compare import markdown_table
     from statprune.experiments.quickstart import quickstart as run
 
-    cells = run(output, steps=steps, seed=seed, say=display.say)
+    with display.progress("training and comparing") as progress:
+        cells = run(output, steps=steps, seed=seed, progress=progress, say=display.say)
     print(markdown_table(cells))
     display.show_next_steps(output)
