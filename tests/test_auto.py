@@ -136,7 +136,7 @@ def fit_trainer(*callbacks):
 
 def test_the_callback_chooses_once_and_keeps_the_choice(searches):
     data = DataLoader(WindowDataset(windows()), batch_size=2)
-    pruning = StatisticalPruning(Recipe("auto:minutes=1", pattern="2:4"), dataloader=data)
+    pruning = StatisticalPruning(Recipe("auto:minutes=1", pattern="2:4"), calibration=data)
     key, reports = pruning.state_key, []
 
     class Watch(statprune.training.callback.Callback):
@@ -157,7 +157,7 @@ def test_the_callback_chooses_once_and_keeps_the_choice(searches):
 def test_the_callback_chooses_in_validate_too(searches):
     data = DataLoader(WindowDataset(windows()), batch_size=2)
     module = CausalLM(llama())
-    pruning = StatisticalPruning(Recipe("auto:minutes=1", pattern="2:4"), dataloader=data)
+    pruning = StatisticalPruning(Recipe("auto:minutes=1", pattern="2:4"), calibration=data)
     fit_trainer(pruning).validate(module, data, verbose=False)
     assert len(searches) == 1
     assert pruning.report.chosen_by is not None

@@ -1,21 +1,27 @@
+import math
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from statprune import CausalLM, Perplexity, Recipe, StatisticalPruning, TextData
+import statprune
+from statprune import CausalLM, Perplexity, Recipe, Search, StatisticalPruning, TextData
 from statprune.checkpoint import verify
-from statprune.errors import CalibrationError, CheckpointError
+from statprune.errors import CalibrationError, CheckpointError, MaskError, SiteError
 from statprune.loading import load_model
+from statprune.model.trace import trace
 from statprune.training.modules import WindowDataset
 
 TOKENS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -63,13 +69,22 @@ def trained_weights(*callbacks):
     return snapshot.weights, fit
 
 
-def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_the_end_prunes():
+@pytest.fixture
+def exports(monkeypatch):
+    """One entry for each time that a model is exported."""
+    made = []
+    monkeypatch.setattr("statprune.model.layers.trace", lambda *inputs: made.append(inputs) or trace(*inputs))
+    return made
+
+
+def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_the_end_prunes(exports):
     undisturbed, _ = trained_weights()
     callback = StatisticalPruning(Recipe(pattern="2:4"), calibration_batches=2)
     probed, fit = trained_weights(callback)
     assert all(torch.equal(probed[name], weight) for name, weight in undisturbed.items())
     assert sparsity(fit.lightning_module) == 0.5
     assert callback.report.sparsity == 0.5
+    assert len(exports) == 1
     assert fit.lightning_module.training
     metrics = fit.callback_metrics
     assert metrics["dense_perplexity"] == pytest.approx(metrics["val_perplexity"].item(), rel=1e-6)
@@ -81,7 +96,7 @@ def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_t
 
 def test_the_probe_sees_what_landing_gives():
     """A last validation and the commit after it see the same weights, so they must prune alike."""
-    callback = StatisticalPruning(Recipe.parse("wanda", pattern="50%"), dataloader=loader())
+    callback = StatisticalPruning(Recipe("wanda", "50%"), calibration=loader())
     _, fit = trained_weights(callback)
     measured = fit.callback_metrics["pruned_perplexity"].item()
     again = trainer().validate(fit.lightning_module, loader(), verbose=False)[0]
@@ -108,7 +123,7 @@ def test_validate_prunes_first_and_then_measures_the_pruned_model():
     dense = Perplexity()
     with torch.no_grad():
         dense.update_next_token(module(TOKENS), TOKENS)
-    callback = StatisticalPruning(Recipe(pattern="2:4"), dataloader=loader())
+    callback = StatisticalPruning(Recipe(pattern="2:4"), calibration=loader())
     measured = trainer(callback).validate(module, loader(), verbose=False)[0]
     assert measured["dense_perplexity"] == pytest.approx(dense.compute().item(), rel=1e-6)
     assert measured["pruned_perplexity"] == pytest.approx(measured["val_perplexity"], rel=1e-6)
@@ -122,7 +137,7 @@ def test_validate_prunes_first_and_then_measures_the_pruned_model():
 
 def test_what_validate_reports_matches_the_weights_in_reduced_precision_too():
     module = CausalLM(tiny_llama())
-    measured = trainer(StatisticalPruning(dataloader=loader()), precision="bf16-mixed").validate(
+    measured = trainer(StatisticalPruning(calibration=loader()), precision="bf16-mixed").validate(
         module, loader(), verbose=False
     )[0]
     assert measured["pruned_perplexity"] == pytest.approx(measured["val_perplexity"], rel=1e-3)
@@ -137,26 +152,6 @@ def test_a_checkpoint_can_be_chosen_by_pruned_perplexity_and_has_no_keys_of_ours
     assert checkpoint.best_model_score == fit.callback_metrics["pruned_perplexity"]
     assert saved["state_dict"].keys() == CausalLM(tiny_llama()).state_dict().keys()
     assert not any((weight == 0).all() for name, weight in saved["state_dict"].items() if "proj" in name)
-
-
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_zeros_and_state_survive_save_and_resume(tmp_path, weights_only):
-    recipe = Recipe.parse("wanda", pattern="2:4")
-    first = StatisticalPruning(recipe)
-    fit = trainer(first, max_epochs=1)
-    fit.fit(CausalLM(tiny_llama()), loader(), loader())
-    fit.save_checkpoint(tmp_path / "pruned.ckpt", weights_only=weights_only)
-    landed = {name: weight.clone() for name, weight in fit.lightning_module.named_parameters()}
-
-    second, module = StatisticalPruning(recipe, dataloader=loader()), CausalLM(tiny_llama(seed=5))
-    trainer(second).validate(module, loader(), ckpt_path=tmp_path / "pruned.ckpt", verbose=False)
-    assert all(torch.equal(weight, landed[name]) for name, weight in module.named_parameters()), "pruning twice adds nothing"
-    if not weights_only:
-        resumed = StatisticalPruning(recipe)
-        go_on = trainer(resumed, max_epochs=2)
-        go_on.fit(CausalLM(tiny_llama()), loader(), loader(), ckpt_path=tmp_path / "pruned.ckpt")
-        assert resumed.landed["global_step"] == 2 * len(loader())
-        assert first.state_dict()["landed"]["sparsity"] == 0.5
 
 
 def test_two_callbacks_have_two_states():
@@ -193,6 +188,157 @@ def classifier_data():
     return DataLoader(TensorDataset(x, (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()), batch_size=16)
 
 
+# What is pruned is pruned once, in every order of calls.
+
+
+def classifying(then="stop", **settings):
+    return StatisticalPruning(Recipe(pattern="50%"), calibration=classifier_data(), then=then, **settings)
+
+
+def validated(callback, module, **settings):
+    return trainer(callback).validate(module, classifier_data(), verbose=False, **settings)[0]
+
+
+def fitted(callback, module, *others, max_epochs=1, **settings):
+    fit = trainer(callback, *others, max_epochs=max_epochs, enable_checkpointing=bool(others))
+    fit.fit(module, classifier_data(), classifier_data(), **settings)
+    return fit
+
+
+def weights_of(module):
+    return {name: weight.detach().clone() for name, weight in module.named_parameters()}
+
+
+def unchanged(module, before):
+    return all(torch.equal(weight, before[name]) for name, weight in module.named_parameters())
+
+
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+def test_a_second_validate_measures_what_the_first_one_pruned(then):
+    module, callback = Classifier(), classifying(then)
+    first = validated(callback, module)
+    before = weights_of(module)
+    callback._batches, callback.calibration = None, ()  # pruning again would have nothing to calibrate on
+    second = validated(callback, module)
+    assert unchanged(module, before)
+    assert "dense_perplexity" in first
+    assert second == {name: value for name, value in first.items() if name != "dense_perplexity"}
+    with torch.no_grad():
+        module.head[0].weight[module.head[0].weight == 0] = 0.1
+    with pytest.raises(MaskError, match=r"head\.0 has 0 zeros, but 256 were recorded .* with a new StatisticalPruning"):
+        validated(callback, module)
+
+
+def test_validate_after_fit_measures_what_fit_pruned_at_its_end():
+    module, callback = Classifier(), classifying()
+    fitted(callback, module)
+    before = weights_of(module)
+    measured = validated(callback, module)
+    assert unchanged(module, before)
+    assert measured["pruned_perplexity"] == pytest.approx(math.exp(measured["val_loss"]), rel=1e-5)
+    assert measured["pruned_sparsity"] == callback.report.sparsity == 0.5
+    assert "dense_perplexity" not in measured
+
+
+@pytest.mark.parametrize("prune_first", [validated, fitted])
+def test_fit_refuses_to_train_the_zeros_away_and_a_new_callback_starts_anew(prune_first):
+    module, callback = Classifier(), classifying()
+    prune_first(callback, module)
+    before = weights_of(module)
+    with pytest.raises(MaskError, match=r'\(then="stop"\) has pruned this model already, .* then="finetune".* a new Stat'):
+        fitted(callback, module)
+    assert unchanged(module, before)
+    fitted(classifying(), module)
+    assert not unchanged(module, before)
+    assert (module.features[0].weight == 0).float().mean() == 0.5
+
+
+def test_fine_tuning_goes_on_in_a_second_fit_and_validate_then_measures_it():
+    module, callback = Classifier(), classifying("finetune")
+    validated(callback, module)
+    pruned = module.features[0].weight == 0
+    for steps in (4, 8):
+        fitted(callback, module)
+        assert callback.report.finetuning_steps == steps
+        assert torch.equal(module.features[0].weight == 0, pruned)
+    tuned = callback.report
+    before = weights_of(module)
+    measured = validated(callback, module)
+    assert unchanged(module, before)
+    assert measured["pruned_energy_ratio"] == pytest.approx(tuned.energy_ratio, rel=1e-6)
+    assert callback.report == tuned
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+def test_a_checkpoint_says_whether_its_weights_are_pruned(tmp_path):
+    checkpoint, module = ModelCheckpoint(tmp_path, filename="dense"), Classifier()
+    fit = fitted(callback := classifying(), module, checkpoint)
+    fit.save_checkpoint(tmp_path / "pruned.ckpt")
+    landed = weights_of(module)
+
+    resumed, restored = StatisticalPruning(Recipe(pattern="50%")), Classifier()  # nothing to calibrate on
+    measured = validated(resumed, restored, ckpt_path=tmp_path / "pruned.ckpt")
+    assert unchanged(restored, landed)
+    assert measured["pruned_perplexity"] == pytest.approx(math.exp(measured["val_loss"]), rel=1e-5)
+    assert resumed.report.sites == callback.report.sites
+    assert resumed.landed["global_step"] == 4
+    with pytest.raises(MaskError, match="has pruned this model already, after step 4"):
+        fitted(classifying(), Classifier(), ckpt_path=tmp_path / "pruned.ckpt", max_epochs=2)
+
+    # The one that was written while the model was dense: pruned in validate, trained on in fit.
+    assert "dense_perplexity" in validated(callback, restored, ckpt_path=tmp_path / "dense.ckpt")
+    assert (restored.features[0].weight == 0).float().mean() == 0.5
+    fitted(resumed := classifying(), Classifier(), ckpt_path=tmp_path / "dense.ckpt", max_epochs=2)
+    assert resumed.landed["global_step"] == 8
+
+    saved = torch.load(tmp_path / "pruned.ckpt", weights_only=True)
+    saved["state_dict"]["features.0.weight"].fill_(0.1)
+    torch.save(saved, tmp_path / "regrown.ckpt")
+    with pytest.raises(MaskError, match=r"features\.0 has 0 zeros, but 128 were recorded"):
+        validated(classifying(), Classifier(), ckpt_path=tmp_path / "regrown.ckpt")
+
+
+# What cannot be pruned or written is refused before anything runs.
+
+
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_strategies_that_shard_are_refused_by_name(kind, then):
+    strategy = object.__new__(kind)  # DeepSpeed's would look for its package
+    for stage in ("fit", "validate"):
+        with pytest.raises(SiteError, match=rf'under {kind.__name__}: .* strategy="ddp"'):
+            classifying(then).setup(SimpleNamespace(strategy=strategy), Classifier(), stage)
+    classifying(then).setup(SimpleNamespace(strategy=strategy), Classifier(), "test")
+
+
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+def test_sharded_parameters_are_refused_by_name(then, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module, single = Classifier(), SimpleNamespace(strategy=None)
+        classifying(then).setup(single, module, "fit")
+        layer = module.head[2]
+        layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), init_device_mesh("cpu", (1,))))
+        for refuse in (
+            lambda callback: callback.setup(single, module, "fit"),
+            lambda callback: callback.setup(single, module, "validate"),
+            lambda callback: callback.on_fit_start(single, module),  # sharded in configure_model
+        ):
+            with pytest.raises(SiteError, match=r"head\.2\.weight is sharded"):
+                refuse(classifying(then))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(tmp_path):
+    module, output = Classifier(), str(tmp_path / "out")
+    before = weights_of(module)
+    for run in (fitted, validated):
+        with pytest.raises(CheckpointError, match="Classifier is no transformers model"):
+            run(classifying(output=output), module)
+    assert unchanged(module, before)
+
+
 def test_a_classifier_that_somebody_else_wrote():
     torch.manual_seed(0)
     module = Classifier()
@@ -205,6 +351,21 @@ def test_a_classifier_that_somebody_else_wrote():
     assert (module.head[2].weight != 0).all(), "the layer that feeds the output stays dense"
 
 
+def test_a_model_that_changes_is_exported_anew(exports):
+    class Counts(Classifier):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return super().forward(x)
+
+    module = Counts()
+    trainer(StatisticalPruning(Recipe(pattern="50%")), max_epochs=2).fit(module, classifier_data(), classifier_data())
+    assert module.calls == 8
+    assert len(exports) == 2  # nothing is called between the second validation and the end
+    assert (module.features[0].weight == 0).float().mean() == 0.5
+
+
 def test_a_module_says_how_its_batches_become_inputs():
     class Odd(Classifier):
         def forward(self, x, scale):
@@ -214,8 +375,8 @@ def test_a_module_says_how_its_batches_become_inputs():
             return {"x": batch[0], "scale": torch.tensor(2.0)}
 
     module = Odd()
-    callback = StatisticalPruning(Recipe(pattern="50%"), dataloader=classifier_data())
-    inputs = callback._calibration(trainer(), module, module)
+    callback = StatisticalPruning(Recipe(pattern="50%"), calibration=classifier_data())
+    inputs = callback._calibration_inputs(trainer(), module, module)
     assert inputs[0]["scale"] == 2
 
 
@@ -226,7 +387,7 @@ def test_calibration_data_is_never_the_validation_data_by_itself():
 
 def test_a_module_that_does_not_exist_is_named():
     with pytest.raises(CalibrationError, match=r"module='body'.*it has model"):
-        trainer(StatisticalPruning(module="body", dataloader=loader())).validate(
+        trainer(StatisticalPruning(module="body", calibration=loader())).validate(
             CausalLM(tiny_llama()), loader(), verbose=False
         )
 
@@ -234,12 +395,50 @@ def test_a_module_that_does_not_exist_is_named():
 def test_the_output_is_a_verified_model_folder_and_is_never_overwritten(tmp_path):
     output = tmp_path / "sparse"
     module = CausalLM(tiny_llama())
-    trainer(StatisticalPruning(dataloader=loader(), output=str(output))).validate(module, loader(), verbose=False)
+    callback = StatisticalPruning(calibration=loader(), output=str(output))
+    trainer(callback).validate(module, loader(), verbose=False)
     assert verify(output)["sparsity"] == 0.5
     reloaded = load_model(str(output))
     assert all(torch.equal(weight, module.get_parameter(f"model.{name}")) for name, weight in reloaded.named_parameters())
+    trainer(callback).validate(module, loader(), verbose=False)  # measures, and writes nothing
+    before = weights_of(module)
+    for then in ("stop", "finetune"):
+        another = StatisticalPruning(calibration=loader(), output=str(output), then=then)
+        with pytest.raises(CheckpointError, match="exists"):
+            trainer(another, max_epochs=1).fit(module, loader(), loader())
     with pytest.raises(CheckpointError, match="exists"):
-        trainer(StatisticalPruning(dataloader=loader(), output=str(output))).validate(module, loader(), verbose=False)
+        trainer(StatisticalPruning(calibration=loader(), output=str(output))).validate(module, loader(), verbose=False)
+    assert unchanged(module, before)
+
+
+class Unmeasured(CausalLM):
+    """Only the callback runs the model."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_validation_epoch_end(self):
+        pass
+
+
+def test_a_compiled_model_is_pruned_and_written_like_any_other(tmp_path):
+    module, plain = Unmeasured(tiny_llama()), tiny_llama()
+    model, module.model = module.model, torch.compile(module.model, backend="eager")
+    assert StatisticalPruning(module="model")._target(module) is model
+    callback = StatisticalPruning(calibration=loader(), output=str(tmp_path / "out"))
+    trainer(callback).validate(module, loader(), verbose=False)
+    statprune.prune(plain, loader(), callback.recipe)
+    assert all(torch.equal(weight, model.get_parameter(name)) for name, weight in plain.named_parameters())
+    assert verify(tmp_path / "out")["sparsity"] == 0.5
+
+
+def test_measuring_makes_no_key_value_cache():
+    module, caches = Unmeasured(tiny_llama()), []
+    module.model.register_forward_hook(lambda model, args, output: caches.append(output.get("past_key_values")))
+    trainer(StatisticalPruning(calibration=loader())).validate(module, loader(), verbose=False)
+    assert len(caches) >= 2 * len(loader())
+    assert not any(caches)
+    assert module.model.config.use_cache
 
 
 YAML = """
@@ -287,11 +486,56 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     assert callback.then == "finetune"
 
 
+CALLBACK_YAML = """
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: statprune.StatisticalPruning
+      init_args: {%s}
+"""
+
+
+def callback_from_yaml(init_args, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(CALLBACK_YAML % init_args)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(Classifier, run=False, save_config_callback=None)
+    return next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
+
+
+@pytest.mark.parametrize(
+    ("init_args", "expected"),
+    [
+        ("probe: false", Recipe()),
+        ("recipe: cvr+energy", Recipe("cvr+energy")),
+        ('recipe: wanda, pattern: "4:8"', Recipe("wanda", "4:8")),
+        ("recipe: 'auto:minutes=5', pattern: 50%", Search("50%", 5)),
+        ('recipe: {method: cvr+energy, pattern: "2:4", schedule: block}', Recipe("cvr+energy", "2:4", "block")),
+        ('recipe: {method: auto, minutes: 5, pattern: "2:4", ignore: ["1e5", a]}', Search("2:4", 5, ignore=("1e5", "a"))),
+        (
+            "recipe: {criterion: wanda, compensation: [{name: energy, clamp: [0.9, 1]}], pattern: {name: nm, keep: 2, of: 4}}",
+            Recipe("wanda+energy:clamp=[0.9,1]", "2:4"),
+        ),
+    ],
+)
+def test_lightning_cli_takes_every_way_to_say_how(init_args, expected, tmp_path, monkeypatch):
+    assert callback_from_yaml(init_args, tmp_path, monkeypatch).recipe == expected
+
+
+@pytest.mark.parametrize("init_args", ["recipe: {method: wanda, pattern: 2:4}", "recipe: wanda, pattern: 2:4"])
+def test_a_pattern_that_yaml_takes_for_a_number_is_explained(init_args, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="In YAML, quote it"):
+        callback_from_yaml(init_args, tmp_path, monkeypatch)
+
+
 DDP_SCRIPT = """
 import sys
 import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
+import statprune
 from statprune import CausalLM, Recipe, StatisticalPruning
 from statprune.training.modules import WindowDataset
 sys.path.insert(0, sys.argv[1])

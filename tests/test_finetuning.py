@@ -3,15 +3,12 @@
 import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
-from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import cross_entropy
 
 from statprune import CausalLM, Recipe, StatisticalPruning
@@ -19,18 +16,18 @@ from statprune.checkpoint import verify
 from statprune.errors import CheckpointError, MaskError, RecipeError
 from statprune.loading import load_model
 from statprune.report import PruningReport, SiteReport
-from statprune.training.masks import HeldMasks, refuse_sharded, remeasure
+from statprune.training.masks import HeldMasks, remeasure
 from test_callback import Classifier, classifier_data, layer_weights, loader, sparsity, tiny_llama, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"),
 ]
-RECIPE = Recipe.parse("wanda", pattern="2:4")
+RECIPE = Recipe("wanda", "2:4")
 
 
 def finetuning(**settings):
-    return StatisticalPruning(RECIPE, dataloader=loader(), then="finetune", **settings)
+    return StatisticalPruning(RECIPE, calibration=loader(), then="finetune", **settings)
 
 
 def zeros(model):
@@ -113,23 +110,6 @@ def test_weights_that_grew_back_or_do_not_exist_are_refused():
         held(layer_with_two_zeros(), num_zeros=3)
     with pytest.raises(MaskError, match="ReLU has no parameter weight"):
         held(nn.ReLU())
-
-
-def test_sharded_weights_are_refused(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        layer = nn.Linear(4, 4)
-        refuse_sharded(layer)
-        layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), init_device_mesh("cpu", (1,))))
-        with pytest.raises(MaskError, match="The parameter weight is sharded"):
-            refuse_sharded(layer)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_a_strategy_that_shards_is_refused_before_anything_runs():
-    with pytest.raises(MaskError, match=r'under FSDPStrategy: .* strategy="ddp"'):
-        finetuning().setup(SimpleNamespace(strategy=FSDPStrategy()), None, "fit")
 
 
 def test_a_report_survives_the_way_through_plain_data():

@@ -1,5 +1,7 @@
 """Adapters are merged where the base weight is not zero, and nowhere else."""
 
+import copy
+import functools
 import json
 import sys
 
@@ -24,7 +26,18 @@ LINEARS = ["q_proj", "up_proj", "down_proj"]
 
 
 def pruned(model, **settings):
-    return model, statprune.prune(model, BATCHES, Recipe.parse("magnitude", **{"pattern": "2:4", **settings}))
+    return model, statprune.prune(model, BATCHES, Recipe("magnitude", **{"pattern": "2:4", **settings}))
+
+
+@functools.cache
+def _pruned_llama(*targets):
+    return pruned(llama(), targets=list(targets) or None)
+
+
+def pruned_llama(*targets):
+    """A copy of one that was pruned once for all tests."""
+    model, report = _pruned_llama(*targets)
+    return copy.deepcopy(model), report
 
 
 def with_adapters(model, *names, **settings):
@@ -66,9 +79,9 @@ def test_one_weight_by_hand():
 
 @pytest.mark.parametrize("by_report", [False, True])
 def test_a_language_model_keeps_every_zero_and_takes_the_update_elsewhere(by_report):
-    model, report = pruned(llama())
+    model, report = pruned_llama()
     before = weights(model)
-    everywhere = with_adapters(pruned(llama())[0]).merge_and_unload()
+    everywhere = with_adapters(pruned_llama()[0]).merge_and_unload()
     merged = merge_adapters(with_adapters(model), report if by_report else None)
     assert type(merged) is type(model)
     assert weights(merged).keys() == before.keys()
@@ -81,7 +94,7 @@ def test_a_language_model_keeps_every_zero_and_takes_the_update_elsewhere(by_rep
 
 
 def test_weights_that_the_report_does_not_name_are_merged_whole():
-    model, report = pruned(llama(), targets=["*.mlp.*"])
+    model, report = pruned_llama("*.mlp.*")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = 0
     merged = merge_adapters(with_adapters(model), report)
@@ -153,7 +166,7 @@ def broken(peft_model):
     ],
 )
 def test_what_cannot_be_merged_rightly_is_refused(settings, spoil, error, message):
-    model, report = pruned(llama())
+    model, report = pruned_llama()
     peft_model = with_adapters(model, **settings)
     if spoil is not None:
         spoil(peft_model)
@@ -162,7 +175,7 @@ def test_what_cannot_be_merged_rightly_is_refused(settings, spoil, error, messag
 
 
 def test_dora_on_dense_weights_is_pefts_business():
-    model, report = pruned(llama(), targets=["*.mlp.*"])
+    model, report = pruned_llama("*.mlp.*")
     merge_adapters(with_adapters(model, use_dora=True, target_modules=["q_proj"]), report)
 
 
@@ -180,7 +193,7 @@ def test_other_adapters_other_objects_and_quantized_weights_are_refused():
 
 
 def test_zeros_that_were_lost_before_the_merge_are_noticed():
-    model, report = pruned(llama())
+    model, report = pruned_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(1.0)
     with pytest.raises(MaskError, match=r"layers\.1\.mlp\.up_proj has 0 zeros, but 192 were recorded"):

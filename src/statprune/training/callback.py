@@ -2,6 +2,7 @@
 
     trainer.validate   epoch start: measure the dense model, calibrate, prune in place
                        the loop: measures the pruned model           epoch end: log            weights stay pruned
+                       what this callback has pruned before is only measured, after a check that its zeros are there
     trainer.fit        every validation is a probe: calibrate and prune a twin, measure both, log, forget the twin
                        train end: calibrate and prune in place
     trainer.fit with   train start: calibrate and prune in place     from then on: pruned weights are held at zero
@@ -12,7 +13,7 @@ and checkpoints see the training run that they would have seen without it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,36 +28,48 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
-from statprune.api import Choice, choose, plan, prune
+from statprune.api import plan, prune
 from statprune.checkpoint import refuse_existing, save
-from statprune.errors import CalibrationError, MaskError, RecipeError
-from statprune.model.inputs import is_transformers_model
-from statprune.recipe import Recipe
+from statprune.errors import CalibrationError, CheckpointError, MaskError, RecipeError, SiteError, TracingError
+from statprune.model.inputs import bind_batches
+from statprune.model.kinds import is_transformers_model
+from statprune.model.layers import Layers, find_layers
+from statprune.model.weights import refuse_sharded
+from statprune.recipe import Recipe, Search, read_how
 from statprune.report import PruningReport
-from statprune.training.masks import HeldMasks, refuse_sharded, remeasure
+from statprune.training.masks import HeldMasks, remeasure
 from statprune.training.measurement import Measurement, model_inputs
 
 Then = Literal["stop", "finetune"]
+
+Keys = Mapping[str, str | float | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | None]
+"""Of a recipe, in a mapping. Texts come first: what jsonargparse takes for `Any` it reads as YAML once more, and a quoted "2:4"
+would be a number after all."""
 
 
 class StatisticalPruning(Callback):
     """Prune the model of a LightningModule.
 
     Args:
-        recipe: how to prune; the default is the paper's method at 2:4. Where it is `auto`, it is chosen once, at the
-            first probe or when pruning, by trying candidates out on the calibration batches, and then kept.
+        recipe: how to prune, as for `statprune.prune`: a `Recipe`, a method's short name such as `"cvr+energy"`, a mapping of a
+            recipe's keys, or a `Search` (`"auto"`). None: the paper's method at 2:4. A search chooses once, at the first probe
+            or when pruning, by trying candidates out on the calibration batches, and the choice is then kept.
+        pattern: in the place of that of `recipe`, such as `"50%"` or `"2:4"`.
         module: attribute path of the module to prune, such as `"model"`. Default: the transformers model that the
             LightningModule holds, or else the LightningModule itself, called as `forward` is.
-        dataloader: calibration batches. Default: `calibration_dataloader()` of the DataModule or the LightningModule, or
-            else the training data. Never the validation data: its perplexity would be flattered.
+        calibration: batches to calibrate on, such as a DataLoader. Default: `calibration_dataloader()` of the DataModule or
+            the LightningModule, or else the training data. Never the validation data: its perplexity would be flattered.
         calibration_batches: how many batches of it, at most.
         probe: whether to measure a pruned twin at every validation of `fit`; with `then="finetune"`, the sparse model itself.
         output: folder for the pruned model (transformers models only), written and verified when the weights have landed;
             with `then="finetune"`, when `fit` ends.
         then: what follows the pruning. `"stop"`: nothing, so `fit` trains the dense model and prunes it at the end.
-            `"finetune"`: `fit` prunes at the start and trains what is left, with the pruned weights held at exactly zero. A
-            model that this callback has pruned already, in `validate` or before the checkpoint that `fit` resumes from, is
-            not pruned again.
+            `"finetune"`: `fit` prunes at the start and trains what is left, with the pruned weights held at exactly zero.
+
+    A callback prunes once. What it has pruned, in `validate`, in `fit` or before the checkpoint that they start from, another
+    `validate` measures, and `fit` with `then="finetune"` trains on; both check that the recorded zeros are there. `fit` with
+    `then="stop"` refuses: it would train the zeros away. To train densely from there and prune again at the end, give the
+    Trainer a new callback, and another model a callback of its own.
 
     A batch becomes the inputs of `forward` like this: a dict by the names that `forward` knows, a tuple by position as far
     as `forward` requires arguments (so `(x, y)` gives `x`), a tensor as it is. A LightningModule that needs something else
@@ -69,13 +82,21 @@ class StatisticalPruning(Callback):
 
     Attributes:
         report: what the last run did, or None.
+
+    Raises:
+        SiteError: the weights are sharded, by FSDP, DeepSpeed or tensor parallelism.
+        MaskError: zeros that were recorded are no longer there, or `fit` would train them away.
+        CalibrationError: no calibration data, or no such module.
+        CheckpointError: the output exists, or the model is none that can be saved.
+        StatpruneError: as `prune`.
     """
 
     def __init__(
         self,
-        recipe: Recipe | None = None,
+        recipe: str | Keys | Recipe | Search | None = None,
+        pattern: str | float | None = None,  # a number is what YAML makes of 2:4 without quotes: refused, and said why
         module: str | None = None,
-        dataloader: Any = None,
+        calibration: Any = None,
         calibration_batches: int = 128,
         probe: bool = True,
         output: str | None = None,
@@ -84,9 +105,9 @@ class StatisticalPruning(Callback):
         super().__init__()
         if then not in get_args(Then):
             raise RecipeError(f"StatisticalPruning(then={then!r}): expected 'stop' or 'finetune'.")
-        self.recipe = recipe or Recipe()
+        self.recipe = read_how(recipe, pattern=pattern)
         self.module = module
-        self.dataloader = dataloader
+        self.calibration = calibration
         self.calibration_batches = calibration_batches
         self.probe = probe
         self.output = output
@@ -94,7 +115,8 @@ class StatisticalPruning(Callback):
         self.report: PruningReport | None = None
         self.landed: dict[str, Any] | None = None
         self._batches: list[Any] | None = None
-        self._choice: Choice | None = None
+        self._chosen: PruningReport | None = None
+        self._layers: Layers | None = None
         self._measuring: Measurement | None = None
         self._masks: HeldMasks | None = None
         self._hooks: list[RemovableHandle] = []
@@ -113,13 +135,26 @@ class StatisticalPruning(Callback):
         self.landed = copy.deepcopy(state_dict["landed"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an output that exists, and sharded weights to fine-tune, before anything runs."""
-        if self.output is not None:
-            refuse_existing(self.output)
-        if self.then == "finetune" and isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        """Refuse sharded weights, and an output that exists, before anything runs."""
+        if stage not in ("fit", "validate"):
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+            raise SiteError(
+                f"StatisticalPruning under {type(trainer.strategy).__name__}: this strategy may shard weights, and only whole "
+                'ones can be pruned. Use one device, or strategy="ddp".'
+            )
+        refuse_sharded(pl_module)
+        if stage == "fit":
+            self._refuse_output_that_exists()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be pruned, now that the model is configured and a checkpoint is read."""
+        self._refuse_target(self._target(pl_module))
+        if self.landed is not None and self.then == "stop":
             raise MaskError(
-                f'StatisticalPruning(then="finetune") under {type(trainer.strategy).__name__}: masks are held on whole '
-                'weights, and this strategy may shard them. Use one device, or strategy="ddp".'
+                f'StatisticalPruning(then="stop") has pruned this model already, after step {self.landed["global_step"]}: fit '
+                'would train its zeros away. Use then="finetune" to train on with the zeros held. To train densely from here '
+                "and prune again at the end, give the Trainer a new StatisticalPruning, and load a checkpoint's weights only."
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,22 +164,27 @@ class StatisticalPruning(Callback):
         if trainer.sanity_checking or not (self.probe or in_place):
             return
         target = self._target(pl_module)
+        if in_place:
+            self._refuse_target(target)
+        if self.landed is not None:
+            if in_place:
+                HeldMasks(target, self._landed_report().sites)  # refuses weights that grew back since, and other models
+            self._measuring = Measurement(pl_module, target, trainer)
+            return
+        if in_place and self.then == "stop":
+            self._refuse_output_that_exists()
         measuring = Measurement(pl_module, target, trainer)
         self._measuring = measuring
-        if self.then == "finetune" and self.landed is not None:
-            if in_place:
-                HeldMasks(target, self._landed_report().sites)  # pruned before: refuse weights that grew back since
-            return
         with isolate_rng():
-            batches = self._calibration(trainer, pl_module, target)
+            batches = self._calibration_inputs(trainer, pl_module, target)
             if in_place:
                 for batch in _validation_batches(trainer):
                     measuring.add(batch, dense=True)
                 self._land(trainer, pl_module, batches)
             else:
-                choice = self._chosen(trainer, target, batches)
-                measuring.twin = plan(target, batches, choice.recipe, forward_context=trainer.precision_plugin.val_step_context)
-                self.report = choice.sign(measuring.twin.report)
+                measuring.twin = plan(target, batches, **self._how(trainer, target, batches))
+                self.report = self._with_choice(measuring.twin.report)
+                self._layers = measuring.twin.layers
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -154,7 +194,7 @@ class StatisticalPruning(Callback):
             return
         with isolate_rng():
             self._measuring.add(batch, dense=self._measuring.twin is not None, pruned=True)
-        if self.then == "finetune" and batch_idx == dataloader_idx == 0:
+        if self._measuring.twin is None and batch_idx == dataloader_idx == 0:
             # Here and not when the epoch ends: an averaging callback may put its weights in place for these batches only.
             self.report = remeasure(self._landed_report(), self._measuring.target)
 
@@ -177,10 +217,9 @@ class StatisticalPruning(Callback):
         if self.then != "finetune":
             return
         target = self._target(pl_module)
-        refuse_sharded(target)
         if self.landed is None:
             with isolate_rng():
-                self._land(trainer, pl_module, self._calibration(trainer, pl_module, target))
+                self._land(trainer, pl_module, self._calibration_inputs(trainer, pl_module, target))
         self._masks = HeldMasks(target, self._landed_report().sites)
         for optimizer in trainer.optimizers:
             self._masks.mask_optimizer_state(optimizer)
@@ -209,7 +248,7 @@ class StatisticalPruning(Callback):
         """Calibrate on the trained weights and prune in place; or, after fine-tuning, check that every zero is there."""
         if self._masks is None:
             with isolate_rng():
-                batches = self._calibration(trainer, pl_module, self._target(pl_module))
+                batches = self._calibration_inputs(trainer, pl_module, self._target(pl_module))
                 self._land(trainer, pl_module, batches)
             return
         self._masks.check()
@@ -222,8 +261,9 @@ class StatisticalPruning(Callback):
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the optimizers go."""
+        """Let the optimizers and the graph go."""
         self._release()
+        self._layers = None
 
     def _release(self) -> None:
         self._masks = None
@@ -232,9 +272,9 @@ class StatisticalPruning(Callback):
 
     def _land(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any]) -> None:
         target = self._target(pl_module)
-        choice = self._chosen(trainer, target, batches)
-        report = prune(target, batches, choice.recipe, forward_context=trainer.precision_plugin.val_step_context)
-        self._record(trainer, choice.sign(report))
+        report = prune(target, batches, **self._how(trainer, target, batches))
+        self._layers = None
+        self._record(trainer, self._with_choice(report))
         if self.then == "stop":
             self._save(trainer, pl_module)
 
@@ -261,27 +301,55 @@ class StatisticalPruning(Callback):
             save(self._target(pl_module), self.report, self.output, tokenizer=tokenizer, protocol=protocol)
         trainer.strategy.barrier()
 
-    def _chosen(self, trainer: Trainer, target: nn.Module, batches: list[Any]) -> Choice:
-        """The recipe with a method: the same one at every probe."""
-        if self._choice is None:
-            self._choice = choose(target, batches, self.recipe, forward_context=trainer.precision_plugin.val_step_context)
-        return self._choice
+    def _how(self, trainer: Trainer, target: nn.Module, batches: list[Any]) -> dict[str, Any]:
+        """The arguments of `plan` and `prune` that say how."""
+        layers = self._layers
+        if layers is not None:
+            try:  # what the first probe found saves the others the export, as long as it holds
+                layers = find_layers(target, bind_batches(target, batches), traced=layers)
+            except TracingError:
+                layers = None
+        return {
+            "how": Recipe.from_dict(self._chosen.recipe) if self._chosen is not None else self.recipe,
+            "traced": layers,
+            "say": lambda text: rank_zero_info(f"StatisticalPruning: {text}"),
+            "forward_context": trainer.precision_plugin.val_step_context,
+        }
+
+    def _with_choice(self, report: PruningReport) -> PruningReport:
+        """Remember what a search has chosen, and say so in every report that follows."""
+        if report.chosen_by is not None:
+            self._chosen = report
+        elif self._chosen is not None:
+            report.chosen_by = self._chosen.chosen_by
+        return report
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         if self.module is not None:
             try:
-                named: nn.Module = pl_module.get_submodule(self.module)
-                return named
+                return _uncompiled(pl_module.get_submodule(self.module))
             except AttributeError as e:
                 raise CalibrationError(
                     f"StatisticalPruning(module={self.module!r}): {type(pl_module).__name__} has no such module; "
                     f"it has {', '.join(name for name, _ in pl_module.named_children())}."
                 ) from e
-        held = [child for child in pl_module.children() if is_transformers_model(child)]
+        held = [child for child in map(_uncompiled, pl_module.children()) if is_transformers_model(child)]
         chosen: nn.Module = held[0] if len(held) == 1 else pl_module
         return chosen
 
-    def _calibration(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> list[Any]:
+    def _refuse_target(self, target: nn.Module) -> None:
+        refuse_sharded(target)
+        if self.output is not None and not is_transformers_model(target):
+            raise CheckpointError(
+                f"StatisticalPruning(output={self.output!r}): {type(target).__name__} is no transformers model, and only those "
+                "are written as a folder. Leave `output` out and save a checkpoint, or name the model with `module`."
+            )
+
+    def _refuse_output_that_exists(self) -> None:
+        if self.output is not None:
+            refuse_existing(self.output)
+
+    def _calibration_inputs(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> list[Any]:
         """The calibration batches as inputs; the same ones at every probe."""
         if self._batches is None:
             source = self._calibration_source(trainer, pl_module)
@@ -295,8 +363,8 @@ class StatisticalPruning(Callback):
         training_loader = next(
             (owner.train_dataloader for owner in owners if owner and is_overridden("train_dataloader", owner)), None
         )
-        if self.dataloader is not None:
-            return iter(self.dataloader)
+        if self.calibration is not None:
+            return iter(self.calibration)
         if own_loader is not None:
             return iter(own_loader())
         if trainer.train_dataloader is not None:
@@ -304,9 +372,16 @@ class StatisticalPruning(Callback):
         if training_loader is not None:
             return iter(training_loader())
         raise CalibrationError(
-            "StatisticalPruning has no calibration data: give it a `dataloader`, define `calibration_dataloader` in the "
+            "StatisticalPruning has no calibration data: give it `calibration=`, define `calibration_dataloader` in the "
             "DataModule or the LightningModule, or have training data. It does not take the validation data by itself."
         )
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, with the same parameters; one that is not compiled as it is."""
+    while isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
+        module = original
+    return module
 
 
 def _fresh_iterator(loader: Any) -> Iterator[Any]:

@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from statprune.errors import AdapterError, MaskError
-from statprune.model.transform import hold_
-from statprune.model.weights import check_weights
+from statprune.model.weights import check_weights, hold_
 from statprune.report import PruningReport
 from statprune.training.masks import absent, keep_mask
 

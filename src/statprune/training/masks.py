@@ -13,12 +13,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from statprune.errors import MaskError
 from statprune.methods.pruner import energy_sq
-from statprune.model.transform import hold_
+from statprune.model.weights import hold_
 from statprune.report import PruningReport, SiteReport
 
 
@@ -92,7 +91,7 @@ def keep_mask(site: SiteReport, parameter: Tensor) -> Tensor:
         raise MaskError(
             f"{site.name} has {num_zeros:,} zeros, but {site.num_zeros:,} were recorded when it was pruned: weights grew "
             "back, or this is another model. Go on from a checkpoint that was saved with the mask held, or prune this "
-            "model anew."
+            "model anew (in a Trainer: with a new StatisticalPruning)."
         )
     return keep
 
@@ -100,15 +99,6 @@ def keep_mask(site: SiteReport, parameter: Tensor) -> Tensor:
 def absent(site: SiteReport, model: nn.Module) -> MaskError:
     """The error for a pruned weight that the model does not have."""
     return MaskError(f"{type(model).__name__} has no parameter {site.parameter}, which was pruned. Is this another model?")
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise MaskError, naming it, for a parameter of which this process holds a part only."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise MaskError(
-                f"The parameter {name} is sharded: masks are held on whole weights. Train on one device, or with DDP."
-            )
 
 
 def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:

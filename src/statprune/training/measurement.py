@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from statprune.api import PruningPlan
-from statprune.model.inputs import is_transformers_model
-from statprune.model.kinds import is_causal, predictions_of
-from statprune.model.undisturbed import eval_mode
+from statprune.model.kinds import is_causal, is_transformers_model, predictions_of
+from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
+from statprune.ranks import sum_over_ranks
 
 
 class Measurement:
@@ -33,7 +33,7 @@ class Measurement:
         inputs = move_data_to_device(model_inputs(self.pl_module, self.target, batch), device)
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
         results = {}
-        with eval_mode(self.target), self.trainer.precision_plugin.val_step_context():
+        with eval_mode(self.target), without_cache(self.target), self.trainer.precision_plugin.val_step_context():
             if dense:
                 results["dense"] = predictions_of(self.target(*args, **kwargs))
             if pruned:
@@ -51,7 +51,8 @@ class Measurement:
         """What was measured, over all ranks."""
         values = {name: float(metric.compute()) for name, metric in self.perplexities.items()}
         if self.twin is not None:
-            difference, dense = self.trainer.strategy.reduce(self.error_sq, reduce_op="sum").tolist()
+            sum_over_ranks([total := self.error_sq.clone()])
+            difference, dense = total.tolist()
             if dense:
                 values["pruned_output_error"] = (difference / dense) ** 0.5
         return values
