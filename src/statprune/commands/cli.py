@@ -53,17 +53,25 @@ Which method is best depends on the model: `statprune tune` finds out in as many
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 for an error that statprune explains, 2 for a wrong option."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = _parser().parse_args(_in_place(words))
-    function = COMMANDS[parsed.subcommand]
-    values = parsed[parsed.subcommand].as_dict()
+    function, given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         with display.only_own_bars():
-            function(**_arguments(function, values))
+            function(**given)
     except StatpruneError as e:
         display.show_error(e)
         return 1
     return 0
+
+
+def parse(words: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+    """The words of a command line as a function of `commands`, and what to call it with.
+
+    Raises:
+        SystemExit: they are none, which is explained on standard error; or they ask for help, which is printed.
+    """
+    parsed = _parser().parse_args(_in_place(words))
+    function, values = COMMANDS[parsed.subcommand], parsed[parsed.subcommand].as_dict()
+    return function, _arguments(function, values)
 
 
 @dataclasses.dataclass(frozen=True)

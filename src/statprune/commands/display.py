@@ -226,7 +226,7 @@ def show_report(report: PruningReport, output: str) -> None:
         )
     for name, what in _steps(report).items():
         if name in report.seconds:
-            console.print(f"{what:<64}{report.seconds[name]:8.1f} s", soft_wrap=True)
+            console.print(f"{what:<68}{report.seconds[name]:8.1f} s", soft_wrap=True)
     console.print(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
