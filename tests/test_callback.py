@@ -514,6 +514,7 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     callback = next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
     assert callback.recipe.criterion["alpha"] == 0.25
     assert callback.then == "finetune"
+    assert all(part.training for part in cli.model.modules()), "what fit trains"
 
 
 CALLBACK_YAML = """
