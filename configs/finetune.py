@@ -70,7 +70,7 @@ def main(
         return module, float(measured[0]["val_perplexity"])
 
     def pruning(**others: Any) -> StatisticalPruning:
-        return StatisticalPruning(Recipe.parse(method, pattern=pattern, schedule=schedule), module="model", **others)
+        return StatisticalPruning(Recipe(method, pattern, schedule), module="model", **others)
 
     _, dense = run([], 0)
     _, pruned = run([pruning()], 0)

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import socket
 
 import pytest
 import torch
@@ -245,24 +244,13 @@ def test_a_loss_that_is_not_finite_names_the_layer(batches, monkeypatch):
         statprune.prune(model, batches, Recipe("wanda", pattern="50%", allocation="sensitivity"))
 
 
-def _rank(rank, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _zeros_by_loss(rank, num_ranks, probes):
     torch.manual_seed(1)
     every = [tokens(2, 9) for _ in range(4)]
-    recipe = Recipe("wanda", pattern="50%", allocation="sensitivity:probes=2")
-    twin = statprune.plan(llama(), every[rank::2], recipe)
-    torch.save(zeros(twin), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    recipe = Recipe("wanda", pattern="50%", allocation=f"sensitivity:probes={probes}")
+    return zeros(statprune.plan(llama(), every[rank::num_ranks], recipe))
 
 
-def test_all_ranks_come_to_the_allocation_of_one_process_with_all_the_data(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
-    torch.manual_seed(1)
-    every = [tokens(2, 9) for _ in range(4)]
-    one = statprune.plan(llama(), every, Recipe("wanda", pattern="50%", allocation="sensitivity:probes=4"))
-    ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
-    assert ranks[0] == ranks[1] == zeros(one)
+def test_all_ranks_come_to_the_allocation_of_one_process_with_all_the_data(two_ranks):
+    first, second = two_ranks(_zeros_by_loss, 2, 2)
+    assert first == second == _zeros_by_loss(0, 1, 4)

@@ -1,15 +1,24 @@
+import contextlib
+import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from statprune import Recipe, Search
 from statprune.checkpoint import verify
-from statprune.commands.cli import COMMANDS, main
-from statprune.loading import load_model
+from statprune.commands import COMMANDS, display
+from statprune.commands.cli import main, parse
+from statprune.errors import RecipeError
+from statprune.loading import load_model, load_tokenizer
 from statprune.perplexity import evaluate
 
 TEXT = "to be or not to be, that is the question\n" * 40
@@ -32,48 +41,258 @@ def prune(capsys, model, output, *options):
     return run(capsys, "prune", model, "--output", output, "--seqlen", 16, "--samples", 4, *options)
 
 
-def test_prune_says_what_it_will_do_prunes_saves_and_the_result_verifies(capsys, tmp_path, tiny_model_folder, text):
-    status, out, _ = prune(capsys, tiny_model_folder, tmp_path / "out", "--pattern", "2:4", "--calibration", text)
-    assert status == 0
-    for said in ("cvr+energy at 2:4", "model.layers.*.mlp.up_proj", "lm_head", "feeds the output", "zeros are stored"):
-        assert said in out, said
-    for step in ("export to a graph", "walk: the calibration set", "save and verify"):
-        assert step in out, step
-    assert run(capsys, "verify", tmp_path / "out")[:1] == (0,)
-    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["protocol"]["seqlen"] == 16
+@contextlib.contextmanager
+def counted_exports():
+    """A list that grows by one with each call of torch.export."""
+    calls, own = [], torch.export.export
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+        yield calls
 
 
-def test_prune_needs_no_data_at_all(capsys, tmp_path, tiny_model_folder):
-    assert prune(capsys, tiny_model_folder, tmp_path / "out")[0] == 0
-    assert verify(tmp_path / "out")["protocol"]["calibration"] == ["generated"]
+@dataclass
+class Pruned:
+    folder: Path
+    text: str
+    out: str
+    err: str
+    exports: int
 
 
-def test_every_option_can_come_from_yaml_and_a_recipe_from_its_own_file(capsys, tmp_path, tiny_model_folder, text):
-    (tmp_path / "recipe.yaml").write_text("criterion: {name: cvr, alpha: 0.25}\npattern: '1:4'\nignore: ['*.down_proj']\n")
-    (tmp_path / "options.yaml").write_text(f"recipe: {tmp_path}/recipe.yaml\ncalibration: [{text}]\nbatch_size: 2\n")
-    status, _, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--config", tmp_path / "options.yaml")
-    assert status == 0, err
-    record = verify(tmp_path / "out")
-    assert record["recipe"]["criterion"]["alpha"] == 0.25
-    assert record["protocol"]["batch_size"] == 2
-    assert record["sparsity"] == 0.75
-    assert "ignored by the recipe" in {one["reason"] for one in record["left_out"]}
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, tiny_model_folder):
+    """What `statprune prune` leaves and says, with what takes longest: schedule block and an allocation."""
+    folder = tmp_path_factory.mktemp("pruned")
+    (folder / "text.txt").write_text(TEXT)
+    options = ["--calibration", folder / "text.txt", tiny_model_folder, "--output", folder / "out", "--pattern", "50%"]
+    options += ["--allocation", "owl:spread=0.1", "--schedule", "block", "--samples", 20, "--seqlen", 16, "--batch_size", 2]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), counted_exports() as exports:
+        assert main(["prune", *map(str, options)]) == 0
+    return Pruned(folder / "out", str(folder / "text.txt"), out.getvalue(), err.getvalue(), len(exports))
 
 
-def test_parts_can_be_mappings_on_the_command_line(capsys, tmp_path, tiny_model_folder, text):
-    options = ["--criterion", '{"name": "cvr", "alpha": 0}', "--pattern", '{"name": "unstructured", "sparsity": 0.25}']
-    assert prune(capsys, tiny_model_folder, tmp_path / "out", "--calibration", text, *options)[0] == 0
-    assert verify(tmp_path / "out")["recipe"]["criterion"]["alpha"] == 0
-    assert verify(tmp_path / "out")["sparsity"] == 0.25
+class TestPrune:
+    def test_says_what_it_will_do_prunes_saves_and_the_result_verifies(self, capsys, pruned):
+        out = " ".join(pruned.out.split())
+        for said in (
+            "cvr+energy at 50%, schedule block, allocation owl", "model.layers.*.mlp.up_proj", "lm_head", "feeds the output",
+            "2,304 of 11,952 parameters (19.3 %)", "9.6 % of all will be zero", "0.0 MB", "zeros are stored",
+        ):  # fmt: skip
+            assert said in out, said
+        assert run(capsys, "verify", pruned.folder)[:1] == (0,)
+        record = json.loads((pruned.folder / "pruning.json").read_text())
+        assert record["protocol"] == {
+            "model": record["protocol"]["model"], "calibration": [pruned.text], "samples": 20, "seqlen": 16, "seed": 0,
+            "batch_size": 2, "dtype": "float32", "device": "cpu",
+        }  # fmt: skip
+        assert record["recipe"]["allocation"] == {"name": "owl", "threshold": 5.0, "spread": 0.1, "sparsity": None}
+        assert {site["sparsity"] for site in record["sites"]} == {0.5}  # of one block
+
+    def test_every_step_is_shown_with_its_time_and_as_often_as_it_was_taken(self, pruned):
+        lines = {line[:68].strip(): line[68:].split() for line in pruned.out.splitlines() if line.endswith(" s")}
+        assert list(lines) == [
+            "export to a graph",
+            "allocation: owl, measured on the dense model",
+            "first batch through the dense model, before any change",
+            "walk: the calibration set through the graph, twice, block by block",
+            "scores, masks and compensation",
+            "save and verify",
+        ]
+        seconds = verify(pruned.folder)["seconds"]
+        assert float(lines["allocation: owl, measured on the dense model"][0]) == pytest.approx(seconds["allocate"], abs=0.051)
+        assert float(lines["export to a graph"][0]) == pytest.approx(seconds["trace"], abs=0.051)
+        assert seconds["trace"] > 0.1
+
+    def test_exports_once(self, pruned):
+        assert pruned.exports == 1
+
+    def test_without_a_terminal_progress_is_a_line_for_each_tenth_and_no_foreign_bar(self, pruned):
+        assert all(line.startswith("· ") for line in pruned.err.splitlines())
+        # Groups of 3, 1, 2 and 1 layers.
+        lines = [line.split(",")[0] for line in pruned.err.splitlines() if line.startswith("· pruning: ")]
+        assert lines == [f"· pruning: {done} of 7" for done in (3, 4, 6, 7)]
+        for foreign in ("Loading weights", "Writing model shards", "it/s"):
+            assert foreign not in pruned.err
+
+    def test_needs_no_data_at_all(self, capsys, tmp_path, tiny_model_folder):
+        assert prune(capsys, tiny_model_folder, tmp_path / "out")[0] == 0
+        assert verify(tmp_path / "out")["protocol"]["calibration"] == ["generated"]
+
+    def test_every_option_can_come_from_yaml_and_a_recipe_from_its_own_file(self, capsys, tmp_path, tiny_model_folder, text):
+        (tmp_path / "recipe.yaml").write_text("criterion: {name: cvr, alpha: 0.25}\npattern: '1:4'\nignore: ['*.down_proj']\n")
+        (tmp_path / "options.yaml").write_text(f"recipe: {tmp_path}/recipe.yaml\ncalibration: [{text}]\nbatch_size: 2\n")
+        status, _, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--config", tmp_path / "options.yaml")
+        assert status == 0, err
+        record = verify(tmp_path / "out")
+        assert record["recipe"]["criterion"]["alpha"] == 0.25
+        assert record["recipe"]["compensation"] == []
+        assert record["protocol"]["batch_size"] == 2
+        assert record["sparsity"] == 0.75
+        assert "ignored by the recipe" in {one["reason"] for one in record["left_out"]}
+
+    def test_a_search_exports_once_too(self, capsys, tmp_path, tiny_model_folder, text):
+        with counted_exports() as exports:
+            options = ["--method", "auto:minutes=0.001", "--calibration", text]
+            status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", *options)
+        assert (status, len(exports)) == (0, 1), err
+        assert "chosen by auto: " in out
+        assert verify(tmp_path / "out")["chosen_by"]["measurements"] >= 3
+
+    def test_a_model_that_cannot_be_exported_is_pruned_with_hooks_and_the_reason_is_shown(
+        self, capsys, tmp_path, tiny_model_folder, text, monkeypatch
+    ):
+        look_at_values(monkeypatch)
+        status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--calibration", text)
+        assert status == 0, err
+        assert "torch.export cannot trace LlamaForCausalLM: GuardOnDataDependentSymNode" in out
+        assert "the calibration set through the dense model with hooks, once" in out
+        record = verify(tmp_path / "out")
+        assert record["schedule"] == "one-shot (module hooks)"
+        assert (len(record["sites"]), record["sparsity"]) == (7, 0.5)
 
 
-def test_the_sparsity_is_shared_out_on_the_command_line(capsys, tmp_path, tiny_model_folder, text):
-    output = tmp_path / "out"
-    options = ["--pattern", "50%", "--allocation", "owl:spread=0.1", "--calibration", text, "--samples", "2", "--seqlen", "16"]
-    assert main(["prune", tiny_model_folder, "--output", str(output), *options]) == 0
-    record = json.loads((output / "pruning.json").read_text())
-    assert record["recipe"]["allocation"] == {"name": "owl", "threshold": 5.0, "spread": 0.1, "sparsity": None}
-    assert {site["sparsity"] for site in record["sites"]} == {0.5}  # of one block
+def look_at_values(monkeypatch):
+    """Control flow that depends on values, which no graph can hold."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    own = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: own(mlp, x) if float(x.abs().max()) < 1e9 else x)
+
+
+class TestDryRun:
+    def test_shows_what_would_be_done_and_touches_nothing(self, capsys, tmp_path, tiny_model_folder):
+        # There is no tokenizer and there are no weights, so none is read.
+        (tmp_path / "model").mkdir()
+        shutil.copy(f"{tiny_model_folder}/config.json", tmp_path / "model")
+        options = ["--dry-run", "--pattern", "1:4", "--ignore", "*.down_proj", "--criterion", "wanda", "--dtype", "bfloat16"]
+        status, out, err = prune(capsys, tmp_path / "model", tmp_path / "out", *options, "--calibration", "missing.txt")
+        assert status == 0, err
+        assert "wanda at 1:4, schedule walk" in out
+        assert "1,792 of 11,952 parameters (15.0 %) are in the weights to prune; 11.2 % of all will be zero" in out
+        assert "ignored by the recipe" in out
+        assert "method: wanda pattern: '1:4' schedule: walk" in out
+        assert [path.name for path in tmp_path.rglob("*")] == ["model", "config.json"]
+
+    def test_what_it_shows_is_a_recipe_file(self, capsys, tmp_path, tiny_model_folder):
+        options = ["--output", str(tmp_path / "out"), "--dry-run", "--criterion", "auto:minutes=5", "--pattern", "50%"]
+        assert main(["prune", tiny_model_folder, *options]) == 0
+        shown = capsys.readouterr().out
+        (tmp_path / "search.yaml").write_text(shown[shown.index("method:") : shown.index("A dry run")])
+        assert read(f"--recipe {tmp_path}/search.yaml") == Search("50%", 5.0)
+
+    def test_an_output_that_exists_is_refused_here_already(self, capsys, tmp_path):
+        status, _, err = run(capsys, "prune", "no-such-model", "--output", tmp_path, "--dry-run")
+        assert (status, "exists" in err) == (1, True)
+
+    def test_weights_are_read_where_a_model_without_them_cannot_even_be_run(
+        self, capsys, tmp_path, tiny_model_folder, monkeypatch
+    ):
+        look_at_values(monkeypatch)
+        status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--dry-run")
+        assert status == 0, err
+        assert "torch.export cannot trace" in out
+        assert "2,304 of 11,952 parameters" in out
+        assert not (tmp_path / "out").exists()
+
+
+def read(words):
+    """The recipe or search that these options ask for."""
+    _, given = parse(shlex.split(f"prune MODEL --output out {words}"))
+    return given["recipe"].read()
+
+
+class TestRecipeOptions:
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ("", Recipe()),
+            ("--criterion wanda", Recipe("wanda")),
+            ("--compensation least-squares", Recipe("cvr+least-squares")),
+            ("--compensation energy:column least-squares", Recipe("cvr+energy:column+least-squares")),
+            ("--criterion ria --compensation none", Recipe("ria")),
+            ("--criterion auto", Search()),
+            ("--method auto:minutes=5 --pattern 50% --ignore '*.0.*'", Search("50%", 5.0, ignore=("*.0.*",))),
+            ('--criterion \'{"name": "cvr", "alpha": 0}\'', Recipe("cvr:alpha=0")),
+            ('--pattern \'{"name": "unstructured", "sparsity": 0.25}\'', Recipe(pattern="25%")),
+            ("--allocation owl:spread=0.1 --pattern 50%", Recipe(pattern="50%", allocation="owl:spread=0.1")),
+            ("--targets '*.mlp.*' x --on_indivisible skip", Recipe(targets=("*.mlp.*", "x"), on_indivisible="skip")),
+        ],
+    )
+    def test_alone(self, words, expected):
+        assert read(words) == expected
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ("", Recipe("ria+energy:column", "1:4", "block", ignore=("*.0.*",))),
+            ("--pattern 50%", Recipe("ria+energy:column", "50%", "block", ignore=("*.0.*",))),
+            ("--method wanda", Recipe("wanda", "1:4", "block", ignore=("*.0.*",))),
+            ("--criterion cvr", Recipe("cvr+energy:column", "1:4", "block", ignore=("*.0.*",))),
+            ("--compensation least-squares", Recipe("ria+least-squares", "1:4", "block", ignore=("*.0.*",))),
+            ("--ignore x --schedule walk", Recipe("ria+energy:column", "1:4", "walk", ignore=("x",))),
+            ("--method auto:minutes=5", Search("1:4", 5.0, ignore=("*.0.*",))),
+            ("--criterion auto --pattern 50%", Search("50%", ignore=("*.0.*",))),
+        ],
+    )
+    def test_win_over_a_file(self, tmp_path, words, expected):
+        recipe = Recipe("ria+energy:column", "1:4", "block", ignore=("*.0.*",))
+        (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+        assert read(f"--recipe {tmp_path}/recipe.yaml {words}") == expected
+
+    def test_a_file_can_ask_for_a_search_and_an_option_for_a_method(self, tmp_path):
+        (tmp_path / "search.yaml").write_text("method: auto:minutes=5\npattern: 50%\n")
+        assert read(f"--recipe {tmp_path}/search.yaml") == Search("50%", 5.0)
+        assert read(f"--recipe {tmp_path}/search.yaml --method wanda") == Recipe("wanda", "50%")
+
+    @pytest.mark.parametrize(
+        "words", ["--method auto --schedule block", "--method wanda --criterion cvr", "--criterion wandaa"]
+    )
+    def test_what_cannot_be_together_is_refused(self, words):
+        with pytest.raises(RecipeError):
+            read(words)
+
+
+class TestModelAnywhere:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "MODEL --text a.txt b.txt --seqlen 64",
+            "--text a.txt b.txt MODEL --seqlen 64",
+            "--seqlen 64 --text a.txt b.txt MODEL",
+            "--text a.txt b.txt --seqlen 64 MODEL",
+            "--text a.txt b.txt --seqlen=64 -- MODEL",
+        ],
+    )
+    def test_of_one_option_with_several_words(self, words):
+        function, given = parse(["evaluate", *words.split()])
+        assert function is COMMANDS["evaluate"]
+        assert (given["model"].model, given["text"], given["windows"].seqlen) == ("MODEL", ["a.txt", "b.txt"], 64)
+
+    def test_the_name_of_an_experiment_too_even_behind_numbers(self):
+        given = parse(["experiment", "--output", "out", "--model", "A", "--sizes", "1", "2", "calibration"])[1]
+        assert (given["name"], given["model"], given["sizes"]) == ("calibration", ["A"], [1, 2])
+
+    def test_of_several_options_the_folder_of_a_model_decides(self, tiny_model_folder):
+        words = ["compare", "--text", "a", "b", "--calibration", "c", tiny_model_folder]
+        given = parse(words)[1]
+        assert (given["model"].model, given["text"], given["calibration"].calibration) == (tiny_model_folder, ["a", "b"], ["c"])
+
+    @pytest.mark.parametrize("words", ["evaluate --text MODEL", "compare --text a b --calibration c MODEL", "evaluate --text"])
+    def test_what_cannot_be_told_is_the_usual_error(self, capsys, words):
+        with pytest.raises(SystemExit) as exit_:
+            parse(words.split())
+        assert exit_.value.code == 2
+        assert "error: " in capsys.readouterr().err
+
+    def test_it_can_stand_in_a_file_of_options(self, tmp_path):
+        (tmp_path / "options.yaml").write_text("model: MODEL\nbatch_size: 3\n")
+        given = parse(["evaluate", "--config", str(tmp_path / "options.yaml"), "--text", "a.txt", "b.txt"])[1]
+        assert (given["model"].model, given["text"], given["windows"].batch_size) == ("MODEL", ["a.txt", "b.txt"], 3)
+
+    @pytest.mark.parametrize("name", ["--batch-size", "--batch_size", "--batch"])
+    def test_dashes_and_underscores(self, name):
+        assert parse(["evaluate", "MODEL", "--text", "a.txt", name, "3"])[1]["windows"].batch_size == 3
 
 
 @pytest.mark.parametrize(
@@ -88,7 +307,6 @@ def test_the_sparsity_is_shared_out_on_the_command_line(capsys, tmp_path, tiny_m
         (["--targets", "*.mpl.*"], "matches no weight of this model"),
         (["--calibration", "missing.txt"], "missing.txt cannot be read"),
         (["--recipe", "missing.yaml"], "missing.yaml cannot be read"),
-        (["--recipe", "x.yaml", "--pattern", "2:4"], "were both given"),
         (["--device", "cuda:9"], "--device cuda:9"),
     ],
 )
@@ -138,8 +356,6 @@ def test_evaluate_prints_the_perplexity_and_the_protocol(capsys, tiny_model_fold
     from statprune.data import evaluation_windows
 
     model = load_model(tiny_model_folder)
-    from statprune.loading import load_tokenizer
-
     windows = evaluation_windows([text], tokenizer=load_tokenizer(tiny_model_folder), model=model, seqlen=16)
     assert result["perplexity"] == pytest.approx(evaluate(model, windows))
     assert (result["windows"], result["seqlen"], result["dtype"]) == (len(windows), 16, "float32")
@@ -154,6 +370,25 @@ def test_inspect_needs_a_configuration_and_no_weights(capsys, tmp_path, tiny_mod
     assert [len(group) for group in data["groups"]] == [3, 1, 2, 1]
     assert {one["reason"] for one in data["left_out"]} == {"embedding", "feeds the output"}
     assert "7 linear layers in 4 input groups" in run(capsys, "inspect", tmp_path)[1]
+
+
+def test_inspect_shows_what_a_recipe_would_prune_and_leave_dense_and_the_sizes_to_expect(capsys, tmp_path, tiny_model_folder):
+    shutil.copy(f"{tiny_model_folder}/config.json", tmp_path)
+    (tmp_path / "recipe.yaml").write_text("method: wanda\nignore: ['*.down_proj']\n")
+    options = ["--recipe", tmp_path / "recipe.yaml", "--pattern", "1:4"]
+    status, out, err = run(capsys, "inspect", tmp_path, *options, "--json")
+    assert status == 0, err
+    data = json.loads(out)
+    assert data["recipe"] == Recipe("wanda", "1:4", ignore=("*.down_proj",)).to_dict()
+    # q and o 16 x 16, k and v 8 x 16, gate and up 32 x 16; of all: down_proj, two times 300 x 16, three norms of 16.
+    assert data["parameters_to_prune"] == 2 * 256 + 2 * 128 + 2 * 512
+    assert data["zeros"] == data["parameters_to_prune"] * 3 // 4
+    assert data["parameters"] == data["parameters_to_prune"] + 512 + 2 * 4800 + 48
+    assert data["bytes"] == 4 * data["parameters"]
+    assert {one["name"]: one["reason"] for one in data["left_out"]}["model.layers.0.mlp.down_proj"] == "ignored by the recipe"
+    status, out, _ = run(capsys, "inspect", tmp_path, *options)
+    assert "wanda at 1:4" in out
+    assert "1,792 of 11,952 parameters" in out
 
 
 @pytest.mark.parametrize(
@@ -178,12 +413,12 @@ def test_inspect_knows_no_families(capsys, tmp_path, model_type, settings):
     assert len(json.loads(out)["groups"]) >= 3
 
 
-def test_verify_fails_with_the_first_broken_promise(capsys, tmp_path, tiny_model_folder, text):
-    prune(capsys, tiny_model_folder, tmp_path / "out", "--calibration", text)
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+def test_verify_fails_with_the_first_broken_promise(capsys, tmp_path, pruned):
+    folder = shutil.copytree(pruned.folder, tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
-    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
-    status, _, err = run(capsys, "verify", tmp_path / "out")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = run(capsys, "verify", folder)
     assert status == 1
     assert "model.layers.0.mlp.up_proj: number of zeros promised 256, found 0" in err
 
@@ -193,8 +428,12 @@ def test_compare_prints_a_markdown_table_and_leaves_the_model_alone(capsys, tiny
     methods = ["--methods", "wanda", "cvr+energy", '{"label": "CVR 0", "criterion": {"name": "cvr", "alpha": 0}}']
     before = load_file(f"{tiny_model_folder}/model.safetensors")
     assert main([str(a) for a in ["compare", tiny_model_folder, *options, *methods, "--patterns", "50%", "2:4"]]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.strip().splitlines()
     assert lines[0].startswith("| perplexity (dense ")
+    cells = [line for line in printed.err.splitlines() if line.startswith("· comparing: ")]
+    assert [line.split(",")[0] for line in cells] == [f"· comparing: {done} of 6" for done in range(1, 7)]
+    assert "left: wanda 50%: " in cells[0]
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["wanda", "cvr+energy", "CVR 0"]
     assert sum(line.count("**") for line in lines) == 4
     after = load_file(f"{tiny_model_folder}/model.safetensors")
@@ -222,12 +461,126 @@ def test_quickstart_leaves_models_that_the_other_commands_take(capsys, tmp_path,
     assert main(["evaluate", str(output / "sparse"), "--text", str(output / "texts" / "held-out.txt"), "--seqlen", "128"]) == 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_of_every_command_has_a_help(capsys, command):
+def help_of(capsys, *command):
     with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
+        main([*command, "--help"])
     assert exit_.value.code == 0
-    assert "None" not in capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_of_a_command_has_its_long_description_its_examples_and_all_options(self, capsys, command):
+        shown = help_of(capsys, command)
+        assert "None" not in shown.replace("sparsity=None", "")
+        flat = " ".join(shown.split())
+        for paragraph in COMMANDS[command].__doc__.split("Args:")[0].split("\n\n"):
+            assert " ".join(paragraph.split()) in flat
+        _, heading, examples = shown.partition("\nexamples:\n")
+        assert heading
+        commands = [line.strip() for line in examples.partition("\n\n")[0].splitlines()]
+        assert any(line.startswith(f"statprune {command}") for line in commands)
+        for line in commands:
+            program, *words = shlex.split(line)
+            assert program == "statprune"
+            parse(words)  # what an example shows is understood
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_shows_how_several_words_are_given(self, capsys, command, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "100")
+        entries = help_of(capsys, command).split("\n  --")
+        several = [entry for entry in entries if " ...]" in entry.splitlines()[0]]
+        assert all("several" in entry and f" --{entry.split()[0]} " in " ".join(entry.split()) for entry in several)
+        assert bool(several) == (command not in ("quickstart", "verify", "merge"))
+
+    def test_names_what_the_registry_has(self, capsys, monkeypatch):
+        def my_own(weight, moments, *, sharpness=3.5):
+            """Keeps what I like.
+
+            And more.
+            """
+
+        from statprune.commands import cli
+
+        known = cli.known_criteria()
+        monkeypatch.setattr(cli, "known_criteria", lambda: {**known, "my-own": my_own})
+        shown = " ".join(help_of(capsys, "prune").split())
+        assert "sparsegpt, my-own" in shown
+        assert "my-own Keeps what I like. settings: sharpness=3.5" in shown
+        for name in [*known, *cli.known_compensations(), *cli.ALLOCATIONS, *cli.PATTERNS]:
+            assert f" {name} " in shown, name
+
+    def test_of_statprune_teaches_what_to_try_first(self, capsys):
+        shown = help_of(capsys)
+        lines = [line.strip() for line in shown.splitlines() if line.startswith("  statprune ")]
+        assert lines[0] == "statprune quickstart"
+        assert {line.split()[1] for line in lines} >= {"quickstart", "inspect", "prune", "verify", "evaluate"}
+
+
+class TestProgress:
+    def test_is_a_line_for_each_finished_tenth_with_times(self, capsys, monkeypatch):
+        seconds = iter(range(0, 1000, 3))  # a step takes three seconds
+        monkeypatch.setattr(display.time, "perf_counter", lambda: float(next(seconds)))
+        with display.progress("walking") as progress:
+            for done in range(1, 41):
+                progress(done, 40, f"layer {done}")
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "· walking: 4 of 40, 0:12, about 1:48 left: layer 4"
+        assert lines[-1] == "· walking: 40 of 40, 2:00, finished: layer 40"
+        assert len(lines) == 10
+
+    def test_is_a_line_for_each_step_where_steps_are_long(self, capsys):
+        with display.progress("measuring", each=True) as progress:
+            for done in range(26):
+                progress(done, 25, "")
+        assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+            f"· measuring: {done} of 25" for done in range(1, 26)
+        ]
+
+    def test_begins_again_with_other_work(self, capsys):
+        with display.progress("choosing and pruning") as progress:
+            for total in (2, 3):
+                for done in range(1, total + 1):
+                    progress(done, total, "")
+        assert len(capsys.readouterr().err.splitlines()) == 5
+
+    @pytest.fixture
+    def terminal(self, monkeypatch):
+        shown = io.StringIO()
+        monkeypatch.setattr(display, "errors", Console(file=shown, force_terminal=True, width=100))
+        return shown
+
+    def test_on_a_terminal_is_a_bar_that_appears_with_the_first_step(self, terminal):
+        with display.progress("walking") as progress:
+            progress(0, 40, "nothing")
+            assert terminal.getvalue() == ""
+            progress(4, 40, "a layer with a name that is as long as names of layers are in models of vision and of language")
+        assert "4/40" in terminal.getvalue()
+        assert "0/" not in terminal.getvalue().replace("40/", "")
+        assert "a layer with a name" in terminal.getvalue()
+        assert "…" in terminal.getvalue()
+
+    def test_of_work_that_does_not_apply_is_nothing(self, terminal, capsys):
+        with display.progress("walking"):
+            pass
+        assert terminal.getvalue() == ""
+        assert capsys.readouterr().err == ""
+
+    def test_of_others_is_not_shown_beside_ours_but_for_a_download(self, capsys):
+        from huggingface_hub.utils import tqdm as download
+        from tqdm.auto import tqdm
+        from transformers.utils import logging
+
+        def bars():
+            for name, kind in (("one", tqdm), ("of transformers", logging.tqdm), ("of a download", download)):
+                for _ in kind([1], desc=name, disable=False):
+                    pass
+            shown = capsys.readouterr().err
+            return [name for name in ("one", "of transformers", "of a download") if f"{name}:" in shown]
+
+        with display.only_own_bars():
+            assert bars() == ["of a download"]
+        assert bars() == ["one", "of transformers", "of a download"]
 
 
 def test_a_wrong_option_is_a_usage_error_of_a_real_process():

@@ -3,19 +3,23 @@
 import csv
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from statprune import Recipe, plan
 from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
-from statprune.errors import ExperimentError, RecipeError, ResultsError
+from statprune.errors import ExperimentError, RecipeError, ResultsError, TracingError
+from statprune.experiments import compare as comparing
 from statprune.experiments import run as running
 from statprune.experiments.compare import Cell, compare, markdown_table
 from statprune.experiments.cost import measured, peak_of_tensors
@@ -23,11 +27,38 @@ from statprune.experiments.definition import NAMES, Experiment
 from statprune.experiments.run import CELLS, run
 from statprune.experiments.walk_cost import measure_walk
 from statprune.loading import load_model, load_tokenizer
+from statprune.model import layers
+from statprune.model.inputs import bind_batches
 from statprune.perplexity import evaluate
 from statprune.results import Result, ResultsFile, digest
 from test_zero_shot import write_task
 
 WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def find():
+    """Every test here opens the same model: a graph that was traced from one instance of it serves the others."""
+    known = {}
+
+    def find_layers(model, inputs):
+        shapes = tuple(dict.fromkeys(tuple(tensor.shape) for batch in inputs for tensor in batch.tensors()))
+        found = layers.find_layers(model, inputs, traced=known.get(shapes))
+        known[shapes] = found.traced
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (running, comparing):
+            patch.setattr(module, "find_layers", find_layers)
+        yield find_layers
+
+
+@pytest.fixture
+def exports(monkeypatch):
+    """The exports that were made, of shapes that no other test here has."""
+    made, trace = [], layers.trace
+    monkeypatch.setattr(layers, "trace", lambda *arguments: made.append(arguments) or trace(*arguments))
+    return made
 
 
 @pytest.fixture
@@ -103,17 +134,37 @@ class TestDefinition:
         ]
         assert {(c.samples, c.seed) for c in cells if c.label == "wanda"} == {(n, s) for n in (1, 4) for s in (0, 1, 2)}
 
+    def test_what_measures_the_dense_model_first_is_calibrated(self):
+        given = {"methods": ["magnitude", {"method": "magnitude", "allocation": "owl"}, "auto"], "patterns": ["50%"]}
+        cells = Experiment.load("perplexity", given).cells()
+        assert [(cell.label, cell.samples) for cell in cells[1:]] == [
+            ("magnitude", None),
+            ("magnitude (owl)", 128),
+            ("auto", 128),
+        ]
+
+    def test_two_ways_to_write_a_pattern_are_one_cell(self):
+        cells = Experiment.load("perplexity", {"methods": ["wanda"], "patterns": ["50.0 %", "50%"]}).cells()
+        assert [cell.pattern for cell in cells] == ["", "50%"]
+
     def test_the_steps_of_table_five_are_these_recipes(self):
-        recipes = {cell.label: cell.recipe for cell in Experiment.load("ablation", {"patterns": ["50%"]}).cells()}
-        assert recipes["cvr+energy:column"].compensation["row"] is False
+        recipes = {cell.label: cell.how for cell in Experiment.load("ablation", {"patterns": ["50%"]}).cells()}
+        assert recipes["cvr+energy:column"].compensation[0]["row"] is False
         assert recipes["alpha 0"].criterion["alpha"] == 0
         assert recipes["activation exponent 0.5"].criterion["exponent"] == 0.5
         assert recipes["schedule walk"].schedule == "walk"
+
+    def test_the_methods_of_the_sweep_are_valid(self):
+        sweep = yaml.safe_load((Path(__file__).parents[1] / "configs" / "sweep.yaml").read_text(encoding="utf-8"))
+        given = {key: sweep[key] for key in ("methods", "patterns")}
+        cells = Experiment.load("perplexity", given).cells()
+        assert len({repr(cell.how) for cell in cells}) == 1 + len(sweep["methods"]) * len(sweep["patterns"])
 
     @pytest.mark.parametrize(
         ("name", "given", "error", "message"),
         [
             ("perplxity", {}, ExperimentError, "no experiment 'perplxity'. Did you mean 'perplexity'"),
+            ("al", {}, ExperimentError, "Did you mean 'all'"),
             ("perplexity", {"method": ["wanda"]}, ExperimentError, "no key 'method'. Did you mean 'methods'"),
             ("perplexity", {"methods": ["wnda"]}, RecipeError, "Did you mean 'wanda'"),
             ("perplexity", {"methods": [{"label": "x", "pattern": "2:4"}]}, RecipeError, "expected `method`, or else"),
@@ -121,6 +172,7 @@ class TestDefinition:
             ("perplexity", {"sizes": [1]}, ExperimentError, "--sizes belongs to the experiment 'calibration'"),
             ("perplexity", {"samples": 0}, ExperimentError, "--samples 0: expected at least 1"),
             ("calibration", {"sizes": [4, 0]}, ExperimentError, "--sizes 0: expected at least 1"),
+            ("runtime", {"methods": ["auto"]}, ExperimentError, "times a method, and 'auto' is yet to choose one"),
             ("zero-shot", {"tasks": []}, ExperimentError, "has no tasks: give --tasks"),
         ],
     )
@@ -186,14 +238,6 @@ class TestResultsFile:
         with pytest.raises(ResultsError, match="is not a file of results"):
             self.open(tmp_path / CELLS)
 
-    def test_a_file_from_before_auto_is_read(self, tmp_path):
-        result = Result("perplexity", "m", "x", values={"perplexity": 2.0})
-        self.open(tmp_path / CELLS).add(result)
-        head, line = (tmp_path / CELLS).read_text().splitlines()
-        old = {key: value for key, value in json.loads(line).items() if key != "chosen"}
-        (tmp_path / CELLS).write_text(f"{head}\n{json.dumps(old)}\n")
-        assert self.open(tmp_path / CELLS).results() == [result]
-
 
 class TestDigest:
     FIRST = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3, dtype=torch.int32)}  # noqa: RUF012
@@ -225,14 +269,14 @@ class TestRun:
         tokenizer = load_tokenizer(settings["model"][0])
         windows = calibration_windows([text], tokenizer=tokenizer, model=model, samples=2, seqlen=16, seed=0)
         held_out = evaluation_windows([text], tokenizer=tokenizer, model=model, seqlen=16)[:3]
-        twin = plan(model, windows.split(2), Recipe.parse("wanda", pattern="50%", schedule="block"))
+        twin = plan(model, windows.split(2), Recipe("wanda", "50%", "block"))
         expected = evaluate(model, held_out, batch_size=2, weights=twin.weights)
         dense, magnitude, wanda = lines(tmp_path / "out")
         assert [cell["label"] for cell in (dense, magnitude, wanda)] == ["dense", "magnitude", "wanda"]
         assert dense["values"] == {"perplexity": evaluate(model, held_out, batch_size=2)}
         assert wanda["values"]["perplexity"] == pytest.approx(expected, rel=1e-6)
         assert (wanda["samples"], wanda["seed"], magnitude["samples"]) == (2, 0, None)
-        assert wanda["recipe"] == Recipe.parse("wanda", pattern="50%", schedule="block").to_dict()
+        assert wanda["recipe"] == Recipe("wanda", "50%", "block").to_dict()
         assert wanda["seconds"] > wanda["values"]["pruning seconds"] > 0
         head = json.loads((tmp_path / "out" / CELLS).read_text().splitlines()[0])
         assert head["protocol"]["seqlen"] == 16
@@ -243,9 +287,31 @@ class TestRun:
         assert outcome.failures == []
         assert outcome.tables["sparsity"] + "\n" == (tmp_path / "out" / "sparsity.md").read_text()
         assert "| wanda |" in outcome.tables["sparsity"]
+        assert outcome.pictures == ["sparsity"]
         assert (tmp_path / "out" / "sparsity.png").read_bytes().startswith(b"\x89PNG")
         rows = csv.DictReader((tmp_path / "out" / "sparsity.csv").read_text().splitlines())
         assert {row["label"] for row in rows} == {"dense", "magnitude", "wanda"}
+
+    def test_without_matplotlib_there_are_tables_and_a_word_about_pictures(self, tmp_path, settings, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        said = []
+        given = {**settings, "methods": ["magnitude"], "patterns": ["10%"]}
+        outcome = run([Experiment.load("sparsity", given)], tmp_path / "out", say=said.append)
+        assert "no pictures, which need matplotlib: pip install 'statprune[experiments]'" in said[0]
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {CELLS, "sparsity.csv", "sparsity.md"}
+        assert outcome.contents == "tables and every measurement"
+        monkeypatch.undo()
+        outcome = run([Experiment.load("sparsity", given)], tmp_path / "out")
+        assert (tmp_path / "out" / "sparsity.png").exists()
+        assert outcome.contents == "tables, pictures and every measurement"
+
+    def test_what_no_picture_can_show_leaves_the_tables(self, tmp_path, settings):
+        said = []
+        given = {**settings, "methods": ["magnitude"], "patterns": ["3:5"]}
+        outcome = run([Experiment.load("sparsity", given)], tmp_path / "out", say=said.append)
+        assert "failed" in outcome.tables["sparsity"]
+        assert (outcome.pictures, len(outcome.failures)) == ([], 1)
+        assert said[-1].startswith("sparsity: no picture: ")
 
     def test_experiments_share_cells_and_the_model_is_loaded_once(self, tmp_path, settings, monkeypatch):
         loads, load = [], running.load_causal
@@ -255,6 +321,11 @@ class TestRun:
         assert len(loads) == 1
         assert len(lines(tmp_path / "out")) == 3
         assert outcome.tables.keys() == {"perplexity", "sparsity"}
+
+    def test_one_export_serves_all_cells(self, tmp_path, settings, exports):
+        given = {**settings, "methods": ["magnitude", "wanda", "cvr"], "patterns": ["50%", "2:4"], "seqlen": 11}
+        assert run([Experiment.load(name, given) for name in ("perplexity", "runtime")], tmp_path / "out").failures == []
+        assert len(exports) == 1
 
     def test_an_interrupted_run_goes_on_and_repeats_nothing(self, tmp_path, settings, monkeypatch):
         def interrupt(what):
@@ -360,7 +431,8 @@ class TestCommand:
         assert "boolq" in error
         assert "task file" in error or "YAML" in error or "cached" in error
         written = {path.name for path in (tmp_path / "out").iterdir()}
-        assert {"perplexity.md", "sparsity.png", "calibration.csv", "runtime.png", "ablation.md"} <= written
+        assert {f"{name}.md" for name in NAMES} - written == {"zero-shot.md"}
+        assert {"sparsity.png", "calibration.csv", "runtime.png", "correction.png"} <= written
 
     def test_failing_cells_end_the_command_with_a_list(self, tmp_path, settings, capsys):
         arguments = ["experiment", "perplexity", *options({**settings, "patterns": ["3:5"]}), "--output", str(tmp_path / "out")]
@@ -369,38 +441,42 @@ class TestCommand:
         assert "2 failed" in error
         assert "magnitude 3:5" in error
 
+    def test_where_nothing_was_measured_no_table_is_claimed(self, tmp_path, settings, capsys):
+        own = {**settings, "model": [str(tmp_path / "nothing")]}
+        assert main(["experiment", "perplexity", *options(own), "--output", str(tmp_path / "out")]) == 1
+        captured = capsys.readouterr()
+        assert "1 failed" in captured.err
+        assert "measurement" not in captured.err
+        assert captured.out == ""
+        assert not (tmp_path / "out").exists()
+
     def test_settings_come_from_a_yaml_file_too(self, tmp_path, settings, capsys):
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**settings, "methods": [{"label": "mine", "method": "wanda"}]}))
         arguments = ["experiment", "perplexity", "--config", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "out")]
         assert main(arguments) == 0
         assert "| mine |" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_a_killed_process_loses_and_repeats_no_cell(self, tmp_path, settings):
         own = {**settings, "methods": ["wanda", "cvr", "cvr+energy", "ria"], "patterns": ["50%", "2:4"]}
         out = tmp_path / "out"
-        command = [
-            sys.executable,
-            "-m",
-            "statprune",
-            "experiment",
-            "perplexity",
-            *options(own),
-            "--output",
-            str(out),
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        arguments = ["experiment", "perplexity", *options(own), "--output", str(out)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "statprune", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )  # fmt: skip
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (out / CELLS).exists():
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        survived = len((out / CELLS).read_bytes().split(b"\n")) - 1
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert finished.returncode == 0, finished.stderr
-        cells = lines(out)
-        identities = [(cell["label"], cell["pattern"]) for cell in cells]
+        survived = (out / CELLS).read_bytes()
+        assert main(arguments) == 0
+        whole_lines = survived[: survived.rfind(b"\n") + 1]
+        assert (out / CELLS).read_bytes().startswith(whole_lines)
+        assert 1 <= len(whole_lines.splitlines()) < 10
+        identities = [(cell["label"], cell["pattern"]) for cell in lines(out)]
         assert len(identities) == len(set(identities)) == 9
-        assert survived <= 10
 
 
 class TestMeasuring:
@@ -444,19 +520,41 @@ class TestCompare:
             "| c | **6.00** |",
         ]
 
-    def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows):
+    def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows, find):
         told = []
         cells = compare(
             model, windows[:2], windows[2:], methods=["wanda", "cvr+energy"], patterns=["2:4"], batch_size=2,
             progress=lambda *step: told.append(step),
         )  # fmt: skip
-        twin = plan(model, windows[:2].split(2), Recipe.parse("wanda", pattern="2:4"))
+        batches = windows[:2].split(2)
+        twin = plan(model, batches, Recipe("wanda", "2:4"), traced=find(model, bind_batches(model, batches)))
         assert [(cell.method, cell.pattern) for cell in cells] == [("dense", ""), ("wanda", "2:4"), ("cvr+energy", "2:4")]
         assert cells[0].perplexity == evaluate(model, windows[2:], batch_size=2)
         assert cells[1].perplexity == evaluate(model, windows[2:], batch_size=2, weights=twin.weights)
-        assert cells[1].recipe == Recipe.parse("wanda", pattern="2:4").to_dict()
+        assert cells[1].recipe == Recipe("wanda", "2:4").to_dict()
         assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
         assert told[1][2] == f"cvr+energy 2:4: {cells[2].perplexity:.3f}"
+
+    def test_one_export_serves_all_cells(self, model, windows, exports):
+        batches = windows[:, :9]
+        compare(model, batches[:2], batches[2:], methods=["magnitude", "wanda"], patterns=["50%", "2:4"], batch_size=2)
+        assert len(exports) == 1
+
+
+class Branching(nn.Module):
+    """Cannot be exported: what it does depends on its input's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.linear(inputs) if inputs.sum() > 0 else inputs
+
+
+def test_without_a_graph_there_is_no_walk_to_time():
+    with pytest.raises(TracingError, match="there is none: "):
+        measure_walk(Branching(), [torch.ones(2, 4)])
 
 
 def test_the_walk_is_timed_beside_the_plain_model_and_each_round_is_told(model, windows):

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from statprune.errors import CheckpointError
 from statprune.grammar import split
 from statprune.loading import file_digest, file_digests
-from statprune.methods.patterns import SITE_PATTERNS
+from statprune.methods.patterns import PATTERNS, SITE_PATTERNS, Pattern
 from statprune.methods.pruner import energy_sq
 from statprune.progress import Progress, silent
-from statprune.recipe import Recipe
 from statprune.report import PruningReport
 
 RECORD = "pruning.json"
@@ -110,7 +109,7 @@ def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{folder / RECORD} is not of format {FORMAT}, the only one this version of statprune knows.")
     try:
-        usual_pattern = Recipe.from_dict({"pattern": record["recipe"]["pattern"]}).build_pattern()
+        usual_pattern = _pattern(record["recipe"]["pattern"])  # and not the recipe, whose method may not be installed here
         zeros, weights, energies = 0, 0, [0.0, 0.0]
         for index, site in enumerate(record["sites"]):
             weight = _read(folder, site)
@@ -119,8 +118,7 @@ def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:
             num_zeros = int((weight == 0).sum())
             if num_zeros != site["num_zeros"] or num_zeros < site["num_pruned"]:
                 raise _broken(folder, site["name"], "number of zeros", site["num_zeros"], num_zeros)
-            name, settings = split(site.get("pattern") or {"name": None})
-            pattern = SITE_PATTERNS[name](**settings) if name else usual_pattern
+            pattern = _pattern(site["pattern"]) if site.get("pattern") else usual_pattern
             if not pattern.holds(weight):
                 raise _broken(folder, site["name"], "pattern", str(pattern), "a group with too few zeros")
             if not _close(num_zeros / weight.numel(), site.get("sparsity", num_zeros / weight.numel())):
@@ -139,9 +137,15 @@ def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:
         for file, digest in record["files"].items():
             if (found_digest := file_digest(folder / file)) != digest:
                 raise _broken(folder, file, "SHA-256", digest, found_digest)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise CheckpointError(f"{folder / RECORD} is damaged: {type(e).__name__}: {e}.") from e
     return record
+
+
+def _pattern(record: dict[str, Any]) -> Pattern:
+    name, settings = split(record)
+    known: dict[str, Callable[..., Pattern]] = {**PATTERNS, **SITE_PATTERNS}
+    return known[name](**settings)
 
 
 def _broken(folder: Path, name: str, what: str, promised: object, found: object) -> CheckpointError:

@@ -5,10 +5,10 @@ text (see `grammar`), and the settings in it are the keyword arguments of the fu
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -35,6 +35,8 @@ from statprune.methods.pruner import WeightPruner
 from statprune.methods.registry import build_pruner
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.schedule import SCHEDULES, Schedule
+
+_Read = TypeVar("_Read")
 
 OnIndivisible = Literal["error", "skip"]
 ON_INDIVISIBLE = ("error", "skip")
@@ -131,16 +133,7 @@ class Recipe:
         Raises:
             RecipeError: it cannot be read, or as `from_dict`; names the file.
         """
-        try:
-            data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise RecipeError(f"The recipe {path} cannot be read: {e}") from e
-        if not isinstance(data, Mapping):
-            raise RecipeError(f"The recipe {path} holds {type(data).__name__}; expected keys such as 'pattern: \"2:4\"'.")
-        try:
-            return cls.from_dict(data)
-        except RecipeError as e:
-            raise RecipeError(f"In the recipe {path}: {e}") from e
+        return _from_yaml(path, cls.from_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every setting spelled out; `Recipe.from_dict` gives an equal recipe back."""
@@ -330,6 +323,11 @@ def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
     return Recipe.from_dict(merged)
 
 
+def read_yaml(path: str | Path) -> Recipe | Search:
+    """A recipe or a search from a YAML file, as `read_how` takes it; errors as for `Recipe.from_yaml`."""
+    return _from_yaml(path, read_how)
+
+
 Method = str | Mapping[str, Any]
 """A short name such as `"cvr+energy"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps a `label`
 to show it by, a `schedule` and an `allocation`."""
@@ -365,6 +363,19 @@ def _is_auto(method: object) -> bool:
 
 def _auto(*, minutes: float = 10.0) -> None:
     """The settings of the text `auto`."""
+
+
+def _from_yaml(path: str | Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Read:
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise RecipeError(f"The recipe {path} cannot be read: {e}") from e
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"The recipe {path} holds {type(data).__name__}; expected keys such as 'pattern: \"2:4\"'.")
+    try:
+        return read(data)
+    except RecipeError as e:
+        raise RecipeError(f"In the recipe {path}: {e}") from e
 
 
 def _in_place_of(data: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import rich.progress
+import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from statprune.progress import Progress as Advance
-from statprune.recipe import Recipe
+from statprune.progress import Progress
+from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 from statprune.selection import Selection
 
@@ -37,45 +39,129 @@ def show_json(data: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Advance]:
-    """A progress bar on standard error; the function it gives takes (done, in all, what was done)."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[what]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(title, total=None, what="")
+def progress(title: str, *, each: bool = False) -> Iterator[Progress]:
+    """How far some work is, on standard error: a bar, or where there is no terminal a line for each finished tenth.
 
-        def advance(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, what=escape(what))
+    Nothing is shown before the first step is finished, so that work that does not apply leaves nothing behind.
 
-        yield advance
+    Args:
+        title: what the work is.
+        each: without a terminal, a line for each finished step: for steps that take long.
+    """
+    shown = _Bar(title) if errors.is_terminal else _Lines(title, each=each)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+class _Bar:
+    def __init__(self, title: str) -> None:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"),
+        )  # fmt: skip
+        self.bar = rich.progress.Progress(*columns, console=errors, transient=True)
+        self.task = self.bar.add_task(escape(title), total=None, what="")
+        self.room = max(8, errors.width - len(title) - 20 - len(" 1000/1000 0:00:00 0:00:00  "))
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        what = what if len(what) <= self.room else f"{what[: self.room - 1]}…"
+        self.bar.update(self.task, completed=done, total=total, what=escape(what))
+        if done:
+            self.bar.start()  # here, so that it never shows "0/?"
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+class _Lines:
+    def __init__(self, title: str, *, each: bool) -> None:
+        self.title, self.each = title, each
+        self.done, self.total, self.shown = 0, 0, 0
+        self.started = self.latest = time.perf_counter()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if total != self.total or done < self.done:  # other work
+            self.shown, self.started = 0, self.latest
+        self.done, self.total, self.latest = done, total, time.perf_counter()
+        part = done if self.each else 10 * done // max(1, total)
+        if part > self.shown:
+            self.shown = part
+            seconds = self.latest - self.started
+            left = f"about {_clock(seconds * (total - done) / done)} left" if done < total else "finished"
+            say(f"{self.title}: {done} of {total}, {_clock(seconds)}, {left}: {what}")
+
+    def close(self) -> None:
+        """Lines stay."""
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time inside to a report's seconds."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
+def only_own_bars() -> Iterator[None]:
+    """Without the bars of transformers, `datasets` and lm-evaluation-harness, which are all tqdm's, between ours.
+
+    Those of a download stay, since nothing else tells how far it is.
+    """
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    own = tqdm.__init__
+
+    def without_bar(bar: Any, *args: Any, **kwargs: Any) -> None:
+        if not type(bar).__module__.startswith("huggingface_hub"):
+            kwargs["disable"] = True
+        own(bar, *args, **kwargs)
+
+    tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__ = own
 
 
-def show_plan(model: Any, selection: Selection, recipe: Any) -> None:
-    """What will be pruned, what stays dense and why, and what to expect of the result."""
-    pattern = recipe.build_pattern()
-    num_pruned = sum(site.shape[0] * site.shape[1] for site in selection.sites)
-    num_all = sum(parameter.numel() for parameter in model.parameters())
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    title = f"{recipe.method} at {pattern}"
-    if not recipe.is_auto:
-        title += f", schedule {recipe.schedule}, allocation {recipe.allocation['name']}"
+def show_plan(model: Any, selection: Selection, how: Recipe | Search, reason: str | None) -> None:
+    """What will be pruned, what stays dense and why, and what to expect of the result; and why there is no graph, if so."""
+    title = f"{how.method} at {how.pattern}"
+    if isinstance(how, Recipe):
+        title += f", schedule {how.schedule}, allocation {how.allocation}"
     _show_sites(title, selection)
+    if reason is not None:
+        console.print(f"[yellow]{escape(reason)}[/]", soft_wrap=True)
+    size = expected(model, selection, how)
     console.print(
-        f"{num_pruned:,} of {num_all:,} parameters ({100 * num_pruned / num_all:.1f} %) are in the weights to prune. "
-        f"The file stays as large as it is, {num_bytes / 1e6:,.1f} MB: zeros are stored, which every runtime can read. "
+        f"{size['parameters_to_prune']:,} of {size['parameters']:,} parameters "
+        f"({100 * size['parameters_to_prune'] / size['parameters']:.1f} %) are in the weights to prune; "
+        f"{100 * size['zeros'] / size['parameters']:.1f} % of all will be zero. "
+        f"The file stays as large as it is, {size['bytes'] / 1e6:,.1f} MB: zeros are stored, which every runtime can read. "
         "A dense runtime is not faster for them either.\n",
         soft_wrap=True,
     )
+
+
+def expected(model: Any, selection: Selection, how: Recipe | Search) -> dict[str, int]:
+    """Sizes of the result: parameters, those in the weights to prune, zeros (to within a few of each row), bytes of weights."""
+    allocated = getattr(how.build_allocation(), "sparsity", None) if isinstance(how, Recipe) else None
+    sparsity = how.build_pattern().sparsity if allocated is None else allocated
+    to_prune = sum(site.shape[0] * site.shape[1] for site in selection.sites)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters_to_prune": to_prune,
+        "zeros": round(sparsity * to_prune),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+    }
+
+
+def show_dry_run(how: Recipe | Search) -> None:
+    """The end of a dry run: the recipe, as the file that --recipe takes."""
+    text = (
+        how.to_yaml() if isinstance(how, Recipe) else yaml.safe_dump({"method": how.method, **how.to_dict()}, sort_keys=False)
+    )
+    console.print(f"{escape(text)}\nA dry run: nothing was calibrated, nothing was written.", soft_wrap=True)
 
 
 def show_survey(model: str, selection: Selection) -> None:
@@ -138,11 +224,9 @@ def show_report(report: PruningReport, output: str) -> None:
             f"{report.chosen_by['measurements']} measurements",
             soft_wrap=True,
         )
-    if report.fallback_reason:
-        console.print(f"[yellow]{escape(report.fallback_reason)}[/]", soft_wrap=True)
-    for name in ("tune", "trace", "check", "walk", "prune", "save"):
+    for name, what in _steps(report).items():
         if name in report.seconds:
-            console.print(f"{_STEPS[name]:<58}{report.seconds[name]:8.1f} s")
+            console.print(f"{what:<68}{report.seconds[name]:8.1f} s", soft_wrap=True)
     console.print(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
@@ -151,20 +235,28 @@ def show_report(report: PruningReport, output: str) -> None:
     )
 
 
-_STEPS = {
-    "tune": "candidates tried out on the calibration windows",
-    "trace": "export to a graph",
-    "check": "first batch through the dense model, before any change",
-    "walk": "walk: the calibration set through the graph, once",
-    "prune": "scores, masks and compensation",
-    "save": "save and verify",
-}
+def _steps(report: PruningReport) -> dict[str, str]:
+    """What took time, in order, by the name that the report has for it."""
+    allocation = report.recipe["allocation"]["name"]
+    times = "twice, block by block" if report.schedule == "block" else "once"
+    runner = "dense model with hooks" if report.fallback_reason else "graph"
+    return {
+        "tune": "candidates tried out on the calibration windows",
+        "trace": "export to a graph, in vain" if report.fallback_reason else "export to a graph",
+        **({"allocate": f"allocation: {allocation}, measured on the dense model"} if allocation != "uniform" else {}),
+        "check": "first batch through the dense model, before any change",
+        "walk": f"walk: the calibration set through the {runner}, {times}",
+        "prune": "scores, masks and compensation",
+        "save": "save and verify",
+    }
 
 
-def show_tuned(tuned: Any, model: str, output: str) -> None:
+def show_tuned(tuned: Any, next_command: str) -> None:
     """The end of `statprune tune`."""
-    # Seconds are in the files: the terminal may be narrow, and methods have long names.
-    rows = [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in tuned.rows()]
+    rows = tuned.rows()
+    # Everything is in the files: the terminal may be narrow, and methods have long names.
+    shown = [key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} != {"uniform"}]
+    rows = [{key: row[key] for key in shown} for row in rows]
     table = Table(title="what was tried, on most windows first", title_justify="left", title_style="bold", header_style="bold")
     for column in ("", *rows[0]):
         is_number = column in ("windows", "perplexity")
@@ -179,7 +271,7 @@ def show_tuned(tuned: Any, model: str, output: str) -> None:
         f"chosen (*): [bold]{escape(tuned.recipe.method)}[/], schedule {tuned.recipe.schedule}: perplexity "
         f"[bold]{tuned.winner.perplexity:.4f}[/] (dense {tuned.dense_perplexity:.4f}) on {tuned.held_out_windows} windows that "
         f"it was not pruned on, in {tuned.seconds:.0f} s. Next:\n"
-        f"  statprune prune {escape(model)} --recipe {escape(output)}/recipe.yaml --output sparse",
+        f"  {escape(next_command)}",
         soft_wrap=True,
     )
 

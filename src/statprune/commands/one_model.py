@@ -1,156 +1,167 @@
 """The commands about one model: prune, evaluate, inspect, verify, merge."""
 
-from typing import Any, Literal
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from statprune.commands import display
-from statprune.commands.options import calibrate, read_recipe, survey_model
-from statprune.loading import DType, load_config, load_model, load_tokenizer, model_class, open_causal
-from statprune.recipe import Schedule
+from statprune.commands.options import (
+    MODEL_SAMPLES,
+    CalibrationOptions,
+    ModelOptions,
+    RecipeOptions,
+    ShowOptions,
+    WindowOptions,
+    empty_model,
+)
+from statprune.errors import CalibrationError
+from statprune.loading import DType, load_model, load_tokenizer
+from statprune.model.inputs import bind_batches, example_inputs
+from statprune.model.layers import Layers, find_layers
+from statprune.recipe import Recipe
+from statprune.selection import select
 
 
 def prune(
-    model: str,
+    model: ModelOptions,
     output: str,
-    recipe: str | None = None,
-    method: str | None = None,
-    criterion: dict[str, Any] | str | None = None,
-    pattern: dict[str, Any] | str | None = None,
-    compensation: dict[str, Any] | list[dict[str, Any] | str] | str | None = None,
-    schedule: Schedule | None = None,
-    targets: list[str] | None = None,
-    ignore: list[str] | None = None,
-    on_indivisible: Literal["error", "skip"] | None = None,
-    allocation: dict[str, Any] | str | None = None,
-    calibration: list[str] | None = None,
-    samples: int = 128,
-    seqlen: int | None = None,
-    batch_size: int = 1,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: DType = "auto",
+    recipe: RecipeOptions,
+    calibration: CalibrationOptions = MODEL_SAMPLES,
+    dry_run: bool = False,
 ) -> None:
     """Prune a causal language model and save it, verified.
 
+    First it shows what will be pruned, what stays dense and why, and the size to expect. What it writes is dense safetensors
+    with exact zeros, which every runtime loads, and beside it pruning.json: the recipe, the protocol and, for each weight,
+    what 'statprune verify' can recompute.
+
     Args:
-        model: Folder or hub name of the model (safetensors only).
         output: Folder to write; must not exist.
-        recipe: YAML file with a whole recipe, instead of the options below.
-        method: A short name in place of --criterion and --compensation, such as wanda, cvr+energy, sparsegpt,
-            cvr:alpha=0.25+energy:column, cvr+least-squares:steps=15, or auto.
-        criterion: magnitude, wanda, ria, z-pruner, cvr, sparsegpt, or a mapping such as '{"name": "cvr", "alpha": 0.5}'; or
-            auto (auto:minutes=5), which tries methods out on the calibration windows first, see 'statprune tune'. Default: cvr.
-        pattern: '50%' for half of the weights anywhere, '2:4' for two of every four, or a mapping. Default: 2:4.
-        compensation: none, energy, activation-energy, least-squares, or a mapping such as
-            '{"name": "energy", "clamp": [0.5, 2.0]}', or a list of several. Default: energy.
-        schedule: walk: each layer is calibrated on all pruned layers before it; block: on the pruned blocks before its own, as
-            Wanda and SparseGPT publish it; one-shot: on the dense model. Default: walk.
-        targets: Globs on layer names to prune, such as '*.mlp.*'. Default: all but the output layer and tied weights.
-        ignore: Globs on layer names to leave dense.
-        on_indivisible: Refuse (error) or leave dense (skip) layers whose width an N:M pattern does not divide. Default: error.
-        allocation: uniform: every layer equally sparse; owl: blocks with more outliers keep more; sensitivity: by the measured
-            harm of pruning each layer, which takes a forward pass for each. With settings such as owl:spread=0.1; with an
-            N:M pattern owl:sparsity=0.4, and some layers stay dense. Default: uniform.
-        calibration: Text files, a token file (FILE.safetensors:KEY), a data set's name such as c4, or 'generated' for the
-            model's own samples, which needs no data. Default: generated.
-        samples: Calibration windows.
-        seqlen: Tokens in each window. Default: 2048, or the model's context if that is shorter.
-        batch_size: Windows in one forward pass.
-        seed: Of the choice of windows.
-        device: auto, cpu, cuda, cuda:1 ...
-        dtype: To compute in and to save as; auto takes the checkpoint's.
+        dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
+
+    Examples:
+        statprune prune MODEL --output sparse --dry-run
+        statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt
+        statprune prune MODEL --output sparse --pattern 50% --method sparsegpt --schedule block --calibration c4
+        statprune prune MODEL --output sparse --recipe tuned/recipe.yaml --pattern 4:8
+        statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
     """
     import statprune.checkpoint as checkpoint
-    from statprune.api import choose
-    from statprune.engine import prune as prune_model
+    from statprune.api import prune as prune_model
+    from statprune.clock import timed
 
-    chosen = read_recipe(
-        recipe,
-        method=method, criterion=criterion, pattern=pattern, compensation=compensation, schedule=schedule,
-        targets=targets, ignore=ignore, on_indivisible=on_indivisible, allocation=allocation,
-    )  # fmt: skip
+    how = recipe.read()
     checkpoint.refuse_existing(output)
-    loaded, seqlen = open_causal(model, dtype, device, seqlen, samples=samples, batch_size=batch_size)
-    tokenizer = load_tokenizer(model)
-    display.show_plan(loaded, survey_model(loaded, chosen), chosen)
-    sources = calibration or ["generated"]
-    windows = calibrate(loaded, tokenizer, sources, samples, seqlen, seed)
-    batches = list(windows.split(batch_size))
-    with display.progress("choosing: seconds of the budget") as progress:
-        choice = choose(loaded, batches, chosen, progress=progress, say=display.say)
-    with display.progress("pruning") as progress:
-        report = choice.sign(prune_model(loaded, batches, choice.recipe, progress=progress))
+    if dry_run:
+        seqlen = model.check(calibration, samples=calibration.samples)
+        empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
+        display.show_plan(empty, select(layers.groups, layers.left_out, how), how, layers.reason)
+        display.show_dry_run(how)
+        return
+    opened = model.open(calibration, samples=calibration.samples)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "trace"):
+        layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
+    display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
+    windows = calibration.windows(opened)
+    title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
+    with display.progress(title) as progress, warnings.catch_warnings():
+        if layers.reason is not None:  # it was said already
+            warnings.filterwarnings("ignore", message=re.escape(layers.reason))
+        report = prune_model(
+            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
+        )
     protocol = {
-        "model": model, "calibration": sources, "samples": samples, "seqlen": seqlen, "seed": seed,
-        "batch_size": batch_size, "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device),
+        "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
+        "seed": calibration.seed, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
-    with display.timed(report.seconds, "save"):
-        checkpoint.save(loaded, report, output, tokenizer=tokenizer, protocol=protocol)
+    report.seconds["trace"] += seconds["trace"]
+    with timed(report.seconds, "save"):
+        checkpoint.save(opened.model, report, output, tokenizer=opened.tokenizer, protocol=protocol)
     display.show_report(report, output)
 
 
-def evaluate(
-    model: str,
-    text: list[str],
-    seqlen: int | None = None,
-    batch_size: int = 1,
-    device: str = "auto",
-    dtype: DType = "auto",
-    json: bool = False,
-) -> None:
-    """Perplexity of a causal language model on text: joined, tokenized whole, cut into windows (the WikiText-2 protocol).
+def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> tuple[Any, Layers]:
+    """A model and its layers. Its weights are read only where there is no graph and it cannot be run without values."""
+    model = empty_model(path, dtype)
+    try:
+        return model, find_layers(model, bind_batches(model, batches(model)))
+    except CalibrationError:
+        model = load_model(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        return model, find_layers(model, bind_batches(model, batches(model)))
+
+
+def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show: ShowOptions) -> None:
+    """Perplexity of a causal language model on text.
+
+    The text is joined, tokenized whole and cut into windows that do not overlap; the last partial one is dropped (the field's
+    WikiText-2 protocol). Perplexities at different --seqlen do not compare, nor do those of different tokenizers.
 
     Args:
-        model: Folder or hub name of the model (safetensors only).
-        text: Text files, joined by blank lines; or a token file (FILE.safetensors:KEY).
-        seqlen: Tokens in each window; the last partial window is dropped. Perplexities at different lengths do not compare.
-            Default: 2048, or the model's context if that is shorter.
-        batch_size: Windows in one forward pass.
-        device: auto, cpu, cuda, cuda:1 ...
-        dtype: To compute in; auto takes the checkpoint's.
-        json: Print one JSON object instead of a table.
+        text: Text files, joined by blank lines (several: --text a.txt b.txt); a token file (FILE.safetensors:KEY); or
+            wikitext2, from the hub.
+
+    Examples:
+        statprune evaluate MODEL --text held-out.txt
+        statprune evaluate --text a.txt b.txt MODEL --seqlen 512 --batch-size 4 --json
     """
     from statprune.data import evaluation_windows
     from statprune.perplexity import evaluate as evaluate_model
     from statprune.report import versions
 
-    loaded, seqlen = open_causal(model, dtype, device, seqlen, batch_size=batch_size)
-    tokenizer = load_tokenizer(model)
-    windows = evaluation_windows(text, tokenizer=tokenizer, model=loaded, seqlen=seqlen)
+    opened = model.open(windows)
+    tokens = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
     with display.progress("evaluating") as progress:
-        perplexity = evaluate_model(loaded, windows, batch_size=batch_size, progress=progress)
+        perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
-        "perplexity": perplexity, "windows": len(windows), "seqlen": seqlen, "text": text, "model": model,
-        "tokenizer": type(tokenizer).__name__, "vocabulary": len(tokenizer),
-        "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device), "versions": versions(),
+        "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
+        "tokenizer": type(opened.tokenizer).__name__, "vocabulary": len(opened.tokenizer), **opened.place,
+        "versions": versions(),
     }  # fmt: skip
-    display.show_json(result) if json else display.show_evaluation(result)
+    display.show_json(result) if show.json else display.show_evaluation(result)
 
 
-def inspect(model: str, json: bool = False) -> None:
+def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
     """What could be pruned: linear layers, the input groups that share statistics, ties, and what is left out and why.
 
-    Works on a configuration alone; no weights are loaded (meta device).
+    With any option of a recipe, what that recipe would prune and leave dense, and the sizes to expect. Works on a
+    configuration alone; no weights are loaded.
 
     Args:
         model: Folder or hub name of the model; config.json is enough.
-        json: Print one JSON object instead of tables.
+
+    Examples:
+        statprune inspect MODEL
+        statprune inspect MODEL --pattern 50% --ignore '*.down_proj' '*.0.*'
+        statprune inspect MODEL --recipe recipe.yaml --json
     """
-    import torch
-
-    from statprune.recipe import Recipe
-
-    config = load_config(model)
-    with torch.device("meta"):
-        empty = model_class(config)._from_config(config)
-    survey = survey_model(empty, Recipe(pattern="0%"))
-    display.show_json(display.survey_data(survey)) if json else display.show_survey(model, survey)
+    how = recipe.read() if recipe.given() else Recipe(pattern="0%")
+    empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
+    selection = select(layers.groups, layers.left_out, how)
+    if show.json:
+        expected = {"recipe": how.to_dict(), **display.expected(empty, selection, how)} if recipe.given() else {}
+        display.show_json({**expected, **display.survey_data(selection)})
+    elif recipe.given():
+        display.show_plan(empty, selection, how, layers.reason)
+    else:
+        display.show_survey(model, selection)
 
 
 def verify(folder: str) -> None:
-    """Recompute every promise of a folder's pruning.json from the files on disk; exit with 1 on the first broken one.
+    """Recompute every promise of a folder's pruning.json from the files on disk.
+
+    Stops at the first one that is broken, with status 1. Recomputed are, for each weight, shape, zeros, pattern and energy; and
+    the digest of each file.
 
     Args:
-        folder: What `statprune prune` wrote.
+        folder: What 'statprune prune' wrote.
+
+    Examples:
+        statprune verify sparse
     """
     from statprune.checkpoint import verify as verify_folder
 
@@ -160,15 +171,19 @@ def verify(folder: str) -> None:
 
 
 def merge(model: str, adapter: str, output: str) -> None:
-    """Merge a LoRA adapter into a pruned model, only where its weights are not zero, and save the result, verified.
+    """Merge a LoRA adapter into a pruned model with its zeros kept, and save the result, verified.
+
+    Only weights that are not zero are changed. During its training the adapter acted everywhere, so the result is not quite the
+    model that was trained: measure it.
 
     Args:
-        model: Folder that `statprune prune` wrote, the one that the adapter was trained on.
+        model: Folder that 'statprune prune' wrote, the one that the adapter was trained on.
         adapter: Folder that the adapter was saved to with save_pretrained (safetensors only).
         output: Folder to write; must not exist.
-    """
-    from pathlib import Path
 
+    Examples:
+        statprune merge sparse ADAPTER --output sparse-tuned
+    """
     import statprune.checkpoint as checkpoint
     from statprune.report import PruningReport
     from statprune.training.lora import check_adapter_folder, load_adapter, merge_adapters

@@ -1,38 +1,204 @@
-"""What several commands do in the same way."""
+"""Options that several commands share, each documented once, under its field; `cli` makes the command line out of them.
 
-from typing import Any
+A `$name` in a text stands for a list that the registry has, such as `$criteria`.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from statprune.commands import display
-from statprune.errors import RecipeError
+from statprune.loading import DType, check_positive, load_config, load_tokenizer, model_class, open_causal, window_length
+from statprune.model.schedule import Schedule
+from statprune.recipe import AUTO, How, Recipe, Search, read_how, read_yaml
 
 
-def read_recipe(path: str | None, **options: Any) -> Any:
-    """The recipe of a file, or of single options; RecipeError where both are given."""
-    from statprune.recipe import Recipe
+@dataclass(frozen=True)
+class Opened:
+    """A causal language model, and what goes with it."""
 
-    given = {key: value for key, value in options.items() if value is not None}
-    if path is None:
-        return Recipe.from_dict(given)
-    if given:
-        raise RecipeError(
-            f"--recipe {path} and --{', --'.join(given)} were both given: expected a recipe file or single options."
+    model: Any
+    tokenizer: Any
+
+    seqlen: int
+    """Tokens in a window."""
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The dtype and the device, for the record."""
+        return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
+
+
+def empty_model(path: str, dtype: DType = "auto") -> Any:
+    """The model without its weights (meta device), for which a configuration is enough; ModelError where there is none."""
+    config = load_config(path)
+    settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    with torch.device("meta"):
+        return model_class(config)._from_config(config, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """windows"""
+
+    seqlen: int | None = None
+    """Tokens in each window. Default: 2048, or the model's context if that is shorter."""
+
+    batch_size: int = 1
+    """Windows in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """the model"""
+
+    model: str
+    """Folder or hub name of the model (safetensors only)."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+
+    dtype: DType = "auto"
+    """To compute in, and to save as; auto takes the checkpoint's."""
+
+    def open(self, windows: WindowOptions, **numbers: int) -> Opened:
+        """The model and its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
+        model, seqlen = open_causal(
+            self.model, self.dtype, self.device, windows.seqlen, batch_size=windows.batch_size, **numbers
         )
-    return Recipe.from_yaml(path)
+        return Opened(model, load_tokenizer(self.model), seqlen)
+
+    def check(self, windows: WindowOptions, **numbers: int) -> int:
+        """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
+        seqlen = window_length(load_config(self.model), windows.seqlen)
+        check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
+        return seqlen
 
 
-def survey_model(model: Any, recipe: Any) -> Any:
-    """What the recipe makes of the model."""
-    from statprune.model.survey import survey
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(WindowOptions):
+    """calibration"""
 
-    return survey(model, recipe)
+    calibration: list[str] | None
+    """Text files (several: --calibration a.txt b.txt), a token file (FILE.safetensors:KEY), a data set's name such as c4, or
+    'generated' for the model's own samples, which needs no data."""
+
+    samples: int = 128
+    """Calibration windows."""
+
+    seed: int = 0
+    """Of the choice of windows."""
+
+    def windows(self, opened: Opened) -> Tensor:
+        """Windows [samples, seqlen], with a progress bar; random tokens where there is no `calibration`.
+
+        Raises:
+            CalibrationError: they cannot be had.
+        """
+        from statprune.data import calibration_windows
+
+        if self.calibration is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            vocabulary = opened.model.config.get_text_config().vocab_size
+            return torch.randint(vocabulary, (self.samples, opened.seqlen), generator=generator)
+        with display.progress("calibration windows") as progress:
+            return calibration_windows(
+                self.calibration, tokenizer=opened.tokenizer, model=opened.model,
+                samples=self.samples, seqlen=opened.seqlen, seed=self.seed, progress=progress,
+            )  # fmt: skip
+
+    def blank_batches(self, seqlen: int) -> list[Tensor]:
+        """Tokens in the shapes that the batches will have: enough to find the layers, before there is any data."""
+        return list(torch.zeros(self.samples, seqlen, dtype=torch.int64).split(self.batch_size))
 
 
-def calibrate(model: Any, tokenizer: Any, sources: list[str], samples: int, seqlen: int, seed: int) -> Any:
-    """Calibration windows [samples, seqlen], with a progress bar; CalibrationError where they cannot be had."""
-    from statprune.data import calibration_windows
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """which layers, and how sparse"""
 
-    with display.progress("calibration windows") as progress:
-        return calibration_windows(
-            sources, tokenizer=tokenizer, model=model, samples=samples, seqlen=seqlen, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+    pattern: dict[str, Any] | str | None = None
+    """'50%' for half of the weights anywhere, '2:4' for two of every four, or a mapping of one of $patterns. Default: 2:4."""
+
+    targets: list[str] | None = None
+    """Globs on layer names to prune (several: --targets '*.mlp.*' '*.q_proj'). Default: all but the output layer and tied
+    weights."""
+
+    ignore: list[str] | None = None
+    """Globs on layer names to leave dense (several: --ignore '*.0.*' '*.down_proj')."""
+
+    on_indivisible: Literal["error", "skip"] | None = None
+    """Refuse (error) or leave dense (skip) layers whose width an N:M pattern does not divide. Default: error."""
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(LayerOptions):
+    """the recipe"""
+
+    recipe: str | None = None
+    """YAML file with a recipe; other options win over what stands in it."""
+
+    method: str | None = None
+    """Criterion and compensations in one word, such as wanda, cvr+energy, cvr:alpha=0.25+energy:column or
+    cvr+least-squares:steps=15; or auto (auto:minutes=5), which tries methods out on the calibration windows first, see
+    'statprune tune'. Default: cvr+energy."""
+
+    criterion: dict[str, Any] | str | None = None
+    """Which weights to keep: $criteria; or auto. With settings as in cvr:alpha=0.25, or as a mapping. Given alone, nothing is
+    compensated."""
+
+    compensation: list[dict[str, Any] | str] | None = None
+    """What is done with the kept weights: $compensations (several, one after the other:
+    --compensation least-squares energy:column). Given alone, it goes with cvr."""
+
+    schedule: Schedule | None = None
+    """walk: each layer is calibrated on all pruned layers before it; block: on the pruned blocks before its own, as Wanda and
+    SparseGPT publish it; one-shot: on the dense model. Default: walk."""
+
+    allocation: dict[str, Any] | str | None = None
+    """How the sparsity is shared out: $allocations. With settings as in owl:spread=0.1; with an N:M pattern
+    owl:sparsity=0.4, and some layers stay dense. Default: uniform."""
+
+    def read(self) -> Recipe | Search:
+        """What the options ask for; they win over the recipe file.
+
+        Raises:
+            RecipeError: the file cannot be read, or a name or a value does not exist.
+        """
+        given = {key: value for key, value in self.given().items() if key != "recipe"}
+        if self.recipe is None:
+            return read_how(**given)
+        how: How = read_yaml(self.recipe)
+        if str(self.method or self.criterion).partition(":")[0] == AUTO:
+            # Of the file, what a search does not look for itself.
+            how = {field.name: getattr(how, field.name) for field in fields(LayerOptions)}
+        return read_how(how, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """what is printed"""
+
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def words(options: CalibrationOptions | ModelOptions) -> list[str]:
+    """What was given of them as words of a command line, without what stands by its position."""
+    given = {field.name: getattr(options, field.name) for field in fields(options) if field.name != "model"}
+    usual = {field.name: field.default for field in fields(options)}
+    return [
+        word
+        for name, value in given.items()
+        if value is not None and value != usual[name]
+        for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+MODEL_SAMPLES = CalibrationOptions(calibration=["generated"])
+RANDOM_TOKENS = CalibrationOptions(calibration=None, samples=24)

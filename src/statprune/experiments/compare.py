@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from statprune.api import plan
 from statprune.experiments.cost import measured
 from statprune.markdown import table
+from statprune.model.inputs import bind_batches
+from statprune.model.layers import find_layers
+from statprune.model.schedule import Schedule
 from statprune.perplexity import evaluate
 from statprune.progress import Progress, silent
 from statprune.recipe import Method, labelled
@@ -25,7 +28,7 @@ class Cell:
     pattern: str
     perplexity: float
     seconds: float
-    """For calibrating and pruning; the first cell's include the export."""
+    """For calibrating and pruning; the export, which all cells share, is not among them."""
     recipe: dict[str, Any]
 
 
@@ -36,7 +39,7 @@ def compare(
     *,
     methods: Sequence[Method] = METHODS,
     patterns: Sequence[str] = PATTERNS,
-    schedule: str = "walk",
+    schedule: Schedule = "walk",
     batch_size: int = 1,
     progress: Progress = silent,
 ) -> list[Cell]:
@@ -55,18 +58,16 @@ def compare(
     Raises:
         StatpruneError: as `prune`; recipes are checked before anything runs.
     """
-    recipes = [
-        (*labelled(method, pattern=str(pattern), schedule=schedule), str(pattern)) for pattern in patterns for method in methods
-    ]
+    ways = [labelled(method, pattern=pattern, schedule=schedule) for pattern in patterns for method in methods]
     cells = [Cell("dense", "", evaluate(model, evaluation, batch_size=batch_size), 0.0, {})]
-    device, traced = next(model.parameters()).device, None
-    for index, (label, recipe, pattern) in enumerate(recipes):
+    device, batches = next(model.parameters()).device, calibration.split(batch_size)
+    layers = find_layers(model, bind_batches(model, batches))
+    for index, (label, how) in enumerate(ways):
         with measured(device) as cost:
-            twin = plan(model, calibration.split(batch_size), recipe, traced=traced)
-        traced = twin.traced
+            twin = plan(model, batches, how, traced=layers)
         perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
-        cells.append(Cell(label, pattern, perplexity, cost.seconds, twin.report.recipe))
-        progress(index + 1, len(recipes), f"{label} {pattern}: {perplexity:.3f}")
+        cells.append(Cell(label, how.pattern, perplexity, cost.seconds, twin.report.recipe))
+        progress(index + 1, len(ways), f"{label} {how.pattern}: {perplexity:.3f}")
     return cells
 
 

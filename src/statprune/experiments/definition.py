@@ -9,16 +9,15 @@ import yaml
 
 from statprune.errors import ExperimentError, nearest
 from statprune.grammar import YamlLoader
-from statprune.methods.patterns import parse_shorthand
-from statprune.methods.statistics import Statistic
-from statprune.recipe import Method, Recipe, Schedule, labelled
+from statprune.model.schedule import Schedule
+from statprune.recipe import Method, Recipe, Search, labelled
 
 Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
-PAPER: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation")
-"""The paper's experiments: tables 1, 2, 3 and 4, figure 2, table 5."""
+NAMES: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction")
+"""The paper's tables 1, 2, 3 and 4, figure 2, table 5; and ours: what better corrections give, and what they cost."""
 
-NAMES: tuple[Name, ...] = (*PAPER, "correction")
-"""Those, and ours: what better corrections and a measured choice give, and what they cost."""
+ALL = "all"
+"""Stands for every experiment."""
 
 OWNER: dict[str, Name] = {"sizes": "calibration", "tasks": "zero-shot", "questions": "zero-shot", "rounds": "runtime"}
 """Settings that only one experiment has."""
@@ -31,7 +30,7 @@ class Cell:
     measure: Literal["perplexity", "zero-shot", "runtime"]
     label: str
     pattern: str
-    recipe: Recipe | None
+    how: Recipe | Search | None
     """None for the model as it is."""
 
     samples: int | None
@@ -89,10 +88,7 @@ class Experiment:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ExperimentError(
-                f"There is no experiment {self.name!r}.{nearest(self.name, NAMES)} Known: {', '.join(NAMES)}."
-            )
+        _check_name(self.name)
         for key in (
             "model",
             "methods",
@@ -156,21 +152,35 @@ class Experiment:
             yield Cell(self.measure, "dense", "", None, None, None)
         for pattern in self.patterns:
             for method in self.methods:
-                label, recipe = labelled(method, pattern=pattern, schedule=self.schedule)
-                if recipe.is_auto and self.measure == "runtime":
+                label, how = labelled(method, pattern=pattern, schedule=self.schedule)
+                if isinstance(how, Search) and self.measure == "runtime":
                     raise ExperimentError(f"The experiment runtime times a method, and {label!r} is yet to choose one.")
-                is_calibrated = recipe.is_auto or recipe.pruner().needs is not Statistic.NONE
+                # An allocation measures the dense model, whatever the pruner needs.
+                is_calibrated = isinstance(how, Search) or bool(how.pruner().needs) or how.allocation != "uniform"
                 for samples in self.sizes or [self.samples]:
                     for seed in self.seeds:
                         calibration = (samples, seed) if is_calibrated else (None, None)
-                        yield Cell(self.measure, label, _pattern_name(pattern), recipe, *calibration)
+                        yield Cell(self.measure, label, how.pattern, how, *calibration)
+
+
+def load_experiments(name: str, given: Mapping[str, Any]) -> list[Experiment]:
+    """The experiment of this name, or every one for `all`: then a setting that only one has goes to that one.
+
+    Args:
+        name: one of `NAMES`, or `all`.
+        given: as for `Experiment.load`.
+
+    Raises:
+        ExperimentError: as `Experiment.load`.
+        RecipeError: as `Experiment.load`.
+    """
+    if name != ALL:
+        return [Experiment.load(name, given)]
+    own = {one: {key: value for key, value in given.items() if OWNER.get(key, one) == one} for one in NAMES}
+    return [Experiment.load(one, settings) for one, settings in own.items()]
 
 
 def _check_name(name: str) -> None:
     if name not in NAMES:
-        raise ExperimentError(f"There is no experiment {name!r}.{nearest(name, NAMES)} Known: {', '.join(NAMES)}.")
-
-
-def _pattern_name(pattern: str) -> str:
-    """`50%` for `50.0 %`, so that equal cells are found to be equal."""
-    return str(parse_shorthand(pattern))
+        known = (*NAMES, ALL)
+        raise ExperimentError(f"There is no experiment {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")

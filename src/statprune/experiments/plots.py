@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from statprune.errors import ExperimentError, nearest
 from statprune.experiments.grid import finished, ratio, spread, three_digits
-from statprune.experiments.tables import REFERENCE, group, pruned, sparsity
-from statprune.methods.patterns import Unstructured, parse_shorthand
+from statprune.experiments.tables import REFERENCE, group, pattern_of, pruned, sparsity
 from statprune.results import DENSE, Result
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def figure(experiment: str, results: Sequence[Result]) -> "Figure":
         )
     measured = [r for r in results if r.error is None and (experiment != "sparsity" or _is_on_the_axis(r))]
     if not pruned(measured):
-        raise ExperimentError(f"figure({experiment!r}, ...): got no finished result of a pruned model; expected at least one.")
+        raise ExperimentError(f"figure({experiment!r}, ...): got no finished result of a pruned model that it can show.")
     try:
         import matplotlib
     except ImportError as e:
@@ -125,7 +124,8 @@ def _calibration(results: Sequence[Result]) -> "Figure":
 
 def _is_on_the_axis(result: Result) -> bool:
     """2:4 is no point of a line through 30, 50 and 70 %."""
-    return result.label == DENSE or isinstance(parse_shorthand(result.pattern), Unstructured)
+    pattern = pattern_of(result.pattern)
+    return result.label == DENSE or (pattern is not None and pattern.is_unstructured)
 
 
 def _lines(ax: "Axes", results: Sequence[Result], position: Callable[[Result], float], labels: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from statprune.checkpoint import refuse_existing
@@ -20,7 +20,7 @@ from statprune.clock import timed
 from statprune.data import standard_library_text
 from statprune.errors import number_of
 from statprune.experiments.compare import Cell
-from statprune.progress import Say, unsaid
+from statprune.progress import Progress, Say, silent, unsaid
 from statprune.recipe import Recipe
 from statprune.training.callback import StatisticalPruning
 from statprune.training.modules import CausalLM, TextData
@@ -39,7 +39,7 @@ def quickstart(
     *,
     steps: int = 400,
     seed: int = 0,
-    progress_bar: bool = True,
+    progress: Progress = silent,
     say: Say = unsaid,
 ) -> list[Cell]:
     """Train, prune, compare; leave a dense and a sparse model and the texts in `output` for the other commands.
@@ -49,7 +49,7 @@ def quickstart(
             `texts/held-out.txt`.
         steps: of training; the default takes about a minute on two cores.
         seed: of the initial weights and of the windows.
-        progress_bar: Lightning's.
+        progress: called after each training step, and then after each cell.
         say: called with each step in words.
 
     Raises:
@@ -84,7 +84,8 @@ def quickstart(
             f"training a LLaMA of {num_parameters / 1e6:.1f} M parameters for {number_of(steps, 'step')} with a Lightning "
             "Trainer"
         )
-        _trainer(progress_bar, max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0).fit(module, datamodule=data)
+        trainer = _trainer(max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0, callbacks=[_Steps(progress, steps)])
+        trainer.fit(module, datamodule=data)
     module.model.save_pretrained(output / "dense")
     tokenizer.save_pretrained(output / "dense")
 
@@ -93,15 +94,16 @@ def quickstart(
     for pattern in PATTERNS:
         for method in METHODS:
             module.load_state_dict(trained)
-            recipe = Recipe.parse(method, pattern=pattern)
+            recipe = Recipe(method, pattern)
             is_last = (pattern, method) == (PATTERNS[-1], METHODS[-1])
             pruning = StatisticalPruning(recipe, output=str(output / "sparse") if is_last else None)
             seconds: dict[str, float] = {}
             with _quiet_lightning(), timed(seconds, "cell"):
-                measured = _trainer(False, callbacks=[pruning]).validate(module, datamodule=data, verbose=False)[0]
+                measured = _trainer(callbacks=[pruning]).validate(module, datamodule=data, verbose=False)[0]
             cells[0] = Cell("dense", "", measured["dense_perplexity"], 0.0, {})
             cells.append(Cell(method, pattern, measured["pruned_perplexity"], seconds["cell"], recipe.to_dict()))
             say(f"{method} at {pattern}: perplexity {cells[-1].perplexity:.2f} (dense {cells[0].perplexity:.2f})")
+            progress(len(cells) - 1, len(PATTERNS) * len(METHODS), f"{method} at {pattern}")
     return cells
 
 
@@ -165,13 +167,23 @@ def _quiet_lightning() -> Iterator[None]:
     logger.setLevel(level)
 
 
-def _trainer(progress_bar: bool, **settings: Any) -> Trainer:
+class _Steps(Callback):
+    """Tells how far the training is."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps = progress, steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.progress(trainer.global_step, self.steps, "training steps")
+
+
+def _trainer(**settings: Any) -> Trainer:
     """A Trainer that writes no files and leaves the terminal to us."""
     return Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=progress_bar,
+        enable_progress_bar=False,
         **settings,
     )

@@ -1,6 +1,6 @@
 """Run experiments: for each model, cell after cell, each written when it is finished; what is in the file is not run again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,8 +22,7 @@ from statprune.experiments.tables import markdown, write_csv
 from statprune.experiments.zero_shot import ZeroShot
 from statprune.loading import choose_device, fingerprint, load_causal, load_config, load_tokenizer, window_length
 from statprune.model.inputs import bind_batches
-from statprune.model.sites import TracedModel
-from statprune.model.survey import survey
+from statprune.model.layers import Layers, find_layers
 from statprune.perplexity import evaluate
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.recipe import Recipe
@@ -40,8 +39,18 @@ class Outcome:
     tables: dict[str, str]
     """Markdown, by experiment."""
 
+    pictures: list[str]
+    """The experiments that have one."""
+
     failures: list[str]
     """One line for each cell, model or experiment that failed."""
+
+    @property
+    def contents(self) -> str:
+        """What the output folder holds, in words; empty where nothing was measured."""
+        if not self.tables:
+            return ""
+        return f"tables{', pictures' if self.pictures else ''} and every measurement"
 
 
 def run(
@@ -55,19 +64,25 @@ def run(
 
     Args:
         experiments: of one protocol (see `Experiment.protocol`). Each model is loaded once for all of them.
-        output: a folder; gets `cells.jsonl`, and for each experiment NAME.csv, NAME.md and, where there is one, NAME.png.
+        output: a folder; gets `cells.jsonl`, and for each experiment of which anything was measured NAME.csv, NAME.md and,
+            where there is one and matplotlib is installed, NAME.png.
         progress: called before each cell, with how many are done and what is next, and at the end.
-        say: called with each new result in words.
+        say: called with each new result in words, and where there will be no pictures.
 
     Returns:
         The tables, and what failed; a cell that fails is recorded, and the rest goes on.
 
     Raises:
         ResultsError: the folder holds results of another protocol or other versions.
-        ExperimentError: the experiments have several protocols; matplotlib is missing.
+        ExperimentError: the experiments have several protocols.
     """
     output = Path(output)
     file = ResultsFile(output / CELLS, _common_protocol(experiments), versions())
+    if not (has_pictures := find_spec("matplotlib") is not None) and any(one.name in PICTURED for one in experiments):
+        say(
+            "there will be tables and no pictures, which need matplotlib: pip install 'statprune[experiments]'. With it, the "
+            "same command draws them from what is measured."
+        )
     failures: list[str] = []
     tasks = _open_tasks(experiments, failures)
     ready = [experiment for experiment in experiments if experiment.measure != "zero-shot" or tasks is not None]
@@ -102,9 +117,10 @@ def run(
         elif is_new:
             say(f"{title}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in result.values.items()))
     progress(len(jobs), len(jobs), "")
-    shown = [experiment for experiment in ready if found[experiment.name]]
-    tables: dict[str, str] = {experiment.name: _write(experiment, found[experiment.name], output) for experiment in shown}
-    return Outcome(tables, failures)
+    shown = {name: results for name, results in found.items() if any(result.error is None for result in results)}
+    tables: dict[str, str] = {name: _write(name, results, output) for name, results in shown.items()}
+    pictured = [name for name in shown if has_pictures and name in PICTURED]
+    return Outcome(tables, [name for name in pictured if _draw(name, shown[name], output, say)], failures)
 
 
 def _common_protocol(experiments: Sequence[Experiment]) -> dict[str, Any]:
@@ -114,8 +130,6 @@ def _common_protocol(experiments: Sequence[Experiment]) -> dict[str, Any]:
             "These experiments have several protocols, and one output folder holds one: give --calibration, --text, --windows, "
             "--seqlen, --batch-size, --dtype and --device for all, or run them one by one into folders of their own."
         )
-    if any(experiment.name in PICTURED for experiment in experiments) and find_spec("matplotlib") is None:
-        raise ExperimentError("The pictures need matplotlib: pip install 'statprune[experiments]'.")
     device = torch.device(choose_device(experiments[0].device))
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return {**protocol, "hardware": hardware}
@@ -142,13 +156,13 @@ class _Bench:
         self.tokenizer = load_tokenizer(path)
         self.fingerprint = fingerprint(path, config)
         self._windows: dict[Any, Tensor] = {}
-        self._traced: dict[Any, TracedModel | None] = {}
+        self._layers: dict[Any, Layers] = {}
 
     def result(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None, file: ResultsFile) -> tuple[Result, bool]:
         """The cell's result, and whether it was measured now; a failure is a result with an error."""
         result = Result(
             cell.measure, self.name, cell.label, cell.pattern, cell.samples, cell.seed,
-            recipe=cell.recipe.to_dict() if cell.recipe else {}, details={"model": self.fingerprint, "seqlen": self.seqlen},
+            recipe=cell.how.to_dict() if cell.how else {}, details={"model": self.fingerprint, "seqlen": self.seqlen},
         )  # fmt: skip
         try:
             result.details.update(self._data_details(cell, experiment, tasks))
@@ -184,16 +198,17 @@ class _Bench:
         if cell.samples is not None and cell.seed is not None:
             windows = self._calibration(cell.samples, cell.seed)
         else:
-            windows = torch.zeros(1, self.seqlen, dtype=torch.int64)  # any tokens do, to find the layers
+            windows = torch.zeros(batch_size, self.seqlen, dtype=torch.int64)  # any tokens do, to find the layers
+        batches = windows.split(batch_size)
         if cell.measure == "runtime":
-            assert cell.recipe is not None
-            inputs = bind_batches(self.model, windows.split(batch_size))
-            groups = survey(self.model, cell.recipe).groups
-            return *measure_block(self.model, groups, inputs, cell.recipe.pruner(), rounds=experiment.rounds), None
+            assert isinstance(cell.how, Recipe)
+            inputs = bind_batches(self.model, batches)
+            return *measure_block(self._find_layers(batches), inputs, cell.how, rounds=experiment.rounds), None
         twin, seconds = PruningPlan(), {}
-        if cell.recipe is not None:
+        if cell.how is not None:
+            layers = self._find_layers(batches)
             with measured(self.model.device) as cost:
-                twin = self._prune(windows.split(batch_size), cell.recipe)
+                twin = plan(self.model, batches, cell.how, traced=layers)
             seconds = {"pruning seconds": cost.seconds}
         chosen = _described(Recipe.from_dict(twin.report.recipe)) if twin.report.chosen_by else None
         if cell.measure == "zero-shot":
@@ -202,11 +217,12 @@ class _Bench:
         perplexity = evaluate(self.model, self._evaluation(), batch_size=batch_size, weights=twin.weights)
         return {"perplexity": perplexity, **seconds}, None, chosen
 
-    def _prune(self, batches: Sequence[Tensor], recipe: Recipe) -> PruningPlan:
+    def _find_layers(self, batches: Sequence[Tensor]) -> Layers:
+        """Exported once for all cells whose batches have the same shapes."""
         shapes = tuple(dict.fromkeys(tuple(batch.shape) for batch in batches))
-        twin = plan(self.model, batches, recipe, traced=self._traced.get(shapes))
-        self._traced[shapes] = twin.traced
-        return twin
+        if shapes not in self._layers:
+            self._layers[shapes] = find_layers(self.model, bind_batches(self.model, batches))
+        return self._layers[shapes]
 
     def _calibration(self, samples: int, seed: int) -> Tensor:
         if (samples, seed) not in self._windows:
@@ -227,19 +243,25 @@ class _Bench:
         return self._windows["evaluation"]
 
 
-def _write(experiment: Experiment, results: Sequence[Result], output: Path) -> str:
-    output.mkdir(parents=True, exist_ok=True)
-    write_csv(results, output / f"{experiment.name}.csv")
-    table = markdown(experiment.name, results, Published.load())
-    (output / f"{experiment.name}.md").write_text(table + "\n", encoding="utf-8")
-    if experiment.name in PICTURED and any(result.error is None for result in results):
-        plot(experiment.name, results, output / f"{experiment.name}.png")
+def _write(experiment: str, results: Sequence[Result], output: Path) -> str:
+    write_csv(results, output / f"{experiment}.csv")
+    table = markdown(experiment, results, Published.load())
+    (output / f"{experiment}.md").write_text(table + "\n", encoding="utf-8")
     return table
 
 
+def _draw(experiment: str, results: Sequence[Result], output: Path, say: Say) -> bool:
+    """Whether there was anything to draw."""
+    try:
+        plot(experiment, results, output / f"{experiment}.png")
+    except ExperimentError as e:
+        say(f"{experiment}: no picture: {e}")
+        return False
+    return True
+
+
 def _described(recipe: Recipe) -> str:
-    assert isinstance(recipe.allocation, Mapping)
-    allocation = recipe.allocation["name"]
+    allocation = recipe.allocation.partition(":")[0]
     return f"{recipe.method} ({recipe.schedule}{'' if allocation == 'uniform' else f', {allocation}'})"
 
 

@@ -12,25 +12,26 @@ from torch import Tensor, nn
 
 from statprune.errors import ExperimentError
 from statprune.experiments.cost import measured, peak_of_tensors
-from statprune.methods.pruner import WeightPruner
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
-from statprune.model.segments import blocks
+from statprune.model.layers import Layers
+from statprune.model.schedule import blocks
 from statprune.model.sites import InputGroup
-from statprune.model.undisturbed import eval_mode, without_cache
+from statprune.model.undisturbed import undisturbed
+from statprune.recipe import Recipe
+from statprune.selection import select
 
 
 @torch.no_grad()
 def measure_block(
-    model: nn.Module, groups: Sequence[InputGroup], batches: Sequence[ModelInputs], pruner: WeightPruner, *, rounds: int
+    layers: Layers, inputs: Sequence[ModelInputs], recipe: Recipe, *, rounds: int
 ) -> tuple[dict[str, float], int]:
-    """Time one block with one method; the model is left as it is.
+    """Time the first block of what a recipe prunes; the model is left as it is.
 
     Args:
-        model: any module whose first block consists of linear modules.
-        groups: what would be pruned, in execution order; the first block of it is measured.
-        batches: calibration data, on the model's device.
-        pruner: the method.
+        layers: of a model whose first block consists of linear modules.
+        inputs: calibration data, on the model's device.
+        recipe: its pruner is timed.
         rounds: how often each time is taken, after one round that measures the memory.
 
     Returns:
@@ -39,8 +40,10 @@ def measure_block(
 
     Raises:
         ExperimentError: a layer of the block is no module of its own.
+        SiteError: as `select`.
     """
-    block = blocks(groups)[0]
+    model, pruner = layers.model, recipe.pruner()
+    block = blocks(select(layers.groups, layers.left_out, recipe).groups)[0]
     device = next(model.parameters()).device
     weights = {
         site.parameter: site.view(model.get_parameter(site.parameter).detach()) for group in block for site in group.sites
@@ -51,12 +54,12 @@ def measure_block(
             for site in group.sites:
                 pruner(weights[site.parameter], moments.get(group.name))
 
-    moments, _ = _collect(model, block, batches, pruner.needs, device)
+    moments, _ = _collect(model, block, inputs, pruner.needs, device)
     size = sum(total.nbytes for one in moments.values() for total in one.totals())
     peak_memory = size + peak_of_tensors(lambda: prune(moments), device)
     times: list[tuple[float, float]] = []
     for _ in range(rounds):
-        moments, seconds = _collect(model, block, batches, pruner.needs, device)
+        moments, seconds = _collect(model, block, inputs, pruner.needs, device)
         with measured(device) as cost:
             prune(moments)
         times.append((seconds, cost.seconds))
@@ -68,11 +71,9 @@ def _collect(
     model: nn.Module, block: Sequence[InputGroup], batches: Sequence[ModelInputs], needs: Statistic, device: torch.device
 ) -> tuple[dict[str, InputMoments], float]:
     """The statistics of the block's groups, and the seconds that adding to them took."""
-    if needs is Statistic.NONE:
+    if not needs:
         return {}, 0.0
-    moments = {
-        group.name: InputMoments.zeros(group.in_features, gram=needs is Statistic.GRAM, device=device) for group in block
-    }
+    moments = {group.name: InputMoments.zeros(group.in_features, needs, device=device) for group in block}
     seconds = 0.0
     missing: set[str] = set()
 
@@ -90,7 +91,7 @@ def _collect(
 
     handles = [_module_of(model, group).register_forward_pre_hook(hook_for(group)) for group in block]
     try:
-        with eval_mode(model), without_cache(model):
+        with undisturbed(model):
             for batch in batches:
                 missing |= moments.keys()
                 try:

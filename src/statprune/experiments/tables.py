@@ -4,6 +4,7 @@ results -> layout of the experiment -> entries by (row, column) -> grid -> Markd
 """
 
 import csv
+import functools
 import math
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from statprune.errors import ExperimentError, nearest
+from statprune.errors import ExperimentError, RecipeError, nearest
 from statprune.experiments.grid import (
     Best,
     Entry,
@@ -27,7 +28,8 @@ from statprune.experiments.grid import (
 )
 from statprune.experiments.published import Published
 from statprune.markdown import escape
-from statprune.methods.patterns import NM, Unstructured, parse_shorthand
+from statprune.methods.patterns import ModelPattern
+from statprune.recipe import Recipe
 from statprune.results import DENSE, Result
 
 COLUMNS = (
@@ -75,12 +77,17 @@ def markdown(experiment: str, results: Sequence[Result], published: Published) -
 
 def sparsity(pattern: str) -> float:
     """The fraction of zeros that a pattern asks for, 0.5 for `50%` and for `2:4`; NaN where its name does not say."""
-    match parse_shorthand(pattern):
-        case Unstructured(sparsity=fraction):
-            return fraction
-        case NM(keep=keep, of=of):
-            return 1 - keep / of
-    return math.nan
+    found = pattern_of(pattern)
+    return math.nan if found is None else found.sparsity
+
+
+@functools.cache
+def pattern_of(text: str) -> ModelPattern | None:
+    """The pattern that this text stands for in a recipe; None where it stands for none."""
+    try:
+        return Recipe("magnitude", text).build_pattern()
+    except RecipeError:
+        return None
 
 
 def group(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, list[Result]]:

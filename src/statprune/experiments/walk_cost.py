@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from statprune.errors import TracingError
 from statprune.experiments.cost import measured
-from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
-from statprune.model.trace import eval_mode, trace
-from statprune.model.walk import walk
+from statprune.model.inputs import bind_batches
+from statprune.model.layers import find_layers
+from statprune.model.undisturbed import undisturbed
 from statprune.progress import Progress, silent
 from statprune.recipe import Recipe
 from statprune.selection import select
@@ -37,7 +37,6 @@ class WalkCost:
         return statistics.median(self.ratios)
 
 
-@torch.no_grad()
 def measure_walk(model: nn.Module, batches: Sequence[Tensor], *, rounds: int = 5, progress: Progress = silent) -> WalkCost:
     """Time the walk against a plain forward pass, after one round that does not count.
 
@@ -46,20 +45,26 @@ def measure_walk(model: nn.Module, batches: Sequence[Tensor], *, rounds: int = 5
         batches: token tensors.
         rounds: how many to count; a round times both, one after the other.
         progress: called after each round.
+
+    Raises:
+        TracingError: the model cannot be exported.
     """
     inputs = bind_batches(model, batches)
     device = next(model.parameters()).device
     with measured(device) as export:
-        traced = trace(model, example_batch(inputs), dynamic_dims(inputs))
-    groups = select(traced.groups, traced.left_out, Recipe(pattern="50%")).groups
+        layers = find_layers(model, inputs)
+    if layers.traced is None:
+        raise TracingError(f"The walk goes along the model's graph, and there is none: {layers.reason}")
+    groups = select(layers.groups, layers.left_out, Recipe("magnitude", "0%")).groups
     times: list[tuple[float, float]] = []
-    with eval_mode(model):
+    with undisturbed(model):
         for index in range(rounds + 1):
             with measured(device) as forward:
                 for batch in inputs:
-                    model(**batch.kwargs, use_cache=False)
+                    model(*batch.args, **batch.kwargs)
             with measured(device) as walked:
-                walk(traced, groups, inputs, lambda group, moments: None)
+                for _ in layers.observe(groups, inputs):
+                    pass
             times += [(forward.seconds, walked.seconds)] if index else []
             progress(index, rounds, "rounds")
     return WalkCost(export.seconds, tuple(forward for forward, _ in times), tuple(walked for _, walked in times))

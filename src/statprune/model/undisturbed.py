@@ -57,5 +57,5 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer, copy in before:
             module._buffers[name] = buffer
-            if not torch.equal(buffer, copy):
+            if not buffer.is_meta and not torch.equal(buffer, copy):
                 buffer.copy_(copy)
