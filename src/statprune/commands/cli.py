@@ -176,7 +176,7 @@ def _parser() -> ArgumentParser:
         prog="statprune", usage="statprune COMMAND ...", formatter_class=_HelpFormatter,
         description="Make trained language models sparse, without retraining, and prove what was done.", epilog=TEACHING,
     )  # fmt: skip
-    subcommands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
+    subcommands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND", prog="statprune")
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, _command_parser(name, function), help=_for_argparse(_first_line(function)))
     return parser
