@@ -9,6 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from exports import Exports
+from two_ranks import TwoRanks
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 # Two cores, perhaps shared with other tests: threads would only wait for each other on models this small.
@@ -21,6 +24,30 @@ logging.getLogger("torch.__trace").addFilter(lambda *_: False)
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exports():
+    return Exports()
+
+
+@pytest.fixture(autouse=True)
+def _one_export_for_each_architecture(request, monkeypatch, exports):
+    if "real_export" not in request.keywords:
+        monkeypatch.setattr("statprune.model.layers.trace", exports)
+
+
+def pytest_collection_modifyitems(items):
+    # First, so that one worker of pytest-xdist gets them all, and one pair of processes will do.
+    items.sort(key=lambda item: "two_ranks" not in item.fixturenames)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """`two_ranks(function, *arguments)` calls `function(rank, *arguments)` in two processes that share a gloo group."""
+    pair = TwoRanks()
+    yield pair
+    pair.stop()
 
 
 @pytest.fixture(scope="session")

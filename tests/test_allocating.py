@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import socket
 
 import pytest
 import torch
@@ -11,15 +10,15 @@ from torch import nn
 
 import statprune
 from statprune import Recipe
-from statprune.allocation import allocate, error_energy
+from statprune.allocation import TOKENS_PER_CHUNK, allocate, total_divergence
 from statprune.checkpoint import save, verify
 from statprune.errors import CalibrationError, CheckpointError, NonFiniteError, SiteError
 from statprune.methods.patterns import Counted, Unstructured
-from statprune.methods.pruner import PrunedWeight
+from statprune.methods.pruner import PrunedWeight, error_energy
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches
-from statprune.model.kinds import TOKENS_PER_CHUNK, total_divergence
-from statprune.model.trace import trace
+from statprune.model.layers import find_layers
+from statprune.model.weights import InPlace
 from statprune.selection import select
 from tiny_models import classifier, llama, refused, snapshot, t5, tokens
 
@@ -37,7 +36,7 @@ def batches():
 
 @pytest.fixture(scope="module")
 def traced(model, batches):
-    return trace(model, bind_batches(model, batches)[0])
+    return find_layers(model, bind_batches(model, batches))
 
 
 def zeros(twin):
@@ -54,7 +53,7 @@ def test_the_whole_model_has_exactly_the_zeros_asked_for(model, batches, traced,
     twin = statprune.plan(model, batches, recipe, traced=traced)
     expected = Unstructured(0.553).num_pruned(twin.report.num_weights)
     assert sum(zeros(twin).values()) == sum(site.num_pruned for site in twin.report.sites) == expected
-    spread = recipe.allocation["spread"]
+    spread = recipe.build_allocation().spread
     for site in twin.report.sites:
         assert 0.553 - spread - 1 / site.num_weights <= site.sparsity <= 0.553 + spread + 1 / site.num_weights
         pattern = Counted(**{key: value for key, value in site.pattern.items() if key != "name"})
@@ -89,7 +88,7 @@ def test_sensitivity_prunes_what_the_loss_does_not_feel(batches):
 
 def test_uniform_does_what_was_done_before_and_measures_nothing(model, batches, traced):
     selection = select(traced.groups, traced.left_out, Recipe(pattern="50%"))
-    found = allocate(model, traced, selection, [], Recipe(pattern="50%"))
+    found = allocate(traced, selection, [], Recipe(pattern="50%"), InPlace(model))
     assert found.selection is selection
     assert found.patterns == {}
 
@@ -245,24 +244,13 @@ def test_a_loss_that_is_not_finite_names_the_layer(batches, monkeypatch):
         statprune.prune(model, batches, Recipe("wanda", pattern="50%", allocation="sensitivity"))
 
 
-def _rank(rank, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _zeros_by_loss(rank, num_ranks, probes):
     torch.manual_seed(1)
     every = [tokens(2, 9) for _ in range(4)]
-    recipe = Recipe("wanda", pattern="50%", allocation="sensitivity:probes=2")
-    twin = statprune.plan(llama(), every[rank::2], recipe)
-    torch.save(zeros(twin), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    recipe = Recipe("wanda", pattern="50%", allocation=f"sensitivity:probes={probes}")
+    return zeros(statprune.plan(llama(), every[rank::num_ranks], recipe))
 
 
-def test_all_ranks_come_to_the_allocation_of_one_process_with_all_the_data(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
-    torch.manual_seed(1)
-    every = [tokens(2, 9) for _ in range(4)]
-    one = statprune.plan(llama(), every, Recipe("wanda", pattern="50%", allocation="sensitivity:probes=4"))
-    ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
-    assert ranks[0] == ranks[1] == zeros(one)
+def test_all_ranks_come_to_the_allocation_of_one_process_with_all_the_data(two_ranks):
+    first, second = two_ranks(_zeros_by_loss, 2, 2)
+    assert first == second == _zeros_by_loss(0, 1, 4)

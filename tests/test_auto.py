@@ -6,16 +6,15 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 import statprune
-from statprune import CausalLM, Recipe, StatisticalPruning
-from statprune.api import choose
+from statprune import CausalLM, Recipe, Search, StatisticalPruning
 from statprune.checkpoint import verify
 from statprune.commands.cli import main
-from statprune.errors import ExperimentError, ModelError, RecipeError
+from statprune.errors import ExperimentError, ModelError
 from statprune.experiments.compare import compare
 from statprune.experiments.definition import Experiment
 from statprune.training.modules import WindowDataset
 from statprune.tuning.candidates import BASELINES
-from statprune.tuning.search import Search
+from statprune.tuning.search import SearchRun
 from tiny_models import changed, classifier, llama, refused, snapshot, tokens
 
 pytestmark = pytest.mark.usefixtures("few")
@@ -31,8 +30,8 @@ def few(monkeypatch):
 @pytest.fixture
 def searches(monkeypatch):
     """One entry for each time that something is tuned."""
-    run, made = Search.run, []
-    monkeypatch.setattr(Search, "run", lambda self: made.append(self) or run(self))
+    run, made = SearchRun.run, []
+    monkeypatch.setattr(SearchRun, "run", lambda self: made.append(self) or run(self))
     return made
 
 
@@ -41,54 +40,19 @@ def windows(number=8):
     return tokens(number, 12)
 
 
-def test_an_auto_recipe_is_plain_data_like_any_other(tmp_path):
-    recipe = Recipe("auto:minutes=5", pattern="50%", ignore=["*.down_proj"])
-    assert recipe.is_auto
-    assert not Recipe().is_auto
-    assert recipe.method == "auto:minutes=5"
-    assert Recipe("auto").method == "auto"
-    assert recipe.criterion == {"name": "auto", "minutes": 5}
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    assert Recipe(recipe.method, pattern="50%", ignore=["*.down_proj"]) == recipe
-    (tmp_path / "recipe.yaml").write_text("{criterion: 'auto:minutes=5', pattern: 50%, ignore: ['*.down_proj']}")
-    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
-
-
 def test_what_unstructured_weights_compete_in_is_for_the_chosen_method_unless_it_is_given():
-    assert Recipe("auto", pattern="50%").pattern == {"name": "unstructured", "sparsity": 0.5}
-    given = {"name": "unstructured", "sparsity": 0.5, "rank_over": "layer"}
-    assert Recipe("auto", pattern=given).pattern == given
     tuned = statprune.tune(llama(), windows(4).split(2), pattern="50%", minutes=1e-6)
-    ranked = {trial.recipe.method: trial.recipe.pattern["rank_over"] for trial in tuned.trials}
+    ranked = {trial.recipe.method: trial.recipe.build_pattern().rank_over for trial in tuned.trials}
     assert ranked == {"wanda": "row", "cvr+energy": "row", "sparsegpt": "layer"}
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Recipe("auto").pruner(), r"'auto'\) names no method yet: expected one such as 'cvr'"),
-        (lambda: Recipe("auto:minutes=0"), r"auto\(minutes=0\): expected a number above 0"),
-        (lambda: Recipe("auto:hours=1"), "'auto' has no setting 'hours'.*Its settings are minutes"),
-        (lambda: Recipe("auto+energy"), "auto chooses the compensation itself"),
-        (lambda: Recipe("auto", compensation="least-squares"), "auto chooses the compensation itself"),
-        (lambda: Recipe("auto", pattern="50%", allocation="owl"), "`auto` tries allocations itself"),
-        (lambda: Recipe("autoo"), "does not exist.*Did you mean 'auto'"),
-        (lambda: Recipe("auto", pattern="5:4"), "expected 0 < keep <= of"),
-    ],
-)
-def test_what_an_auto_recipe_cannot_be_is_refused(make, message):
-    with pytest.raises(RecipeError, match=message):
-        make()
 
 
 def test_prune_chooses_and_then_prunes_with_all_batches_and_the_report_says_so(searches):
     model, batches = llama(), windows().split(2)
-    report = statprune.prune(model, iter(batches), Recipe("auto:minutes=1", pattern="2:4"))
+    report = statprune.prune(model, iter(batches), "auto:minutes=1", pattern="2:4")
     assert len(searches) == 1
     chosen = Recipe.from_dict(report.recipe)
-    assert not chosen.is_auto
     assert report.num_batches == 4
-    assert report.chosen_by["recipe"]["criterion"] == {"name": "auto", "minutes": 1}
+    assert report.chosen_by["search"] == Search(minutes=1).to_dict()
     assert f"{chosen.method}, {chosen.schedule}" in report.chosen_by["finalists"]
     assert min(report.chosen_by["finalists"].values()) == report.chosen_by["perplexity"]
     assert report.seconds["tune"] > 0
@@ -100,26 +64,21 @@ def test_prune_chooses_and_then_prunes_with_all_batches_and_the_report_says_so(s
 def test_plan_chooses_and_leaves_the_model_alone():
     model, batches = llama(), windows().split(2)
     before = snapshot(model)
-    twin = statprune.plan(model, iter(batches), Recipe("auto:minutes=1", pattern="50%"))
+    twin = statprune.plan(model, iter(batches), Search("50%", 1))
     assert changed(model, before) == set()
     again = statprune.plan(model, batches, Recipe.from_dict(twin.report.recipe), traced=twin.traced)
     assert all(torch.equal(weight, again.weights[name]) for name, weight in twin.weights.items())
 
 
-def test_a_recipe_with_a_method_is_chosen_already(searches):
-    choice = choose(llama(), [], Recipe("wanda"))
-    assert (choice.recipe, choice.record, searches) == (Recipe("wanda"), None, [])
-
-
 def test_a_model_without_a_perplexity_is_refused():
     with refused(model := classifier(), ModelError, "not a causal language model"):
-        statprune.prune(model, [torch.randn(4, 8)], Recipe("auto"))
+        statprune.prune(model, [torch.randn(4, 8)], "auto")
 
 
 def test_compare_and_experiments_take_auto_as_a_method():
     cells = compare(llama(), windows(4), windows(4), methods=["wanda", "auto:minutes=1"], patterns=["2:4"], batch_size=2)
     assert [cell.method for cell in cells] == ["dense", "wanda", "auto:minutes=1"]
-    assert not Recipe.from_dict(cells[-1].recipe).is_auto
+    assert Recipe.from_dict(cells[-1].recipe).pattern == "2:4"
     settings = {"model": ["tiny"], "methods": ["auto"], "patterns": ["2:4"], "samples": 4}
     (_, cell) = Experiment.load("perplexity", settings).cells()
     assert (cell.label, cell.samples) == ("auto", 4)
@@ -136,7 +95,7 @@ def fit_trainer(*callbacks):
 
 def test_the_callback_chooses_once_and_keeps_the_choice(searches):
     data = DataLoader(WindowDataset(windows()), batch_size=2)
-    pruning = StatisticalPruning(Recipe("auto:minutes=1", pattern="2:4"), calibration=data)
+    pruning = StatisticalPruning(Search("2:4", 1), calibration=data)
     key, reports = pruning.state_key, []
 
     class Watch(statprune.training.callback.Callback):
@@ -149,7 +108,7 @@ def test_the_callback_chooses_once_and_keeps_the_choice(searches):
     assert len(reports) == 2
     assert {report.recipe["schedule"] for report in [*reports, pruning.report]} == {pruning.report.recipe["schedule"]}
     assert reports[0].recipe == reports[1].recipe == pruning.report.recipe == pruning.landed["recipe"]
-    assert pruning.report.chosen_by["recipe"] == pruning.recipe.to_dict()
+    assert pruning.report.chosen_by["search"] == pruning.recipe.to_dict()
     assert pruning.state_key == key
     assert pruning.report.sparsity == 0.5
 
@@ -157,7 +116,7 @@ def test_the_callback_chooses_once_and_keeps_the_choice(searches):
 def test_the_callback_chooses_in_validate_too(searches):
     data = DataLoader(WindowDataset(windows()), batch_size=2)
     module = CausalLM(llama())
-    pruning = StatisticalPruning(Recipe("auto:minutes=1", pattern="2:4"), calibration=data)
+    pruning = StatisticalPruning(Search("2:4", 1), calibration=data)
     fit_trainer(pruning).validate(module, data, verbose=False)
     assert len(searches) == 1
     assert pruning.report.chosen_by is not None
@@ -212,15 +171,15 @@ def test_the_command_prune_takes_auto(capsys, tmp_path, tiny_model_folder, optio
     assert "chosen by auto:" in out
     assert "candidates tried out on the calibration windows" in out
     record = verify(tmp_path / "out")
-    assert record["recipe"]["criterion"]["name"] != "auto"
-    assert record["chosen_by"]["recipe"]["criterion"] == {"name": "auto", "minutes": 1}
+    assert "auto" not in record["recipe"]["method"]
+    assert record["chosen_by"]["search"] == Search(minutes=1).to_dict()
     assert record["protocol"]["calibration"] == ["generated"]
 
 
 def test_the_command_refuses_what_cannot_be_tuned(capsys, tmp_path, tiny_model_folder, text):
     options = ("--calibration", text, "--output", tmp_path / "tuned")
     for given, message in (
-        (("--minutes", 0), "auto(minutes=0.0): expected a number above 0"),
+        (("--minutes", 0), "Search(minutes=0.0): expected a number above 0"),
         (("--samples", 1, "--seqlen", 16), "a single window: expected at least 2"),
         (("--pattern", "2:3", "--seqlen", 16), "does not divide its width of 16"),
     ):

@@ -18,6 +18,7 @@ from statprune.model.segments import blocks
 from statprune.model.sites import InputGroup, LinearSite
 from statprune.model.trace import trace
 from statprune.model.walk import _Executor, walk
+from statprune.model.weights import InPlace
 from tiny_models import classifier, gpt2, llama, refused, t5, tokens
 
 METHODS = ["wanda", "cvr+energy", "sparsegpt"]
@@ -284,7 +285,7 @@ def test_a_buffer_is_written_to_where_no_block_runs_twice():
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 
-def count_runs(monkeypatch, graph, batches, groups, schedule="block") -> Counter:
+def count_runs(monkeypatch, model, graph, batches, groups, schedule="block") -> Counter:
     """How often the linear of each parameter runs, over all batches."""
     runs, run = Counter(), _Executor.run
 
@@ -294,13 +295,14 @@ def count_runs(monkeypatch, graph, batches, groups, schedule="block") -> Counter
         return run(self, node, environment)
 
     monkeypatch.setattr(_Executor, "run", counted)
-    walk(graph, groups, batches, lambda *_: None, schedule=schedule)
+    for _ in walk(graph, groups, batches, InPlace(model), schedule=schedule):
+        pass
     return runs
 
 
 def test_layers_run_at_most_twice_and_those_behind_the_last_group_never(monkeypatch, traced):
     model, batches, graph = traced("llama")
-    runs = count_runs(monkeypatch, graph, bind_batches(model, batches), graph.groups[:-1])  # without lm_head
+    runs = count_runs(monkeypatch, model, graph, bind_batches(model, batches), graph.groups[:-1])  # without lm_head
     first = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"]
     # A rehearsal ends where its last group has seen its inputs, so the last layer of a block runs once: pruned.
     expected = {f"model.layers.0.{name}.weight": 8 for name in first}
@@ -312,7 +314,7 @@ def test_layers_run_at_most_twice_and_those_behind_the_last_group_never(monkeypa
 def test_blocks_of_one_group_are_not_rehearsed(monkeypatch):
     model, batches = classifier(), bind_batches(classifier(), [torch.randn(5, 8)] * 3)
     graph = trace(model, batches[0])
-    assert count_runs(monkeypatch, graph, batches, graph.groups[:2]) == {"0.weight": 3}
+    assert count_runs(monkeypatch, model, graph, batches, graph.groups[:2]) == {"0.weight": 3}
 
 
 def test_where_every_block_has_one_group_it_is_the_walk():
@@ -326,9 +328,10 @@ def held(num_layers: int) -> tuple[int, int]:
     model = llama(num_hidden_layers=num_layers)
     inputs = bind_batches(model, [tokens(4, 16), tokens(4, 16)])
     graph = trace(model, inputs[0])
+    weights = InPlace(model)
     sizes: list[int] = []
 
-    def measure(*_):
+    def measure():
         gc.collect()
         made = [thing for thing in gc.get_objects() if type(thing) is Tensor]
         sizes.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in made}.values()))
@@ -336,7 +339,9 @@ def held(num_layers: int) -> tuple[int, int]:
     gc.collect()
     gc.freeze()  # what there is now is not among gc.get_objects()
     try:
-        walk(graph, graph.groups[:-1], inputs, measure, schedule="block")
+        for _ in walk(graph, graph.groups[:-1], inputs, weights, schedule="block"):
+            measure()
+        del _
         most = max(sizes)
         measure()
     finally:
@@ -367,7 +372,8 @@ def test_values_of_a_rehearsal_die_as_soon_as_nothing_in_it_reads_them(monkeypat
         return run(self, node, environment)
 
     monkeypatch.setattr(_Executor, "run", counted)
-    walk(graph, graph.groups[:-1], bind_batches(model, batches), lambda *_: None, schedule="block")
+    for _ in walk(graph, graph.groups[:-1], bind_batches(model, batches), InPlace(model), schedule="block"):
+        pass
     first_time = dict(reversed(alive))
     by_layer = [
         [number for name, number in first_time.items() if f".layers.{layer}." in name and "down_proj" not in name]
@@ -423,7 +429,7 @@ def test_layers_that_share_their_inputs_with_an_earlier_block_are_pruned_with_th
 def test_a_graph_from_an_earlier_plan_saves_the_export(monkeypatch, schedule):
     model, batches = llama(num_hidden_layers=1), [tokens(2, 6), tokens(3, 5)]
     first = statprune.plan(model, batches, recipe_of("cvr+energy", schedule))
-    monkeypatch.setattr("statprune.engine.trace", lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr("statprune.model.layers.trace", lambda *_: pytest.fail("exported again"))
     again = statprune.plan(model, batches, recipe_of("cvr+energy", schedule), traced=first.traced)
     assert again.traced is first.traced
     assert_same_weights(again.weights, first.weights, rtol=0, atol=0)
@@ -477,6 +483,61 @@ def test_a_graph_of_fewer_inputs_than_it_was_made_for_is_refused():
 
 def test_a_graph_of_another_model_is_refused(traced_once):
     _, graph = traced_once
-    model = llama(num_hidden_layers=1)
-    with refused(model, TracingError, "another model"):
-        statprune.plan(model, [tokens(2, 6)], recipe_of("wanda"), traced=graph)
+    for model in (
+        llama(num_hidden_layers=2),
+        llama(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2),  # the same shapes, other heads
+        llama(num_hidden_layers=1, rms_norm_eps=1e-3),
+        llama(num_hidden_layers=1).bfloat16(),
+    ):
+        with refused(model, TracingError, "that of another model than this LlamaForCausalLM"):
+            statprune.plan(model, [tokens(2, 6)], recipe_of("wanda"), traced=graph)
+
+
+class Scaled(nn.Module):
+    """What its graph holds as a constant is no parameter."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.body, self.head = scale, nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x * self.scale).relu())
+
+
+@pytest.mark.parametrize("other", [3.0, torch.tensor(3.0)])
+def test_an_attribute_that_the_graph_holds_makes_another_model(other):
+    batches = [torch.randn(4, 8)]
+    graph = statprune.plan(Scaled(2.0), batches, recipe_of("wanda")).traced
+    model = Scaled(other)
+    with refused(model, TracingError, "that of another model than this Scaled"):
+        statprune.plan(model, batches, recipe_of("wanda"), traced=graph)
+
+
+@pytest.mark.parametrize("schedule", ["walk", "block", "one-shot"])
+def test_the_graph_of_one_instance_runs_another_bit_for_bit(traced_once, schedule):
+    _, graph = traced_once
+    other = llama(num_hidden_layers=1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(torch.rand_like(parameter))
+        other.model.rotary_emb.inv_freq.mul_(0.5)  # a buffer is the instance's own as well
+    batches = [tokens(2, 6), tokens(2, 6)]
+    own = statprune.plan(other, batches, recipe_of("cvr+energy", schedule))
+    through = statprune.plan(other, batches, recipe_of("cvr+energy", schedule), traced=graph)
+    assert own.traced is not graph
+    assert through.traced is graph
+    assert_same_weights(own.weights, through.weights, rtol=0, atol=0)
+    twin = through.graph_module()
+    assert torch.equal(twin(input_ids=batches[0]).logits, own.graph_module()(input_ids=batches[0]).logits)
+    report = through.apply_(other)
+    assert report is through.report
+    assert all(torch.equal(other.get_parameter(name), weight) for name, weight in own.weights.items())
+
+
+def test_a_plan_is_applied_whole_or_not_at_all():
+    model, other = classifier(), nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    plan = statprune.plan(model, [torch.randn(5, 8)], recipe_of("wanda"))
+    with refused(other, SiteError, r"2\.weight \(8, 12\) belongs to another model: Sequential has 2\.weight \(4, 12\)"):
+        plan.apply_(other)
+    with refused(other, SiteError, r"Sequential has no such parameter"):
+        statprune.PruningPlan({"9.weight": torch.zeros(2, 2)}).apply_(other)

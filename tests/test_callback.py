@@ -1,7 +1,5 @@
 import math
-import subprocess
 import sys
-import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +20,7 @@ from statprune.checkpoint import verify
 from statprune.errors import CalibrationError, CheckpointError, MaskError, SiteError
 from statprune.loading import load_model
 from statprune.model.trace import trace
+from statprune.report import PruningReport
 from statprune.training.modules import WindowDataset
 
 TOKENS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -285,6 +284,10 @@ def test_a_checkpoint_says_whether_its_weights_are_pruned(tmp_path):
     with pytest.raises(MaskError, match="has pruned this model already, after step 4"):
         fitted(classifying(), Classifier(), ckpt_path=tmp_path / "pruned.ckpt", max_epochs=2)
 
+    fitted(tuning := classifying("finetune"), tuned := Classifier(), ckpt_path=tmp_path / "pruned.ckpt", max_epochs=2)
+    assert torch.equal(tuned.features[0].weight == 0, landed["features.0.weight"] == 0)
+    assert tuning.report.finetuning_steps == 4
+
     # The one that was written while the model was dense: pruned in validate, trained on in fit.
     assert "dense_perplexity" in validated(callback, restored, ckpt_path=tmp_path / "dense.ckpt")
     assert (restored.features[0].weight == 0).float().mean() == 0.5
@@ -364,6 +367,31 @@ def test_a_model_that_changes_is_exported_anew(exports):
     assert module.calls == 8
     assert len(exports) == 2  # nothing is called between the second validation and the end
     assert (module.features[0].weight == 0).float().mean() == 0.5
+
+
+class Reports(Callback):
+    def __init__(self, pruning):
+        self.pruning, self.seen = pruning, []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.seen.append(self.pruning.report)
+
+
+def test_a_search_chooses_once_and_every_report_says_so(monkeypatch):
+    record, searched = {"perplexity": 2.0, "seconds": 1.5}, []
+    found = SimpleNamespace(recipe=Recipe("magnitude", "50%"), record=lambda: record)
+    monkeypatch.setattr("statprune.tuning.tune.search_recipe", lambda *call, **others: searched.append(call) or found)
+    pruning, module = StatisticalPruning("auto:minutes=1", pattern="50%"), Classifier()
+    assert pruning.recipe == Search("50%", 1)
+    key, reports = pruning.state_key, Reports(pruning)
+    trainer(pruning, reports, max_epochs=2, num_sanity_val_steps=0).fit(module, classifier_data(), classifier_data())
+    assert len(searched) == 1
+    for report in (*reports.seen, pruning.report, PruningReport.from_dict(pruning.landed["report"])):
+        assert report.recipe == found.recipe.to_dict()
+        assert report.chosen_by == record
+    assert len({id(report) for report in (*reports.seen, pruning.report)}) == 3
+    assert pruning.state_key == key
+    assert pruning.report.sparsity == 0.5
 
 
 def test_a_module_says_how_its_batches_become_inputs():
@@ -530,42 +558,25 @@ def test_a_pattern_that_yaml_takes_for_a_number_is_explained(init_args, tmp_path
         callback_from_yaml(init_args, tmp_path, monkeypatch)
 
 
-DDP_SCRIPT = """
-import sys
-import torch
-from lightning import Trainer
-from torch.utils.data import DataLoader
-import statprune
-from statprune import CausalLM, Recipe, StatisticalPruning
-from statprune.training.modules import WindowDataset
-sys.path.insert(0, sys.argv[1])
-from test_callback import TOKENS, tiny_llama
-
-torch.set_num_threads(1)
-devices, output = int(sys.argv[2]), sys.argv[3]
-module = CausalLM(tiny_llama())
-# One window a batch: two ranks see half of the windows each, one rank sees all of them.
-loader = DataLoader(WindowDataset(TOKENS), batch_size=4)
-trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
-                  enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, max_epochs=1,
-                  callbacks=[StatisticalPruning(Recipe(pattern="2:4"))], num_sanity_val_steps=0)
-module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
-trainer.fit(module, loader, loader)
-torch.save({"weights": dict(module.state_dict()), "metrics": trainer.callback_metrics}, f"{output}.{trainer.global_rank}")
-"""
+def _weights_and_metrics(rank, devices):
+    module = CausalLM(tiny_llama())
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    # Two ranks see half of the windows each, one rank sees all of them.
+    fit = trainer(
+        StatisticalPruning(Recipe(pattern="2:4")), max_epochs=1, num_sanity_val_steps=0,
+        devices=devices, strategy="ddp" if devices > 1 else "auto",
+    )  # fmt: skip
+    every = DataLoader(WindowDataset(TOKENS), batch_size=4)
+    fit.fit(module, every, every)
+    return module.state_dict(), {name: value.item() for name, value in fit.callback_metrics.items()}
 
 
-def test_two_ddp_ranks_prune_alike_and_as_one_process_with_all_the_data(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(DDP_SCRIPT))
-    for devices in (1, 2):
-        command = [sys.executable, script, __file__.rpartition("/")[0], str(devices), tmp_path / f"out{devices}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, rank0, rank1 = (torch.load(tmp_path / name, weights_only=True) for name in ("out1.0", "out2.0", "out2.1"))
-    for name, weight in one["weights"].items():
-        assert torch.equal(rank0["weights"][name], rank1["weights"][name]), name
-        assert torch.allclose(rank0["weights"][name], weight, atol=1e-6), name
-        assert torch.equal(rank0["weights"][name] == 0, weight == 0), name
+def test_two_ddp_ranks_prune_alike_and_as_one_process_with_all_the_data(two_ranks):
+    (first, metrics), (second, _) = two_ranks(_weights_and_metrics, 2)
+    one, metrics_of_one = _weights_and_metrics(0, 1)
+    for name, weight in one.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], weight, atol=1e-6), name
+        assert torch.equal(first[name] == 0, weight == 0), name
     for name in ("dense_perplexity", "pruned_perplexity", "pruned_output_error", "pruned_sparsity"):
-        assert rank0["metrics"][name] == pytest.approx(one["metrics"][name].item(), rel=1e-5), name
+        assert metrics[name] == pytest.approx(metrics_of_one[name], rel=1e-5), name

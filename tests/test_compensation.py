@@ -266,6 +266,8 @@ def test_energy_refuses_settings_out_of_range(settings, message):
 
 def test_what_each_compensation_needs():
     assert CORRECT.keys() == COMPENSATIONS.keys()
+    functions = {"none": none, "energy": energy, "activation-energy": activation_energy}
+    assert {name: COMPENSATIONS[name] for name in functions} == functions
     assert (none.needs, energy.needs, activation_energy.needs) == (Statistic.NONE, Statistic.NONE, Statistic.MOMENTS)
 
 
@@ -313,3 +315,29 @@ def test_channels_that_were_always_zero_leave_it_finite(second_moments):
 def test_activation_energy_refuses_what_energy_refuses(settings):
     with pytest.raises(ValueError, match=r"energy\("):
         activation_energy(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2).bool(), moments_of(0, 2), **settings)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_scale_of_the_inputs_changes_nothing(scale):
+    original, pruned, keep = random_weight(0, 5, 6)
+    second_moments = torch.rand(6, generator=torch.Generator().manual_seed(0)).tolist()
+    expected = activation_energy(original, pruned, keep, with_second_moments(*second_moments))
+    scaled = with_second_moments(*(scale * one for one in second_moments))
+    torch.testing.assert_close(activation_energy(original, pruned, keep, scaled), expected)
+
+
+def test_a_stack_is_weighted_matrix_by_matrix():
+    original, pruned, keep = random_weight(0, 2, 5, 6)
+    sums = [moments_of(seed, 6).sum_sq * 10.0 ** (12 * seed) for seed in range(2)]
+    stacked = InputMoments(torch.tensor([30, 30]), torch.zeros(2, 6), torch.stack(sums))
+    together = activation_energy(original, pruned, keep, stacked)
+    for index, sum_sq in enumerate(sums):
+        alone = InputMoments(torch.tensor(30), torch.zeros(6), sum_sq)
+        torch.testing.assert_close(together[index], activation_energy(original[index], pruned[index], keep[index], alone))
+
+
+def test_a_mean_of_the_inputs_counts():
+    # E[x^2] = 1 + 3 and 0 + 4: alike, though the variances are not.
+    original, pruned, keep = random_weight(0, 5, 2)
+    moments = InputMoments.zeros(2).add(torch.tensor([[1.0 + 3**0.5, 2.0], [1.0 - 3**0.5, 2.0]]))
+    torch.testing.assert_close(activation_energy(original, pruned, keep, moments), energy(original, pruned, keep))

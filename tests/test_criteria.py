@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statprune.methods.criteria import CRITERIA, cvr, magnitude, optimal_brain, ria, wanda, z_pruner
+from statprune.methods.inverse import inverse_factor
 from statprune.methods.statistics import InputMoments, Statistic
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
@@ -204,7 +205,9 @@ KEYS = ("num_tokens", "sum", "sum_sq", "gram")
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_a_stack_is_scored_matrix_by_matrix(name):
+    # Of different size and spread: what holds for the stack as a whole holds for none of them.
     layers = [random_layer(seed, 4, 6) for seed in range(3)]
+    layers = [(weight.pow(2 * seed + 1) * 100**seed, tokens) for seed, (weight, tokens) in enumerate(layers)]
     alone = [CRITERIA[name](weight, moments_of(tokens)) for weight, tokens in layers]
     moments = [moments_of(tokens) for _, tokens in layers]
     stacked = InputMoments(*(torch.stack([getattr(one, key) for one in moments]) for key in KEYS))
@@ -304,8 +307,20 @@ def test_settings_out_of_range_are_refused(criterion, message):
         criterion(torch.ones(2, 2), moments_of(torch.ones(2, 2)))
 
 
-def test_only_magnitude_needs_no_statistics():
-    assert {name for name, criterion in CRITERIA.items() if criterion.needs is Statistic.NONE} == {"magnitude"}
+@pytest.mark.parametrize("scale", [1e-23, 1e22])
+@pytest.mark.parametrize(("name", "power"), [("wanda", 1), ("ria", 0.5), ("z-pruner", 1.5), ("cvr", 0.5)])
+def test_inputs_whose_squares_are_beyond_float32_are_scored_as_others(name, power, scale):
+    weight, tokens = random_layer(3, 4, 6)
+    scaled = InputMoments.zeros(6).add(tokens.double() * scale)
+    score = CRITERIA[name](weight, scaled).double() / scale**power
+    torch.testing.assert_close(score, CRITERIA[name](weight, moments_of(tokens)).double(), rtol=1e-5, atol=0)
+
+
+def test_what_each_criterion_needs():
+    needs = {name: criterion.needs for name, criterion in CRITERIA.items()}
+    assert needs.pop("magnitude") is Statistic.NONE
+    assert needs.pop("optimal-brain") is Statistic.GRAM
+    assert set(needs.values()) == {Statistic.MOMENTS}
 
 
 def test_optimal_brain_without_a_gram_is_refused():
@@ -317,3 +332,19 @@ def test_optimal_brain_knows_that_two_equal_channels_can_stand_in_for_each_other
     tokens = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     scores = optimal_brain(torch.ones(1, 3), moments_of(tokens[:, [0, 0, 1]]), damping=1e-4)
     assert (scores[0, :2] < 0.1 * scores[0, 2]).all()
+
+
+def test_layers_that_share_their_inputs_share_what_optimal_brain_makes_of_them_for_each_damping(monkeypatch):
+    weight, tokens = random_layer(5, 4, 6)
+    moments, factorised = moments_of(tokens), []
+
+    def counted(gram, damping):
+        factorised.append(damping)
+        return inverse_factor(gram, damping)
+
+    monkeypatch.setattr("statprune.methods.criteria.inverse_factor", counted)
+    scores = [optimal_brain(weight, moments, damping=damping) for damping in (0.01, 1.0, 0.01)]
+    assert factorised == [0.01, 1.0]
+    assert torch.equal(scores[0], scores[2])
+    torch.testing.assert_close(scores[1], optimal_brain(weight, moments_of(tokens), damping=1.0))
+    assert not torch.allclose(scores[0], scores[1], rtol=0.01)

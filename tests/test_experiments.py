@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from statprune import Recipe, plan
 from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
-from statprune.errors import ExperimentError, RecipeError, ResultsError
+from statprune.errors import ExperimentError, RecipeError, ResultsError, TracingError
+from statprune.experiments import compare as comparing
 from statprune.experiments import run as running
 from statprune.experiments.compare import Cell, compare, markdown_table
 from statprune.experiments.cost import measured, peak_of_tensors
@@ -25,11 +27,38 @@ from statprune.experiments.definition import NAMES, Experiment
 from statprune.experiments.run import CELLS, run
 from statprune.experiments.walk_cost import measure_walk
 from statprune.loading import load_model, load_tokenizer
+from statprune.model import layers
+from statprune.model.inputs import bind_batches
 from statprune.perplexity import evaluate
 from statprune.results import Result, ResultsFile, digest
 from test_zero_shot import write_task
 
 WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def find():
+    """Every test here opens the same model: a graph that was traced from one instance of it serves the others."""
+    known = {}
+
+    def find_layers(model, inputs):
+        shapes = tuple(dict.fromkeys(tuple(tensor.shape) for batch in inputs for tensor in batch.tensors()))
+        found = layers.find_layers(model, inputs, traced=known.get(shapes))
+        known[shapes] = found.traced
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (running, comparing):
+            patch.setattr(module, "find_layers", find_layers)
+        yield find_layers
+
+
+@pytest.fixture
+def exports(monkeypatch):
+    """The exports that were made, of shapes that no other test here has."""
+    made, trace = [], layers.trace
+    monkeypatch.setattr(layers, "trace", lambda *arguments: made.append(arguments) or trace(*arguments))
+    return made
 
 
 @pytest.fixture
@@ -105,6 +134,19 @@ class TestDefinition:
         ]
         assert {(c.samples, c.seed) for c in cells if c.label == "wanda"} == {(n, s) for n in (1, 4) for s in (0, 1, 2)}
 
+    def test_what_measures_the_dense_model_first_is_calibrated(self):
+        given = {"methods": ["magnitude", {"method": "magnitude", "allocation": "owl"}, "auto"], "patterns": ["50%"]}
+        cells = Experiment.load("perplexity", given).cells()
+        assert [(cell.label, cell.samples) for cell in cells[1:]] == [
+            ("magnitude", None),
+            ("magnitude (owl)", 128),
+            ("auto", 128),
+        ]
+
+    def test_two_ways_to_write_a_pattern_are_one_cell(self):
+        cells = Experiment.load("perplexity", {"methods": ["wanda"], "patterns": ["50.0 %", "50%"]}).cells()
+        assert [cell.pattern for cell in cells] == ["", "50%"]
+
     def test_the_steps_of_table_five_are_these_recipes(self):
         recipes = {cell.label: cell.how for cell in Experiment.load("ablation", {"patterns": ["50%"]}).cells()}
         assert recipes["cvr+energy:column"].compensation[0]["row"] is False
@@ -130,6 +172,7 @@ class TestDefinition:
             ("perplexity", {"sizes": [1]}, ExperimentError, "--sizes belongs to the experiment 'calibration'"),
             ("perplexity", {"samples": 0}, ExperimentError, "--samples 0: expected at least 1"),
             ("calibration", {"sizes": [4, 0]}, ExperimentError, "--sizes 0: expected at least 1"),
+            ("runtime", {"methods": ["auto"]}, ExperimentError, "times a method, and 'auto' is yet to choose one"),
             ("zero-shot", {"tasks": []}, ExperimentError, "has no tasks: give --tasks"),
         ],
     )
@@ -194,14 +237,6 @@ class TestResultsFile:
         (tmp_path / CELLS).write_text(content)
         with pytest.raises(ResultsError, match="is not a file of results"):
             self.open(tmp_path / CELLS)
-
-    def test_a_file_from_before_auto_is_read(self, tmp_path):
-        result = Result("perplexity", "m", "x", values={"perplexity": 2.0})
-        self.open(tmp_path / CELLS).add(result)
-        head, line = (tmp_path / CELLS).read_text().splitlines()
-        old = {key: value for key, value in json.loads(line).items() if key != "chosen"}
-        (tmp_path / CELLS).write_text(f"{head}\n{json.dumps(old)}\n")
-        assert self.open(tmp_path / CELLS).results() == [result]
 
 
 class TestDigest:
@@ -286,6 +321,11 @@ class TestRun:
         assert len(loads) == 1
         assert len(lines(tmp_path / "out")) == 3
         assert outcome.tables.keys() == {"perplexity", "sparsity"}
+
+    def test_one_export_serves_all_cells(self, tmp_path, settings, exports):
+        given = {**settings, "methods": ["magnitude", "wanda", "cvr"], "patterns": ["50%", "2:4"], "seqlen": 11}
+        assert run([Experiment.load(name, given) for name in ("perplexity", "runtime")], tmp_path / "out").failures == []
+        assert len(exports) == 1
 
     def test_an_interrupted_run_goes_on_and_repeats_nothing(self, tmp_path, settings, monkeypatch):
         def interrupt(what):
@@ -416,6 +456,7 @@ class TestCommand:
         assert main(arguments) == 0
         assert "| mine |" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_a_killed_process_loses_and_repeats_no_cell(self, tmp_path, settings):
         own = {**settings, "methods": ["wanda", "cvr", "cvr+energy", "ria"], "patterns": ["50%", "2:4"]}
         out = tmp_path / "out"
@@ -479,19 +520,41 @@ class TestCompare:
             "| c | **6.00** |",
         ]
 
-    def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows):
+    def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows, find):
         told = []
         cells = compare(
             model, windows[:2], windows[2:], methods=["wanda", "cvr+energy"], patterns=["2:4"], batch_size=2,
             progress=lambda *step: told.append(step),
         )  # fmt: skip
-        twin = plan(model, windows[:2].split(2), Recipe("wanda", "2:4"))
+        batches = windows[:2].split(2)
+        twin = plan(model, batches, Recipe("wanda", "2:4"), traced=find(model, bind_batches(model, batches)))
         assert [(cell.method, cell.pattern) for cell in cells] == [("dense", ""), ("wanda", "2:4"), ("cvr+energy", "2:4")]
         assert cells[0].perplexity == evaluate(model, windows[2:], batch_size=2)
         assert cells[1].perplexity == evaluate(model, windows[2:], batch_size=2, weights=twin.weights)
         assert cells[1].recipe == Recipe("wanda", "2:4").to_dict()
         assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
         assert told[1][2] == f"cvr+energy 2:4: {cells[2].perplexity:.3f}"
+
+    def test_one_export_serves_all_cells(self, model, windows, exports):
+        batches = windows[:, :9]
+        compare(model, batches[:2], batches[2:], methods=["magnitude", "wanda"], patterns=["50%", "2:4"], batch_size=2)
+        assert len(exports) == 1
+
+
+class Branching(nn.Module):
+    """Cannot be exported: what it does depends on its input's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.linear(inputs) if inputs.sum() > 0 else inputs
+
+
+def test_without_a_graph_there_is_no_walk_to_time():
+    with pytest.raises(TracingError, match="there is none: "):
+        measure_walk(Branching(), [torch.ones(2, 4)])
 
 
 def test_the_walk_is_timed_beside_the_plain_model_and_each_round_is_told(model, windows):

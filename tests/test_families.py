@@ -166,7 +166,13 @@ EXPECTED_LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+DIFFERENT = ("llama", "gpt2", "bert", "mixtral", "vit", "bart")
+"""One of each kind: gated and grouped attention, weights stored [in, out], an encoder, experts, images, two token streams."""
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in DIFFERENT else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
 def test_a_family_is_pruned_by_the_walk_over_batches_of_different_shapes(family):
     model, batches = build(family)
     before = snapshot(model)

@@ -398,10 +398,8 @@ fit.fit(CausalLM(tiny_llama(), learning_rate=1e-2), loader(), loader())
 DDP = (
     PROCESS
     + """
-module = CausalLM(tiny_llama(), learning_rate=1e-2)
-fit = trainer(finetuning(output=sys.argv[2] + "/out"), max_epochs=2, devices=2, strategy="ddp", num_sanity_val_steps=0)
-fit.fit(module, loader(), loader())
-torch.save({"weights": dict(module.state_dict()), "metrics": fit.callback_metrics}, f"{sys.argv[2]}/{fit.global_rank}")
+from test_finetuning import fit_in_two_ranks
+fit_in_two_ranks(None, sys.argv[2])
 """
 )
 
@@ -412,6 +410,7 @@ def run_process(script, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_goes_on_with_the_same_mask_and_ends_as_if_it_had_lived(tmp_path):
     done = run_process(CRASH, tmp_path)
     assert done.returncode == 9, done.stderr[-3000:]
@@ -424,15 +423,33 @@ def test_a_process_that_dies_goes_on_with_the_same_mask_and_ends_as_if_it_had_li
     assert verify(tmp_path / "out")["finetuning_steps"] == 6
 
 
-def test_two_ddp_ranks_hold_one_mask_and_train_alike(tmp_path):
-    done = run_process(DDP, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rank0, rank1 = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
-    for name, weight in rank0["weights"].items():
-        assert torch.equal(weight, rank1["weights"][name]), name
+def fit_in_two_ranks(rank, folder):
+    module = CausalLM(tiny_llama(), learning_rate=1e-2)
+    fit = trainer(finetuning(output=f"{folder}/out"), max_epochs=2, devices=2, strategy="ddp", num_sanity_val_steps=0)
+    fit.fit(module, loader(), loader())
+    metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
+    torch.save((dict(module.state_dict()), metrics), f"{folder}/{fit.global_rank}")
+
+
+def both_hold_one_mask_and_train_alike(folder):
+    (weights, metrics), (others, other_metrics) = (torch.load(folder / rank, weights_only=True) for rank in "01")
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
         if "layers" in name and weight.ndim == 2:
             assert (weight == 0).float().mean() == 0.5, name
     for name in ("pruned_perplexity", "pruned_sparsity", "pruned_energy_ratio"):
-        assert rank0["metrics"][name] == rank1["metrics"][name], name
-    assert verify(tmp_path / "out")["finetuning_steps"] == 4
-    assert remeasure(PruningReport.from_dict(verify(tmp_path / "out")), load_model(str(tmp_path / "out"))).sparsity == 0.5
+        assert metrics[name] == other_metrics[name], name
+    assert verify(folder / "out")["finetuning_steps"] == 4
+    assert remeasure(PruningReport.from_dict(verify(folder / "out")), load_model(str(folder / "out"))).sparsity == 0.5
+
+
+def test_two_ddp_ranks_hold_one_mask_and_train_alike(tmp_path, two_ranks):
+    two_ranks(fit_in_two_ranks, str(tmp_path))
+    both_hold_one_mask_and_train_alike(tmp_path)
+
+
+@pytest.mark.slow
+def test_ranks_that_lightning_starts_hold_one_mask_and_train_alike(tmp_path):
+    done = run_process(DDP, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both_hold_one_mask_and_train_alike(tmp_path)

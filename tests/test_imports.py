@@ -1,6 +1,7 @@
-"""Imports point one way: a module may use only those before it in ORDER."""
+"""Imports point one way: a room may use those on the floors below it, and nothing goes round in a circle."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,58 +10,98 @@ import pytest
 
 import statprune
 
-ORDER = [
-    "errors", "statistics", "factorisation", "criteria", "patterns", "allocation", "least_squares", "compensation", "pruning",
-    "sparsegpt", "methods", "recipe", "graph", "token_masks", "sites", "selection", "batches", "losses", "segments",
-    "tracing", "walk", "hooks", "transform", "report", "finetuning", "allocating", "compress", "survey", "perplexity",
-    "experiments", "experiments.results",
-    "tuning", "tuning.candidates", "tuning.halving", "tuning.windows", "tuning.shared", "tuning.trials", "tuning.prices",
-    "tuning.outcome", "tuning.search", "tuning.running",
-    "auto", "data", "checkpoint", "lora", "modules", "probing", "callback",
-    "opening", "measuring", "compare", "quickstart", "benchmark",
-    "experiments.published", "experiments.grid", "experiments.tables",
-    "experiments.plots", "experiments.next_line",
-    "experiments.zero_shot", "experiments.runtime", "experiments.definition", "experiments.running",
-    "display", "commands.shared", "commands.models", "commands.measurements", "commands", "cli",
-]  # fmt: skip
-PURE = [
-    "statistics", "factorisation", "criteria", "patterns", "allocation", "least_squares", "compensation", "pruning",
-    "sparsegpt",
-]  # fmt: skip
-
+# A room is a file or a folder of the package. Those on one floor may use each other, as the files of one folder may.
+FLOORS = """
+    __init__  __main__
+    commands
+    experiments
+    training
+    api
+    tuning
+    engine  allocation  selection
+    checkpoint
+    loading
+    perplexity  report  data  results  recipe  grammar
+    model
+    methods
+    markdown  clock  progress  ranks  errors
+"""
+HEIGHTS = {room: height for height, floor in enumerate(reversed(FLOORS.strip().splitlines())) for room in floor.split()}
 PACKAGE = Path(statprune.__file__).parent
 
 
-def imported(source: str) -> set[str]:
-    """Dotted names of everything that a module of statprune imports, wherever in it the import stands."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = ".".join((["statprune"] if node.level else []) + ([node.module] if node.module else []))
-            # `from statprune import recipe` imports a module, `from statprune.recipe import Recipe` a name of one
-            is_package = module in ("statprune", "statprune.experiments", "statprune.commands")
-            names |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
-    return names
+def modules(package: Path) -> dict[str, Path]:
+    """Every module by its dotted name without `statprune.`; a folder's own file, too, has a name: `tuning.__init__`."""
+    return {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
 
 
-def own_modules(names: set[str]) -> set[str]:
-    """Which modules of statprune are among them; the package itself counts as one that comes last."""
-    inside = [name.removeprefix("statprune").removeprefix(".") for name in names if name.split(".")[0] == "statprune"]
-    known = {*ORDER, *all_modules()}
-    return {next((name for name in (whole, whole.rpartition(".")[0]) if name in known), "__init__") for whole in inside}
+MODULES = modules(PACKAGE)
 
 
-def path_of(module: str) -> Path:
-    path = PACKAGE.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+class Imports(ast.NodeVisitor):
+    """Dotted names of what a module imports, wherever in it the import stands: `x` for `x` and `x.name` for a name of it."""
+
+    def __init__(self, module: str) -> None:
+        self.package = ["statprune", *module.split(".")[:-1]]
+        self.running: set[str] = set()
+        """What is imported where the code runs; not what only a type checker reads."""
+        self.all: set[str] = set()
+        self._is_running = True
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self._add({alias.name for alias in node.names})
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        package = self.package[: len(self.package) + 1 - node.level] if node.level else []
+        module = [*package, *([node.module] if node.module else [])]
+        self._add({".".join([*module, alias.name]) for alias in node.names})
+
+    def visit_If(self, node: ast.If) -> None:
+        is_for_types = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        before, self._is_running = self._is_running, self._is_running and not is_for_types
+        for statement in node.body:
+            self.visit(statement)
+        self._is_running = before
+        for statement in node.orelse:
+            self.visit(statement)
+
+    def _add(self, names: set[str]) -> None:
+        self.all |= names
+        if self._is_running:
+            self.running |= names
 
 
-def all_modules() -> set[str]:
-    """Every module of the package by its dotted name; a folder's own file by the folder's."""
-    names = [path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")]
-    return {".".join(parts).removesuffix(".__init__") for parts in names} - {"__init__"}
+def imports(module: str, source: str) -> Imports:
+    found = Imports(module)
+    found.visit(ast.parse(source))
+    return found
+
+
+def own_modules(names: set[str], known: dict[str, Path] = MODULES) -> set[str]:
+    """Which modules of statprune are among them: of `statprune.a.b` the module a.b, or a, whichever there is."""
+    found = set()
+    for name in names:
+        first, *parts = name.split(".")
+        if first != "statprune":
+            continue
+        candidates = [
+            ".".join(parts),
+            ".".join([*parts, "__init__"]),
+            ".".join(parts[:-1]),
+            ".".join([*parts[:-1], "__init__"]),
+        ]
+        found.add(next((one for one in candidates if one in known), name))
+    return found
+
+
+USED = {module: imports(module, path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+TREE = dict.fromkeys(["__init__", "recipe", "tuning.__init__", "tuning.search", "tuning.clock"], Path())
 
 
 @pytest.mark.parametrize(
@@ -70,32 +111,66 @@ def all_modules() -> set[str]:
         ("def f():\n    import statprune.recipe as r", {"recipe"}),
         ("from statprune import recipe, Recipe", {"recipe", "__init__"}),
         ("import statprune", {"__init__"}),
-        ("from .recipe import Recipe", {"recipe"}),
-        ("from . import recipe", {"recipe"}),
         ("import torch, statprune_other", set()),
-        ("from statprune.experiments.grid import Experiment", {"experiments.grid"}),
-        ("from statprune.experiments import grid", {"experiments.grid"}),
+        ("from statprune.tuning import search", {"tuning.search"}),
+        ("from statprune.tuning import search, Tuned", {"tuning.search", "tuning.__init__"}),
+        ("from statprune.tuning.search import Search", {"tuning.search"}),
+        ("import statprune.tuning", {"tuning.__init__"}),
+        ("from statprune.gone import x", {"statprune.gone.x"}),
+        ("from . import search", {"tuning.search"}),
+        ("from .clock import Stopwatch", {"tuning.clock"}),
+        ("from .. import recipe", {"recipe"}),
+        ("from ..recipe import Recipe", {"recipe"}),
     ],
 )
 def test_every_form_of_import_is_seen(source, expected):
-    assert own_modules(imported(source)) == expected
+    assert own_modules(imports("tuning.clock", source).all, TREE) == expected
 
 
-def test_every_module_has_its_place_in_the_order():
-    assert all_modules() == set(ORDER)
+def test_what_only_a_type_checker_reads_does_not_run():
+    found = imports("recipe", "if TYPE_CHECKING:\n    import statprune.api\nelse:\n    import statprune.errors\nimport ast")
+    assert found.running == {"statprune.errors", "ast"}
+    assert found.all == {"statprune.api", "statprune.errors", "ast"}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_from_those_before_it(module):
-    used = own_modules(imported(path_of(module).read_text(encoding="utf-8")))
-    assert used <= set(ORDER[: ORDER.index(module)])
+def test_every_room_has_its_floor():
+    assert {room(module) for module in MODULES} == set(HEIGHTS)
 
 
-@pytest.mark.parametrize("module", PURE)
+@pytest.mark.parametrize("name", HEIGHTS)
+def test_a_room_uses_only_those_below_it_and_beside_it(name):
+    upwards = [
+        f"{module} imports {used}"
+        for module, found in USED.items()
+        for used in own_modules(found.all)
+        if room(module) == name and HEIGHTS.get(room(used), len(HEIGHTS)) > HEIGHTS[name]
+    ]
+    assert not upwards, "\n".join(upwards)
+
+
+def refuse_circles(used: dict[str, Imports]) -> None:
+    known = dict.fromkeys(used, Path())
+    graphlib.TopologicalSorter({module: own_modules(found.running, known) for module, found in used.items()}).prepare()
+
+
+def test_nothing_imports_itself_in_a_circle():
+    refuse_circles(USED)
+
+
+def test_a_circle_is_found():
+    there = "from statprune.tuning import search"
+    for back in ("import statprune.recipe", "def f():\n    from .. import recipe"):
+        with pytest.raises(graphlib.CycleError):
+            refuse_circles({"recipe": imports("recipe", there), "tuning.search": imports("tuning.search", back)})
+    back = "if TYPE_CHECKING:\n    from statprune import recipe"
+    refuse_circles({"recipe": imports("recipe", there), "tuning.search": imports("tuning.search", back)})
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) == "methods"])
 def test_the_mathematics_imports_torch_and_nothing_else(module):
-    used = {name.split(".")[0] for name in imported(path_of(module).read_text(encoding="utf-8"))}
+    used = {name.partition(".")[0] for name in USED[module].all}
     assert used - sys.stdlib_module_names <= {"torch", "statprune"}
-    assert "torch" in used
+    assert {room(one) for one in own_modules(USED[module].all)} <= {"methods", "errors"}
 
 
 def test_importing_statprune_does_not_import_datasets():

@@ -190,6 +190,18 @@ def test_an_autocast_around_it_does_not_make_it_coarse():
         assert torch.equal(LeastSquares()(weight, pruned, keep, moments), expected)
 
 
+def test_a_solution_is_left_as_it_is():
+    weight, pruned, keep, moments = layer(13, 4, 12)
+    solution = EXACT(weight, pruned, keep, moments)
+    once_more = LeastSquares(iterations=1, damping=0.0)(weight, solution, keep, moments)
+    torch.testing.assert_close(once_more, solution, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(LeastSquares(iterations=1, damping=0.0)(weight, pruned, keep, moments), solution, rtol=0.01)
+
+
+def test_the_defaults_are_those_that_were_measured():
+    assert LeastSquares() == LeastSquares(iterations=20, tolerance=1e-3, damping=0.01)
+
+
 def test_layers_that_share_inputs_share_one_normalised_gram(monkeypatch):
     weight, pruned, keep, moments = layer(9, 4, 8)
     made = []
@@ -246,6 +258,16 @@ def test_steps_end_at_exactly_the_pattern(seed, criterion, pattern, steps, out_f
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_an_autocast_around_the_steps_does_not_make_them_coarse():
+    weight, _, _, moments = layer(14, 6, 16)
+    pruner = least_squares(MaskPruner(wanda, NM(2, 4)), steps=3)
+    expected = pruner(weight, moments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pruned = pruner(weight, moments)
+    assert torch.equal(pruned.keep, expected.keep)
+    assert torch.equal(pruned.weight, expected.weight)
+
+
 def test_a_mask_that_is_reached_in_steps_loses_less(pattern: Pattern):
     weight, _, _, moments = layer(11, 32, 64, 1000)
     at_once, in_steps = (least_squares(MaskPruner(wanda, pattern), steps=steps)(weight, moments).weight for steps in (0, 10))

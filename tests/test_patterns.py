@@ -167,6 +167,9 @@ def test_one_slice_of_everything_is_the_pattern(rank_over):
         (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 0, 4]], True),
         (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 5, 4]], False),
         (Unstructured(0.5), [[1, 0, 2], [0, 3, 4]], True),  # one of three: rounded down
+        (Unstructured(0.5), [[1, 0, 0, 0], [0, 0, 0, 0]], True),  # more zeros than asked for
+        (Counted(3, 4, "layer"), [[1, 0, 0, 0], [0, 1, 2, 3]], True),
+        (Counted(3, 4), [[0, 0, 0, 0], [0, 0, 2, 3]], True),
     ],
 )
 def test_whether_a_weight_holds_a_pattern_by_hand(pattern, weight, holds):
@@ -256,6 +259,7 @@ def test_widths_that_fit(pattern, width):
         (" 4 : 8 ", NM(keep=4, of=8)),
         ("1:4", NM(keep=1, of=4)),
         ("50", None),
+        ("50%x", None),
         ("2:4:8", None),
         ("-5%", None),
         ("half", None),
@@ -302,3 +306,11 @@ def test_a_mask_on_the_way_to_two_of_four_by_hand():
     score = torch.tensor([[1.0, 9.0, 2.0, 8.0, 7.0, 5.0, 6.0, 9.0]])
     assert NM(2, 4).partly(score, 0.5).int().tolist() == [[0, 1, 0, 1, 1, 1, 1, 1]]
     assert NM(2, 4).partly(score, 0.75).int().tolist() == [[0, 1, 0, 1, 1, 0, 1, 1]]
+
+
+def test_a_part_of_a_rounded_number_is_rounded_down_by_hand():
+    # Half of 5 is 2; 0.9 of 2 is 1, where 0.9 of 2.5 would be 2, and so would 1.8 rounded up.
+    score = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0]])
+    for pattern in (Unstructured(0.5), Unstructured(0.5, "layer"), Counted(2, 5), Counted(2, 5, "layer")):
+        assert pattern.partly(score, 0.9).int().tolist() == [[1, 0, 1, 1, 1]]
+    assert NM(2, 4).partly(score[:, :4], 0.9).int().tolist() == [[1, 0, 1, 1]]

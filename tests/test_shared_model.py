@@ -14,6 +14,7 @@ from statprune.model.inputs import bind_batches
 from statprune.model.trace import trace
 from statprune.perplexity import evaluate
 
+pytestmark = pytest.mark.slow
 PROTOTYPE = {
     ("wanda", "50%"): 25.21,
     ("cvr+energy", "50%"): 24.90,

@@ -1,4 +1,5 @@
 import csv
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from statprune.errors import ExperimentError
 from statprune.experiments.grid import ratio, superscript, three_digits, two_decimals
 from statprune.experiments.published import Published
 from statprune.experiments.tables import COLUMNS, markdown, sparsity, write_csv
-from statprune.results import Result
+from statprune.results import Result, ResultsFile
 
 PUBLISHED = Published.load(Path(__file__).parents[1] / "configs" / "paper" / "published.yaml")
 LLAMA = "Llama-2-13b-hf"
@@ -289,6 +290,20 @@ def test_correction_has_the_shares_of_what_sparsegpt_loses_and_takes():
     ]
 
 
+RESULTS = Path(__file__).parents[1] / "configs" / "paper" / "results"
+
+
+@pytest.mark.parametrize(
+    "path", [RESULTS / "runtime.md", *sorted(RESULTS.glob("correction/*/*.md"))], ids=lambda path: path.parent.name
+)
+def test_the_tables_that_we_show_come_from_the_results_beside_them(path):
+    cells = path.with_name("cells.jsonl")
+    head = json.loads(cells.read_text(encoding="utf-8").partition("\n")[0])
+    results = ResultsFile(cells, head["protocol"], head["versions"]).results()
+    shown = [result for result in results if path.stem == "correction" or result.measure == path.stem]
+    assert markdown(path.stem, shown, PUBLISHED) + "\n" == path.read_text(encoding="utf-8")
+
+
 def test_an_unknown_experiment_is_refused_with_the_nearest():
     with pytest.raises(ExperimentError, match=r"'sparsety'.*Did you mean 'sparsity'"):
         markdown("sparsety", [], PUBLISHED)
@@ -323,7 +338,9 @@ def test_csv_has_a_row_for_each_metric(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("pattern", "expected"), [("50%", 0.5), ("62.5%", 0.625), ("2:4", 0.5), ("1:4", 0.75)])
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("50%", 0.5), ("62.5%", 0.625), ("50%:rank_over=layer", 0.5), ("2:4", 0.5), ("1:4", 0.75)]
+)
 def test_sparsity_of_a_pattern(pattern, expected):
     assert sparsity(pattern) == expected
 

@@ -12,7 +12,8 @@ from statprune.errors import SiteError, TracingError
 from statprune.methods.pruner import PrunedWeight
 from statprune.model.inputs import bind_batches
 from statprune.model.sites import LinearSite
-from statprune.model.transform import PruneLinears, apply_
+from statprune.model.transform import PruneLinears
+from statprune.model.weights import InPlace
 from tiny_models import classifier, gpt2, llama, refused, snapshot, tokens
 
 RECIPE = statprune.Recipe(pattern="2:4")
@@ -130,14 +131,14 @@ def test_a_plan_without_a_graph_says_why():
 
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_apply_writes_into_the_same_parameter_and_memory(layout, dtype):
+def test_in_place_is_the_same_parameter_and_memory(layout, dtype):
     model = nn.Module()
     model.a, model.b = nn.Linear(4, 3, dtype=dtype), nn.Linear(4, 3, dtype=dtype)
     model.b.weight = model.a.weight  # tied
     parameter, address, version = model.a.weight, model.a.weight.data_ptr(), model.a.weight._version
     site = LinearSite("a", "a.weight", layout, (3, 4) if layout == "out_in" else (4, 3))
     weight = torch.arange(12.0).view(site.shape).to(dtype)
-    apply_(model, site, PrunedWeight(weight, weight != 0))
+    InPlace(model).put(site, PrunedWeight(weight, weight != 0))
     assert model.a.weight is parameter
     assert model.b.weight is parameter
     assert parameter.data_ptr() == address

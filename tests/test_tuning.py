@@ -1,22 +1,22 @@
 import csv
 import json
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 
 import statprune
-import statprune.engine as compress
 from statprune.errors import CalibrationError, ModelError, RecipeError, ResultsError, SiteError, TracingError
+from statprune.model.inputs import bind_batches
+from statprune.model.layers import find_layers
+from statprune.model.trace import trace
 from statprune.perplexity import evaluate
-from statprune.recipe import Recipe
-from statprune.tuning import shared
+from statprune.recipe import Recipe, Search
+from statprune.tuning import twins as shared
 from statprune.tuning.candidates import BASELINES, METHODS, allocations, variations
-from statprune.tuning.search import Search
-from statprune.tuning.trials import Stopwatch, Trials
+from statprune.tuning.clock import Stopwatch
+from statprune.tuning.search import SearchRun
+from statprune.tuning.trials import Trials
 from statprune.tuning.twins import plan_together
 from tiny_models import changed, classifier, gpt2, llama, refused, snapshot, t5, tokens
 
@@ -55,7 +55,7 @@ def test_the_winner_is_the_best_finalist_and_its_perplexity_can_be_measured_agai
     assert {trial.rung for trial in tuned.finalists} == {"baseline", "schedules"}
     assert {trial.rung for trial in tuned.trials} == {"baseline", "methods", "variations", "schedules"}
     for trial in tuned.finalists:
-        weights = compress.plan(model, windows[::2].split(2), trial.recipe).weights
+        weights = statprune.plan(model, windows[::2].split(2), trial.recipe).weights
         assert evaluate(model, windows[1::2], batch_size=2, weights=weights) == trial.perplexity
     assert tuned.dense_perplexity == evaluate(model, windows[1::2], batch_size=2)
 
@@ -89,19 +89,20 @@ def test_progress_is_in_seconds_of_the_budget(few):
 def test_twins_from_one_walk_are_those_of_a_plan_each(model, monkeypatch):
     model, batches = model(), tokens(4, 12).split(2)
     recipes = [Recipe(method, pattern="2:4", schedule="one-shot") for method in METHODS]
-    traced = compress.plan(model, batches, recipes[0]).traced
+    inputs = bind_batches(model, batches)
+    layers = find_layers(model, inputs)
     context = torch.no_grad
     for max_bytes in (shared.MAX_STATISTICS_BYTES, 1):
         monkeypatch.setattr(shared, "MAX_STATISTICS_BYTES", max_bytes)
-        twins = plan_together(model, batches, recipes, traced, forward_context=context)
+        twins = plan_together(layers, inputs, recipes, forward_context=context)
         assert [twin.recipe for twin in twins] == recipes
         for twin in twins:
-            alone = compress.plan(model, batches, twin.recipe, traced=traced).weights
-            assert twin.weights.keys() == alone.keys()
+            alone, together = statprune.plan(model, batches, twin.recipe, traced=layers).weights, twin.weights.pruned
+            assert together.keys() == alone.keys()
             for name, weight in alone.items():
                 # The Gram of a walk that needs only moments is not there to add up: the moments are the same either way.
-                assert torch.equal(twin.weights[name], weight), (twin.recipe.method, name)
-                assert twin.weights[name].stride() == weight.stride()
+                assert torch.equal(together[name], weight), (twin.recipe.method, name)
+                assert together[name].stride() == weight.stride()
 
 
 def test_twins_that_do_not_fit_in_memory_are_made_in_several_walks(few, monkeypatch):
@@ -119,14 +120,14 @@ def test_twins_that_do_not_fit_in_memory_are_made_in_several_walks(few, monkeypa
 def test_twins_are_dropped_from_the_end_where_they_take_too_long():
     model, batches = llama(), tokens(4, 12).split(2)
     recipes = [Recipe(method, pattern="2:4", schedule="one-shot") for method in FEW]
-    traced = compress.plan(model, batches, recipes[0]).traced
+    inputs = bind_batches(model, batches)
     seen = []
 
     def keep_going(fraction, seconds):
         seen.append((fraction, len(seconds)))
         return max(1, len(seconds) - 1)
 
-    twins = plan_together(model, batches, recipes, traced, forward_context=torch.no_grad, keep_going=keep_going)
+    twins = plan_together(find_layers(model, inputs), inputs, recipes, forward_context=torch.no_grad, keep_going=keep_going)
     assert [twin.recipe for twin in twins] == recipes[:1]
     assert [number for _, number in seen[:4]] == [4, 3, 2, 1]
     assert [fraction for fraction, _ in seen] == sorted(fraction for fraction, _ in seen)
@@ -172,7 +173,7 @@ def test_a_finished_run_is_read_and_not_repeated_and_goes_further_with_more_minu
     longer = tune(output=tmp_path, minutes=ENOUGH)
     assert measured(longer)[: len(BASELINES)] == measured(short)
     assert len(longer.trials) > len(short.trials)
-    monkeypatch.setattr("statprune.tuning.search.plan", lambda *a, **k: pytest.fail("pruned again"))
+    monkeypatch.setattr("statprune.tuning.search.run", lambda *a, **k: pytest.fail("pruned again"))
     monkeypatch.setattr("statprune.tuning.search.plan_together", lambda *a, **k: pytest.fail("pruned again"))
     monkeypatch.setattr("statprune.tuning.search.Scorer", lambda *a, **k: pytest.fail("scored again"))
     assert tune(output=tmp_path, minutes=ENOUGH).trials == longer.trials
@@ -185,7 +186,10 @@ def test_the_files_say_what_was_tried_and_the_recipe_can_be_used(few, tmp_path):
     assert len(rows) == len(tuned.trials)
     (chosen,) = [row for row in rows if row["chosen"] == "True"]
     assert (chosen["method"], float(chosen["perplexity"])) == (tuned.recipe.method, tuned.winner.perplexity)
+    assert {row["allocation"] for row in rows} <= {"uniform", "sensitivity", "owl"}
+    assert any(row["allocation"] != "uniform" for row in rows)  # an unstructured pattern's sparsity can be shared out
     table = (tmp_path / "tried.md").read_text()
+    assert "{" not in table
     assert table == tuned.to_markdown() + "\n"
     assert table.count("**") == 2 * len(tuned.winner.row())
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2 + len(tuned.trials)  # the head and the dense model
@@ -194,7 +198,7 @@ def test_the_files_say_what_was_tried_and_the_recipe_can_be_used(few, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"pattern": "1:4"}, "pattern.keep was 2 and is 1"),
+        ({"pattern": "1:4"}, "pattern was '2:4' and is '1:4'"),
         ({"ignore": ["*.down_proj"]}, "ignore was"),
         ({"model": gpt2}, "model was"),
         ({"windows": torch.arange(3, 43).repeat(8, 1)[:, :12]}, "calibration was"),
@@ -217,7 +221,7 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, "ten", True])
 def test_minutes_that_are_none_are_refused(minutes):
-    with refused(model := llama(), RecipeError, r"auto\(minutes=.*expected a number above 0"):
+    with refused(model := llama(), RecipeError, r"Search\(minutes=.*expected a number above 0"):
         statprune.tune(model, tokens(4, 8).split(1), minutes=minutes)
 
 
@@ -247,7 +251,7 @@ def test_a_model_that_cannot_be_exported_is_refused(monkeypatch):
     def fail(*_):
         raise TracingError("torch.export cannot trace it")
 
-    monkeypatch.setattr("statprune.tuning.search.trace", fail)
+    monkeypatch.setattr("statprune.model.layers.trace", fail)
     with refused(model := llama(), TracingError, "cannot trace it"):
         statprune.tune(model, tokens(4, 8).split(2))
 
@@ -292,7 +296,7 @@ def test_variations_change_one_setting_and_keep_the_rest():
 
 def test_allocations_are_tried_where_they_prune_as_many_weights():
     recipe = Recipe("wanda", pattern="70%", schedule="block")
-    assert [one.allocation["name"] for one in allocations(recipe)] == ["sensitivity", "owl"]
+    assert [one.allocation for one in allocations(recipe)] == ["sensitivity", "owl"]
     assert all((one.method, one.pattern, one.schedule) == ("wanda", recipe.pattern, "block") for one in allocations(recipe))
     assert list(allocations(Recipe("wanda", pattern="2:4"))) == []
 
@@ -301,46 +305,22 @@ def test_every_listed_method_exists():
     assert len({Recipe(method).method for method in METHODS}) == len(METHODS)
 
 
-DDP_SCRIPT = """
-import os, sys
-import torch
-import statprune
-sys.path.insert(0, sys.argv[1])
-from tiny_models import llama, tokens
-from statprune.recipe import Recipe
-from statprune.tuning import search
-
-torch.set_num_threads(1)
-rank = int(sys.argv[2])
-torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{sys.argv[3]}.store")
-search.METHODS = ("cvr+least-squares", "wanda+energy", "ria", "cvr")
-torch.manual_seed(1)
-windows = tokens(16, 12)
-model = llama()
-if rank == 1:  # whose clock does not count
-    search.Stopwatch.here = lambda self: 1e9
-report = statprune.prune(model, windows[rank::2].split(2), Recipe("auto:minutes=1", pattern="2:4"))
-done = {"chosen": report.chosen_by["finalists"], "recipe": report.recipe, "weights": model.state_dict()}
-torch.save(done, f"{sys.argv[3]}.{rank}")
-torch.distributed.destroy_process_group()
-"""
+def _chosen_by_a_rank(rank):
+    torch.manual_seed(1)
+    windows, model = tokens(16, 12), llama()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("statprune.tuning.search.METHODS", ("cvr+least-squares", "wanda+energy", "ria", "cvr"))
+        if rank == 1:  # whose clock does not count
+            monkeypatch.setattr("statprune.tuning.search.Stopwatch.here", lambda self: 1e9)
+        report = statprune.prune(model, windows[rank::2].split(2), "auto:minutes=1", pattern="2:4")
+    return report.chosen_by["finalists"], report.recipe, model.state_dict()
 
 
-def test_ranks_choose_alike_by_the_windows_of_all_of_them_and_the_first_ones_clock(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(DDP_SCRIPT))
-    command = [sys.executable, str(script), __file__.rpartition("/")[0]]
-    running = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in (0, 1))
-    assert first["recipe"] == second["recipe"]
-    assert first["chosen"] == second["chosen"]
-    assert len(first["chosen"]) > len(BASELINES)
-    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+def test_ranks_choose_alike_by_the_windows_of_all_of_them_and_the_first_ones_clock(two_ranks):
+    first, second = two_ranks(_chosen_by_a_rank)
+    assert first[:2] == second[:2]
+    assert len(first[0]) > len(BASELINES)
+    assert all(torch.equal(weight, second[2][name]) for name, weight in first[2].items())
 
 
 def test_a_stopwatch_counts_what_earlier_runs_used():
@@ -351,7 +331,7 @@ def test_a_stopwatch_counts_what_earlier_runs_used():
 
 
 def test_a_candidate_that_takes_longer_than_is_left_is_given_up(few, monkeypatch):
-    prune_one, begun = Search._prune, []
+    prune_one, begun = SearchRun._prune, []
 
     def slow(self, recipe, *, is_limited):
         if is_limited:
@@ -359,9 +339,17 @@ def test_a_candidate_that_takes_longer_than_is_left_is_given_up(few, monkeypatch
             self._advance = lambda what: begun.append(recipe) or setattr(self.watch, "before", 1e9)
         return prune_one(self, recipe, is_limited=is_limited)
 
-    monkeypatch.setattr(Search, "_prune", slow)
+    monkeypatch.setattr(SearchRun, "_prune", slow)
     tuned = tune()
     assert len(begun) == 1
     assert {trial.recipe.method for trial in tuned.finalists} == set(BASELINES)
     assert "too few" in tuned.notes[0]
     assert json.loads(json.dumps(tuned.record()))["measurements"] == len(tuned.trials)
+
+
+def test_one_search_exports_the_model_once_and_looks_through_its_weights_once(few, monkeypatch):
+    exports, scans = [], []
+    monkeypatch.setattr("statprune.model.layers.trace", lambda *args: exports.append(args) or trace(*args))
+    monkeypatch.setattr("statprune.api.check_weights", lambda model: scans.append(model))
+    statprune.prune(llama(num_hidden_layers=1), tokens(8, 12).split(2), Search(minutes=ENOUGH))
+    assert (len(exports), len(scans)) == (1, 1)

@@ -1,6 +1,7 @@
 """The walk against what it replaces: plain forward passes over the model, block by block, with module hooks."""
 
 import copy
+import dataclasses
 import gc
 from collections import Counter
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 import statprune
 from statprune.methods.statistics import InputMoments
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
+from statprune.model.observe import fit_mask
 from statprune.model.segments import batch_independent
 from statprune.model.trace import trace
-from statprune.model.walk import _Executor, fit_mask, walk
+from statprune.model.walk import _Executor, walk
+from statprune.model.weights import InPlace
 from tiny_models import llama, t5, tokens
 
 RECIPE = statprune.Recipe("cvr+energy", "50%")
@@ -67,9 +70,7 @@ def traced_with(model, batches):
 def observe(model, batches, traced=None):
     """Every group's statistics, by the group's name; nothing is pruned."""
     traced, inputs = (traced, bind_batches(model, batches)) if traced else traced_with(model, batches)
-    found = {}
-    walk(traced, traced.groups, inputs, lambda group, moments: found.update({group.name: moments}))
-    return found
+    return {group.name: moments for group, moments in walk(traced, traced.groups, inputs, InPlace(model))}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_the_walk_equals_block_by_block_pruning_with_full_forward_passes(schedul
     batches = padded_batches()
     expected = prune_plainly(llama(), LLAMA_GROUPS, batches, RECIPE, sequential=schedule == "walk")
     model = llama()
-    recipe = statprune.Recipe.from_dict({**RECIPE.to_dict(), "schedule": schedule})
+    recipe = dataclasses.replace(RECIPE, schedule=schedule)
     report = statprune.prune(model, batches, recipe)
     assert [site.name for site in report.sites] == [name for group in LLAMA_GROUPS for name in group]
     assert_same_weights(model, expected, rtol=1e-6, atol=1e-6)
@@ -211,7 +212,7 @@ def test_results_do_not_depend_on_how_tokens_are_batched():
 
 
 def test_every_node_runs_once_for_each_batch_and_what_no_group_needs_never(monkeypatch, traced_llama):
-    _, _, traced, inputs = traced_llama
+    model, _, traced, inputs = traced_llama
     runs, run = Counter(), _Executor.run
 
     def counted(self, node, environment):
@@ -220,7 +221,7 @@ def test_every_node_runs_once_for_each_batch_and_what_no_group_needs_never(monke
 
     monkeypatch.setattr(_Executor, "run", counted)
     groups = traced.groups[:-1]  # without lm_head
-    walk(traced, groups, inputs, lambda *_: None)
+    assert [group for group, _ in walk(traced, groups, inputs, InPlace(model))] == list(groups)
 
     shared = batch_independent(traced)
     assert {node for node in runs if node in shared}, "rotary tables and causal masks"
@@ -341,17 +342,20 @@ def test_a_cast_of_a_weight_before_its_cut_does_not_keep_the_dense_weight():
 
 def largest_cut(num_layers: int) -> int:
     """Bytes of all tensors that the walk has made and that are alive at the widest cut."""
-    traced, inputs = traced_with(llama(num_hidden_layers=num_layers), [tokens(4, 16), tokens(4, 16)])
+    model = llama(num_hidden_layers=num_layers)
+    traced, inputs = traced_with(model, [tokens(4, 16), tokens(4, 16)])
+    weights = InPlace(model)
     sizes: list[int] = []
 
-    def measure(*_):
+    def measure():
         made = [thing for thing in gc.get_objects() if type(thing) is Tensor]
         sizes.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in made}.values()))
 
     gc.collect()
     gc.freeze()  # what there is now is not among gc.get_objects()
     try:
-        walk(traced, traced.groups, inputs, measure)
+        for _ in walk(traced, traced.groups, inputs, weights):
+            measure()
     finally:
         gc.unfreeze()
     return max(sizes)
@@ -405,8 +409,8 @@ def test_the_forward_context_is_around_the_model_code():
     def autocast():
         return torch.autocast("cpu", torch.bfloat16)
 
-    found = {}
-    walk(traced, traced.groups, inputs, lambda group, moments: found.update({group.name: moments}), forward_context=autocast)
+    walked = walk(traced, traced.groups, inputs, InPlace(model), forward_context=autocast)
+    found = {group.name: moments for group, moments in walked}
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     in_float32 = plain_moments(model, name, [batch])
     with autocast():

@@ -179,4 +179,4 @@ def _recipe(
     tuned = search_recipe(
         layers, inputs, how, process_group=process_group, progress=progress, say=say, forward_context=forward_context
     )
-    return tuned.recipe, tuned.record()
+    return tuned.recipe, {"search": how.to_dict(), **tuned.record()}

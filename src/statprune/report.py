@@ -73,7 +73,7 @@ class PruningReport:
 
     recipe: dict[str, Any]
     schedule: str
-    """`walk`, `one-shot`, `one-shot (module hooks)` where the model cannot be exported, or `no statistics`."""
+    """The recipe's; `one-shot (module hooks)` where the model cannot be exported, or `no statistics` where none are needed."""
     sites: list[SiteReport] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     num_batches: int = 0

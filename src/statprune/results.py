@@ -132,8 +132,6 @@ class ResultsFile:
         try:
             head, *lines = [json.loads(line) for line in text.splitlines()]
             found = {name: head[name] for name in ("format", "protocol", "versions")}
-            # Files that are older than `auto` do not have the key.
-            lines = [{"chosen": None, **line} for line in lines]
             results = [Result(**{part.name: line[part.name] for part in fields(Result)}) for line in lines]
         except (ValueError, KeyError, TypeError) as e:
             raise ResultsError(

@@ -1,5 +1,6 @@
-"""The paper's experiments: a grid of cells, measured one by one, resumed where they stopped, shown as tables and pictures.
+"""Measure many things, go on where it stopped, show it: the paper's experiments, comparisons, what the walk costs.
 
-configs/paper/NAME.yaml -> Experiment -> cells -> measure_* -> Result -> cells.jsonl -> tables, plots
-                           grid                   measures     results                  beside published numbers
+configs/paper/NAME.yaml -> Experiment -> cells -> run    -> Result  -> cells.jsonl -> tables, plots
+                           definition             runtime   results                   beside published numbers
+                                                  zero_shot
 """

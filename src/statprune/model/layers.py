@@ -12,6 +12,7 @@ from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.hooks import find_linear_modules, observe_modules
 from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
 from statprune.model.kinds import adapter_parameters
+from statprune.model.nodes import attribute
 from statprune.model.observe import ForwardContext
 from statprune.model.schedule import Schedule
 from statprune.model.sites import InputGroup, LeftOut, TracedModel
@@ -19,7 +20,7 @@ from statprune.model.trace import check_traced, trace
 from statprune.model.transform import PruneLinears
 from statprune.model.undisturbed import undisturbed
 from statprune.model.walk import walk
-from statprune.model.weights import InPlace, Weights
+from statprune.model.weights import InPlace, Weights, named_tensors
 from statprune.ranks import ProcessGroup
 
 
@@ -89,10 +90,10 @@ class Layers:
         if self.traced is None:
             raise TracingError(f"There is no graph: {self.reason}. Use torch.func.functional_call.")
         # The graph may have been traced from another instance of the model.
-        read = dict(self.traced.graph_module.named_parameters(remove_duplicate=False))
-        named = self.model.named_parameters(remove_duplicate=False)
-        own = {name: parameter for name, parameter in named if name in read and read[name] is not parameter}
-        result = PruneLinears({**own, **pruned})(self.traced.graph_module)
+        graph_module, own = self.traced.graph_module, named_tensors(self.model)
+        read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"} & own.keys()
+        own = {name: own[name] for name in read if own[name] is not attribute(graph_module, name)}
+        result = PruneLinears({**own, **pruned})(graph_module)
         assert result is not None
         twin: GraphModule = result.graph_module
         return twin

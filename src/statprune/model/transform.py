@@ -7,13 +7,14 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from statprune.errors import SiteError
+from statprune.model.weights import named_tensors
 
 
 class PruneLinears(PassBase):
     """A pass that returns a graph module reading pruned weights; everything else is shared with the original.
 
     Args:
-        weights: by parameter name, as the parameter is stored (`PruningPlan.weights`, `Twin.pruned`).
+        weights: by the name of the parameter (or buffer), as it is stored (`PruningPlan.weights`, `Twin.pruned`).
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -39,16 +40,17 @@ class PruneLinears(PassBase):
         # A new GraphModule has containers of its own that refer to the same parameters, so replacing one there does
         # not reach the original.
         twin = GraphModule(graph_module, graph)
-        held = dict(twin.named_parameters(remove_duplicate=False))
+        held = named_tensors(twin)
         for name, weight in self.weights.items():
-            parameter = nn.Parameter(weight, requires_grad=False)
             for tied in held.keys() & _names_of(graph_module, name):
                 container, _, attribute = tied.rpartition(".")
-                setattr(twin.get_submodule(container), attribute, parameter)
+                is_parameter = isinstance(held[tied], nn.Parameter)
+                landed = nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+                setattr(twin.get_submodule(container), attribute, landed)
         return PassResult(twin, modified=bool(self.weights))
 
 
 def _names_of(module: nn.Module, name: str) -> set[str]:
-    """All names of the parameter that has this name."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {other for other, parameter in parameters.items() if parameter is parameters.get(name)}
+    """All names of the parameter or buffer that has this name."""
+    tensors = named_tensors(module)
+    return {other for other, tensor in tensors.items() if tensor is tensors.get(name)}

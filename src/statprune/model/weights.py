@@ -44,7 +44,7 @@ class InPlace:
     is_in_place = True
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = _named_tensors(model)
+        self._tensors = named_tensors(model)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -69,7 +69,7 @@ class Twin:
     is_in_place = False
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = _named_tensors(model)
+        self._tensors = named_tensors(model)
         self.pruned: dict[str, Tensor] = {}
         """By the site's name of the parameter, as the parameter is stored: ready for `torch.func.functional_call`."""
 
@@ -160,7 +160,7 @@ def refuse_sharded(model: nn.Module) -> None:
             )
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by all names that they have."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return dict(named)
