@@ -131,6 +131,7 @@ class TestPrune:
         assert record["sparsity"] == 0.75
         assert "ignored by the recipe" in {one["reason"] for one in record["left_out"]}
 
+    @pytest.mark.real_export
     def test_a_search_exports_once_too(self, capsys, tmp_path, tiny_model_folder, text):
         with counted_exports() as exports:
             options = ["--method", "auto:minutes=0.001", "--calibration", text]
