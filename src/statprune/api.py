@@ -142,6 +142,11 @@ def _carry_out(
     forward_context: ForwardContext,
 ) -> PruningPlan:
     chosen = read_how(how, pattern=pattern)
+    if isinstance(chosen, Search):
+        # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
+        from statprune.tuning.halves import check_has_perplexity
+
+        check_has_perplexity(model)
     inputs = bind_batches(model, batches)
     check_weights(model)
     meet(process_group, next((tensor.device for tensor in inputs[0].tensors()), torch.device("cpu")), call)
@@ -173,7 +178,6 @@ def _recipe(
     """A recipe to carry out, and the record of the search that chose it."""
     if isinstance(how, Recipe):
         return how, None
-    # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
     from statprune.tuning.tune import search_recipe
 
     tuned = search_recipe(

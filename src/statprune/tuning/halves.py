@@ -33,22 +33,24 @@ class Halves:
     """Windows in a batch, at most: as many as the largest given batch has."""
 
 
-def halve(model: nn.Module, inputs: Sequence[ModelInputs]) -> Halves:
-    """Deal the windows out in turns, so that both halves hold the same kinds of text.
-
-    Args:
-        model: a causal language model.
-        inputs: token windows, on the model's device.
-
-    Raises:
-        ModelError: not a causal language model of transformers, so there is no perplexity.
-        CalibrationError: fewer than two windows, or inputs that are no tokens and mask of them.
-    """
+def check_has_perplexity(model: nn.Module) -> None:
+    """Raise ModelError where the model is no causal language model of transformers, so that there is no perplexity."""
     if not is_causal(model):
         raise ModelError(
             f"The model is a {type(model).__name__}, not a causal language model of transformers: its perplexity, by which a "
             "recipe is chosen, cannot be measured. Give a recipe with a method, such as 'cvr+least-squares'."
         )
+
+
+def halve(inputs: Sequence[ModelInputs]) -> Halves:
+    """Deal the windows out in turns, so that both halves hold the same kinds of text.
+
+    Args:
+        inputs: token windows, on the model's device.
+
+    Raises:
+        CalibrationError: fewer than two windows, or inputs that are no tokens and mask of them.
+    """
     windows = [window for batch in inputs for window in _windows(batch)]
     if len(windows) < 2:
         raise CalibrationError(

@@ -22,7 +22,7 @@ from statprune.model.weights import check_weights
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.ranks import ProcessGroup, is_distributed, meet
 from statprune.recipe import OnIndivisible, Search
-from statprune.tuning.halves import halve
+from statprune.tuning.halves import check_has_perplexity, halve
 from statprune.tuning.outcome import Tuned
 from statprune.tuning.search import SearchRun
 
@@ -75,6 +75,7 @@ def tune(
         ResultsError: the output holds something else, or trials that do not compare with these.
     """
     search = Search(pattern, minutes, targets, ignore, on_indivisible)  # type: ignore[arg-type]
+    check_has_perplexity(model)
     inputs = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
     check_weights(model)
     meet(process_group, next(model.parameters()).device, "statprune.tune")
@@ -113,5 +114,5 @@ def search_recipe(
     if output is not None and is_distributed(process_group):
         raise ResultsError("tune(output=...) on several ranks: each would write the file. Leave it out, or run on one rank.")
     with torch.inference_mode(False), torch.no_grad():
-        halves = halve(layers.model, inputs)
+        halves = halve(inputs)
         return SearchRun(layers, halves, search, output, process_group, forward_context, progress, say).run()
