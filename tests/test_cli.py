@@ -131,6 +131,7 @@ class TestPrune:
         assert record["sparsity"] == 0.75
         assert "ignored by the recipe" in {one["reason"] for one in record["left_out"]}
 
+    @pytest.mark.real_export
     def test_a_search_exports_once_too(self, capsys, tmp_path, tiny_model_folder, text):
         with counted_exports() as exports:
             options = ["--method", "auto:minutes=0.001", "--calibration", text]
@@ -278,12 +279,21 @@ class TestModelAnywhere:
         given = parse(words)[1]
         assert (given["model"].model, given["text"], given["calibration"].calibration) == (tiny_model_folder, ["a", "b"], ["c"])
 
-    @pytest.mark.parametrize("words", ["evaluate --text MODEL", "compare --text a b --calibration c MODEL", "evaluate --text"])
-    def test_what_cannot_be_told_is_the_usual_error(self, capsys, words):
+    @pytest.mark.parametrize(
+        ("words", "missing"),
+        [
+            ("evaluate --text MODEL", "MODEL"),
+            ("compare --text a b --calibration c MODEL", "MODEL"),
+            ("compare", "MODEL, --text, --calibration"),
+        ],
+    )
+    def test_what_cannot_be_told_is_a_usage_error_that_names_it(self, capsys, words, missing):
         with pytest.raises(SystemExit) as exit_:
             parse(words.split())
         assert exit_.value.code == 2
-        assert "error: " in capsys.readouterr().err
+        printed = capsys.readouterr().err.splitlines()
+        assert printed[0].startswith(f"usage: statprune {words.split()[0]} MODEL --text TEXT ")
+        assert printed[-1] == f"error: the following arguments are required: {missing}"
 
     def test_it_can_stand_in_a_file_of_options(self, tmp_path):
         (tmp_path / "options.yaml").write_text("model: MODEL\nbatch_size: 3\n")

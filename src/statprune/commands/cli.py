@@ -7,6 +7,7 @@ function's docstring.
 
 import dataclasses
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -171,12 +172,25 @@ def _arguments(function: Callable[..., None], values: Mapping[str, Any]) -> dict
     }  # fmt: skip
 
 
+class _Parser(ArgumentParser):
+    """Names what is missing as it is typed, below the usage of the command that misses it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        missing = re.findall(rf"\b({'|'.join(COMMANDS)})\.(\w+)", message) if "are required" in message else []
+        if missing:
+            command = missing[0][0]
+            known = {option.name: option.word for option in _options(COMMANDS[command])}
+            names = ", ".join(known[name] for _, name in missing)
+            _command_parser(command, COMMANDS[command]).error(f"the following arguments are required: {names}")
+        super().error(message, ex)
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="statprune", usage="statprune COMMAND ...", formatter_class=_HelpFormatter,
         description="Make trained language models sparse, without retraining, and prove what was done.", epilog=TEACHING,
     )  # fmt: skip
-    subcommands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
+    subcommands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND", prog="statprune")
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, _command_parser(name, function), help=_for_argparse(_first_line(function)))
     return parser
@@ -202,7 +216,7 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     document = parse_docstring(function.__doc__ or "")
     texts = [document.short_description, *(document.long_description or "").split("\n\n")]
     parser = ArgumentParser(
-        usage=" ".join(["statprune", name, *needed, "[options]"]), formatter_class=_HelpFormatter,
+        prog=f"statprune {name}", usage=" ".join(["statprune", name, *needed, "[options]"]), formatter_class=_HelpFormatter,
         description="\n\n".join(textwrap.fill(" ".join(text.split()), _width()) for text in texts if text),
         epilog="\n\n".join([_examples(document), *_lists(known)]),
     )  # fmt: skip
