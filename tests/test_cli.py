@@ -547,6 +547,15 @@ class TestProgress:
             f"· measuring: {done} of 25" for done in range(1, 26)
         ]
 
+    def test_preparations_do_not_count_for_what_is_left(self, capsys, monkeypatch):
+        seconds = iter([0.0, 100.0, 102.0, 104.0])  # the first step ends after 100 s, the others take 2
+        monkeypatch.setattr(display.time, "perf_counter", lambda: next(seconds))
+        with display.progress("walking", each=True) as progress:
+            for done in (1, 2, 3):
+                progress(done, 10, "")
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(", ")[2] for line in lines] == ["about 15:00 left: ", "about 0:16 left: ", "about 0:14 left: "]
+
     def test_begins_again_with_other_work(self, capsys):
         with display.progress("choosing and pruning") as progress:
             for total in (2, 3):
