@@ -19,7 +19,7 @@ from statprune import CausalLM, Perplexity, Recipe, Search, StatisticalPruning, 
 from statprune.checkpoint import verify
 from statprune.errors import CalibrationError, CheckpointError, MaskError, SiteError
 from statprune.loading import load_model
-from statprune.model.trace import trace
+from statprune.model import layers
 from statprune.report import PruningReport
 from statprune.training.modules import WindowDataset
 
@@ -69,21 +69,21 @@ def trained_weights(*callbacks):
 
 
 @pytest.fixture
-def exports(monkeypatch):
-    """One entry for each time that a model is exported."""
-    made = []
-    monkeypatch.setattr("statprune.model.layers.trace", lambda *inputs: made.append(inputs) or trace(*inputs))
-    return made
+def traced(monkeypatch):
+    """One entry for each time that a graph is asked for."""
+    trace, asked = layers.trace, []
+    monkeypatch.setattr(layers, "trace", lambda *inputs: asked.append(inputs) or trace(*inputs))
+    return asked
 
 
-def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_the_end_prunes(exports):
+def test_a_probe_at_every_validation_leaves_training_bit_for_bit_as_it_was_and_the_end_prunes(traced):
     undisturbed, _ = trained_weights()
     callback = StatisticalPruning(Recipe(pattern="2:4"), calibration_batches=2)
     probed, fit = trained_weights(callback)
     assert all(torch.equal(probed[name], weight) for name, weight in undisturbed.items())
     assert sparsity(fit.lightning_module) == 0.5
     assert callback.report.sparsity == 0.5
-    assert len(exports) == 1
+    assert len(traced) == 1
     assert fit.lightning_module.training
     metrics = fit.callback_metrics
     assert metrics["dense_perplexity"] == pytest.approx(metrics["val_perplexity"].item(), rel=1e-6)
@@ -354,7 +354,7 @@ def test_a_classifier_that_somebody_else_wrote():
     assert (module.head[2].weight != 0).all(), "the layer that feeds the output stays dense"
 
 
-def test_a_model_that_changes_is_exported_anew(exports):
+def test_a_model_that_changes_is_traced_anew(traced):
     class Counts(Classifier):
         calls = 0
 
@@ -365,7 +365,7 @@ def test_a_model_that_changes_is_exported_anew(exports):
     module = Counts()
     trainer(StatisticalPruning(Recipe(pattern="50%")), max_epochs=2).fit(module, classifier_data(), classifier_data())
     assert module.calls == 8
-    assert len(exports) == 2  # nothing is called between the second validation and the end
+    assert len(traced) == 2  # nothing is called between the second validation and the end
     assert (module.features[0].weight == 0).float().mean() == 0.5
 
 
@@ -388,7 +388,7 @@ def test_a_search_chooses_once_and_every_report_says_so(monkeypatch):
     assert len(searched) == 1
     for report in (*reports.seen, pruning.report, PruningReport.from_dict(pruning.landed["report"])):
         assert report.recipe == found.recipe.to_dict()
-        assert report.chosen_by == record
+        assert report.chosen_by == {"search": pruning.recipe.to_dict(), **record}
     assert len({id(report) for report in (*reports.seen, pruning.report)}) == 3
     assert pruning.state_key == key
     assert pruning.report.sparsity == 0.5
@@ -512,6 +512,7 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     callback = next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
     assert callback.recipe.criterion["alpha"] == 0.25
     assert callback.then == "finetune"
+    assert all(part.training for part in cli.model.modules()), "what fit trains"
 
 
 CALLBACK_YAML = """

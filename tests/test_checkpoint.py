@@ -14,23 +14,14 @@ from statprune import Recipe
 from statprune.checkpoint import RECORD, save, verify
 from statprune.errors import CheckpointError, ModelError
 from statprune.loading import load_model, load_tokenizer
-from statprune.model.inputs import bind_batches
-from statprune.model.layers import find_layers
 
 BATCHES = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))]
 
 
 @pytest.fixture(scope="module")
-def traced(tiny_model_folder):
-    """The model's graph, for all tests that prune one instance or another of it."""
+def sparse_folder(tmp_path_factory, tiny_model_folder):
     model = load_model(tiny_model_folder)
-    return find_layers(model, bind_batches(model, BATCHES))
-
-
-@pytest.fixture(scope="module")
-def sparse_folder(tmp_path_factory, tiny_model_folder, traced):
-    model = load_model(tiny_model_folder)
-    report = statprune.prune(model, BATCHES, Recipe(pattern="2:4"), traced=traced)
+    report = statprune.prune(model, BATCHES, Recipe(pattern="2:4"))
     return save(model, report, tmp_path_factory.mktemp("out") / "sparse", tokenizer=load_tokenizer(tiny_model_folder))
 
 
@@ -170,17 +161,17 @@ def test_a_missing_file_is_found(copy):
         verify(copy)
 
 
-def test_nothing_is_overwritten(tmp_path, tiny_model_folder, traced):
+def test_nothing_is_overwritten(tmp_path, tiny_model_folder):
     model = load_model(tiny_model_folder)
-    report = statprune.prune(model, BATCHES, traced=traced)
+    report = statprune.prune(model, BATCHES)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
         save(model, report, tmp_path / "out")
 
 
-def test_a_failed_save_leaves_nothing(tmp_path, tiny_model_folder, traced):
+def test_a_failed_save_leaves_nothing(tmp_path, tiny_model_folder):
     model = load_model(tiny_model_folder)
-    report = statprune.prune(model, BATCHES, traced=traced)
+    report = statprune.prune(model, BATCHES)
     with torch.no_grad():
         model.get_parameter(UP).fill_(1.0)  # no longer what the report says
     with pytest.raises(CheckpointError, match="number of zeros"):

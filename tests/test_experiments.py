@@ -19,7 +19,6 @@ from statprune import Recipe, plan
 from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.errors import ExperimentError, RecipeError, ResultsError, TracingError
-from statprune.experiments import compare as comparing
 from statprune.experiments import run as running
 from statprune.experiments.compare import Cell, compare, markdown_table
 from statprune.experiments.cost import measured, peak_of_tensors
@@ -28,7 +27,6 @@ from statprune.experiments.run import CELLS, run
 from statprune.experiments.walk_cost import measure_walk
 from statprune.loading import load_model, load_tokenizer
 from statprune.model import layers
-from statprune.model.inputs import bind_batches
 from statprune.perplexity import evaluate
 from statprune.results import Result, ResultsFile, digest
 from test_zero_shot import write_task
@@ -36,26 +34,9 @@ from test_zero_shot import write_task
 WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def find():
-    """Every test here opens the same model: a graph that was traced from one instance of it serves the others."""
-    known = {}
-
-    def find_layers(model, inputs):
-        shapes = tuple(dict.fromkeys(tuple(tensor.shape) for batch in inputs for tensor in batch.tensors()))
-        found = layers.find_layers(model, inputs, traced=known.get(shapes))
-        known[shapes] = found.traced
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (running, comparing):
-            patch.setattr(module, "find_layers", find_layers)
-        yield find_layers
-
-
 @pytest.fixture
-def exports(monkeypatch):
-    """The exports that were made, of shapes that no other test here has."""
+def exported(monkeypatch):
+    """The exports that were made; for tests with the marker `real_export`."""
     made, trace = [], layers.trace
     monkeypatch.setattr(layers, "trace", lambda *arguments: made.append(arguments) or trace(*arguments))
     return made
@@ -322,10 +303,11 @@ class TestRun:
         assert len(lines(tmp_path / "out")) == 3
         assert outcome.tables.keys() == {"perplexity", "sparsity"}
 
-    def test_one_export_serves_all_cells(self, tmp_path, settings, exports):
-        given = {**settings, "methods": ["magnitude", "wanda", "cvr"], "patterns": ["50%", "2:4"], "seqlen": 11}
+    @pytest.mark.real_export
+    def test_one_export_serves_all_cells(self, tmp_path, settings, exported):
+        given = {**settings, "methods": ["magnitude", "wanda", "cvr"], "patterns": ["50%", "2:4"]}
         assert run([Experiment.load(name, given) for name in ("perplexity", "runtime")], tmp_path / "out").failures == []
-        assert len(exports) == 1
+        assert len(exported) == 1
 
     def test_an_interrupted_run_goes_on_and_repeats_nothing(self, tmp_path, settings, monkeypatch):
         def interrupt(what):
@@ -520,14 +502,13 @@ class TestCompare:
             "| c | **6.00** |",
         ]
 
-    def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows, find):
+    def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows):
         told = []
         cells = compare(
             model, windows[:2], windows[2:], methods=["wanda", "cvr+energy"], patterns=["2:4"], batch_size=2,
             progress=lambda *step: told.append(step),
         )  # fmt: skip
-        batches = windows[:2].split(2)
-        twin = plan(model, batches, Recipe("wanda", "2:4"), traced=find(model, bind_batches(model, batches)))
+        twin = plan(model, windows[:2].split(2), Recipe("wanda", "2:4"))
         assert [(cell.method, cell.pattern) for cell in cells] == [("dense", ""), ("wanda", "2:4"), ("cvr+energy", "2:4")]
         assert cells[0].perplexity == evaluate(model, windows[2:], batch_size=2)
         assert cells[1].perplexity == evaluate(model, windows[2:], batch_size=2, weights=twin.weights)
@@ -535,10 +516,10 @@ class TestCompare:
         assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
         assert told[1][2] == f"cvr+energy 2:4: {cells[2].perplexity:.3f}"
 
-    def test_one_export_serves_all_cells(self, model, windows, exports):
-        batches = windows[:, :9]
-        compare(model, batches[:2], batches[2:], methods=["magnitude", "wanda"], patterns=["50%", "2:4"], batch_size=2)
-        assert len(exports) == 1
+    @pytest.mark.real_export
+    def test_one_export_serves_all_cells(self, model, windows, exported):
+        compare(model, windows[:2], windows[2:], methods=["magnitude", "wanda"], patterns=["50%", "2:4"], batch_size=2)
+        assert len(exported) == 1
 
 
 class Branching(nn.Module):

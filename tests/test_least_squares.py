@@ -9,7 +9,7 @@ from torch import Tensor
 from statprune import Recipe, prune
 from statprune.errors import NonFiniteError
 from statprune.methods.criteria import CRITERIA, wanda
-from statprune.methods.gradual import least_squares
+from statprune.methods.gradual import GradualMask, least_squares
 from statprune.methods.least_squares import LeastSquares
 from statprune.methods.patterns import NM, Pattern, Unstructured
 from statprune.methods.pruner import MaskPruner
@@ -161,8 +161,8 @@ def test_no_tokens_at_all_change_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_half_precision_is_finite_and_exactly_masked(dtype, pattern, steps):
     weight, _, _, moments = layer(6, 8, 16)
     pruned = least_squares(MaskPruner(wanda, pattern), steps=steps)(weight.to(dtype), moments)
@@ -188,6 +188,24 @@ def test_an_autocast_around_it_does_not_make_it_coarse():
     expected = LeastSquares()(weight, pruned, keep, moments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(LeastSquares()(weight, pruned, keep, moments), expected)
+
+
+def test_it_ends_where_an_iteration_gains_too_little():
+    # The second iteration gains less than nine tenths of what both gain.
+    weight, pruned, keep, moments = layer(15, 4, 12)
+    early, two, many = (LeastSquares(**one)(weight, pruned, keep, moments) for one in (
+        {"tolerance": 0.9}, {"iterations": 2, "tolerance": 0.0}, {"tolerance": 0.0}
+    ))  # fmt: skip
+    assert torch.equal(early, two)
+    assert not torch.allclose(early, many)
+
+
+def test_the_gram_is_normalised_anew_for_each_damping():
+    weight, pruned, keep, moments = layer(16, 4, 12)
+    for damping in (0.0, 1.0):
+        fresh = InputMoments(moments.num_tokens, moments.sum, moments.sum_sq, moments.gram)
+        expected = LeastSquares(damping=damping)(weight, pruned, keep, fresh)
+        assert torch.equal(LeastSquares(damping=damping)(weight, pruned, keep, moments), expected)
 
 
 def test_a_solution_is_left_as_it_is():
@@ -257,7 +275,60 @@ def test_steps_end_at_exactly_the_pattern(seed, criterion, pattern, steps, out_f
     assert pruned.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def in_steps(weight: Tensor, gram: Tensor, choose, steps: int, damping: float) -> tuple[Tensor, Tensor]:
+    """ADMM as Boza 2024 writes it, with a Gram H whose diagonal is 1 + damping and in the weights that belong to it:
+
+    X = (W H + 0.3 (Z - U)) (H + 0.3)^-1, then Z = X + U masked, then U = U + X - Z.
+    """
+    scale = gram.double().diagonal().rsqrt()
+    normal = gram.double() * scale * scale[:, None]
+    normal += damping * torch.eye(len(gram))
+    dense, multiplier = weight.double() / scale, torch.zeros_like(weight, dtype=torch.float64)
+    solved = dense
+    for step in range(1, steps + 1):
+        candidate = solved + multiplier
+        masked = candidate * choose((candidate * scale).float(), 1 - (1 - step / steps) ** 3)
+        multiplier = multiplier if step == 1 else candidate - masked
+        right = dense @ normal + 0.3 * (masked - multiplier)
+        solved = torch.linalg.solve(normal + 0.3 * torch.eye(len(gram)), right, left=False)
+    candidate = (solved + multiplier) * scale
+    keep = choose(candidate.float(), 1.0)
+    return candidate * keep, keep
+
+
+@quick
+@given(seeds, st.sampled_from(PATTERNS), st.integers(1, 6), st.sampled_from([0.0, 0.01, 0.5]))
+def test_the_steps_are_those_of_a_slow_reference(seed, pattern, steps, damping):
+    weight, _, _, moments = layer(seed, 5, 12)
+    pruned = GradualMask(wanda, pattern, steps, damping)(weight, moments)
+    expected, keep = in_steps(
+        weight, moments.gram, lambda candidate, share: pattern.partly(wanda(candidate, moments), share), steps, damping
+    )
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_inverse_is_made_anew_for_each_damping():
+    weight, _, _, moments = layer(16, 4, 12)
+    for damping in (0.01, 1.0):
+        fresh = InputMoments(moments.num_tokens, moments.sum, moments.sum_sq, moments.gram)
+        expected = GradualMask(wanda, NM(2, 4), 3, damping)(weight, fresh)
+        assert torch.equal(GradualMask(wanda, NM(2, 4), 3, damping)(weight, moments).weight, expected.weight)
+
+
+def test_a_gram_that_has_no_inverse_is_refused_with_what_can_be_done():
+    moments = InputMoments.zeros(2, needs=Statistic.GRAM).add(torch.ones(1, 2))
+    moments.gram.copy_(torch.tensor([[1.0, 3.0], [3.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"cannot be factorised.* `ignore`, or take the mask at once, with steps=0"):
+        GradualMask(wanda, NM(1, 2), 2)(torch.ones(2, 2), moments)
+
+
+def test_what_the_steps_need_and_fit():
+    steps = GradualMask(wanda, NM(2, 4), 2)
+    assert steps.needs == Statistic.GRAM | Statistic.MOMENTS
+    assert (steps.fits(8), steps.fits(6)) == (True, False)
+
+
 def test_an_autocast_around_the_steps_does_not_make_them_coarse():
     weight, _, _, moments = layer(14, 6, 16)
     pruner = least_squares(MaskPruner(wanda, NM(2, 4)), steps=3)
@@ -268,6 +339,7 @@ def test_an_autocast_around_the_steps_does_not_make_them_coarse():
     assert torch.equal(pruned.weight, expected.weight)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_mask_that_is_reached_in_steps_loses_less(pattern: Pattern):
     weight, _, _, moments = layer(11, 32, 64, 1000)
     at_once, in_steps = (least_squares(MaskPruner(wanda, pattern), steps=steps)(weight, moments).weight for steps in (0, 10))

@@ -415,6 +415,23 @@ def test_a_gram_that_is_beyond_help_is_refused_with_what_can_be_done(stages, gra
     assert stages == [torch.float64] * 3
 
 
+def test_a_factor_beyond_float32_is_none():
+    # The second channel is nothing beside the first: its entry of the inverse is 1 / 1e-90, at most 1 / 1e-88.
+    with pytest.raises(ValueError, match="cannot be factorised"):
+        inverse_factor(torch.diag(torch.tensor([1e30, 1e-30])), 1e-90)
+
+
+def test_the_factor_is_made_anew_for_each_damping():
+    weight, moments = torch.randn(4, 8), moments_of(correlated(0, 40, 8))
+    for damping in (0.01, 1.0):
+        expected = SparseGPT(NM(2, 4), damping=damping)(weight, with_gram(moments.gram))
+        assert torch.equal(SparseGPT(NM(2, 4), damping=damping)(weight, moments).weight, expected.weight)
+
+
+def test_the_defaults_are_the_authors():
+    assert SparseGPT(NM(2, 4)) == SparseGPT(NM(2, 4), block_size=128, damping=0.01)
+
+
 @pytest.mark.parametrize("moments", [None, InputMoments.zeros(4).add(torch.ones(3, 4))], ids=["nothing", "no Gram"])
 def test_without_a_gram_it_says_what_it_needs(moments):
     with pytest.raises(ValueError, match=r"expected moments with a Gram, InputMoments.zeros\(..., gram=True\)"):

@@ -29,7 +29,8 @@ class CausalLM(LightningModule):
         self, model: Any, learning_rate: float = 3e-4, warmup_fraction: float = 0.1, weight_decay: float = 0.1
     ) -> None:
         super().__init__()
-        self.model = load_model(model, dtype=torch.float32) if isinstance(model, str) else model
+        # Loaded models are in eval mode, and Lightning trains modules in the modes that they have.
+        self.model = load_model(model, dtype=torch.float32).train() if isinstance(model, str) else model
         self.learning_rate, self.warmup_fraction, self.weight_decay = learning_rate, warmup_fraction, weight_decay
         self.val_perplexity = Perplexity()
 
