@@ -91,7 +91,8 @@ class _Lines:
         if part > self.shown:
             self.shown = part
             left = f"about {_clock(self._left(now))} left" if done < total else "finished"
-            say(f"{self.title}: {done} of {total}, {_clock(now - self.started)}, {left}: {what}")
+            last = f": {what}" if what else ""
+            say(f"{self.title}: {done} of {total}, {_clock(now - self.started)}, {left}{last}")
 
     def _left(self, now: float) -> float:
         """Seconds, by those of a step since the first one, which may have begun with preparations."""
