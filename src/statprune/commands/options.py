@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from statprune.commands import display
+from statprune.how import How, read_how, read_yaml
 from statprune.loading import DType, check_positive, load_config, load_tokenizer, model_class, open_causal, window_length
 from statprune.model.schedule import Schedule
-from statprune.recipe import AUTO, How, Recipe, Search, read_how, read_yaml
+from statprune.recipe import AUTO, Recipe, Search
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ def empty_model(path: str, dtype: DType = "auto") -> Any:
     config = load_config(path)
     settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     with torch.device("meta"):
-        return model_class(config)._from_config(config, **settings)
+        kind = model_class(config)  # an Auto class, where the configuration names none
+        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+        return build(config, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

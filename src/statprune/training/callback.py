@@ -31,11 +31,12 @@ from torch.utils.hooks import RemovableHandle
 from statprune.api import plan, prune
 from statprune.checkpoint import refuse_existing, save
 from statprune.errors import CalibrationError, CheckpointError, MaskError, RecipeError, SiteError, TracingError
+from statprune.how import read_how
 from statprune.model.inputs import bind_batches
 from statprune.model.kinds import is_transformers_model
 from statprune.model.layers import Layers, find_layers
 from statprune.model.weights import refuse_sharded
-from statprune.recipe import Recipe, Search, read_how
+from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 from statprune.training.masks import HeldMasks, remeasure
 from statprune.training.measurement import Measurement, model_inputs
