@@ -193,7 +193,7 @@ class TestActivations:
 
     def test_a_walk_that_meets_infinity_only_in_a_later_batch_says_what_is_pruned_already(self):
         model = self.overflowing()
-        with pytest.raises(NonFiniteError, match=r"input of 2, .* 1 weights before it are pruned already: reload the model"):
+        with pytest.raises(NonFiniteError, match=r"input of 2, .* Pruned already: 1 weight before it. Reload the model"):
             statprune.prune(model, [torch.zeros(2, 8), torch.full((2, 8), 100.0)])
 
     def test_nan_in_padding_is_no_matter(self):

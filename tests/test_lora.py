@@ -1,5 +1,6 @@
 """Adapters are merged where the base weight is not zero, and nowhere else."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -307,3 +308,34 @@ def test_a_model_that_was_not_pruned_is_refused(capsys, tmp_path, folders, tiny_
     status, _, err = run(capsys, "merge", tiny_model_folder, folders / "adapter", "--output", tmp_path / "out")
     assert status == 1
     assert "Only folders that statprune wrote" in err
+
+
+class Branching(nn.Module):
+    """What no graph can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.q_proj(x) if x.sum() > -1e9 else x)
+
+
+@pytest.mark.parametrize("model", [llama, Branching])
+def test_the_adapters_of_a_model_are_left_out_of_a_pruning_and_that_is_said(model):
+    # Three rows, which 2:4 does not divide: nobody may be kept from pruning by an adapter's shape.
+    peft_model = with_adapters(model(), r=3, target_modules=["q_proj"])
+    adapters = {name: tensor.clone() for name, tensor in peft_model.named_parameters() if "lora_" in name}
+    batches = BATCHES if model is llama else [torch.randn(4, 16)]
+    expected = pytest.warns(UserWarning, match="hooks") if model is Branching else contextlib.nullcontext()
+    with expected:
+        report = statprune.prune(peft_model, batches, "wanda", pattern="2:4")
+    assert any(site.name.endswith("q_proj.base_layer") for site in report.sites)
+    reasons = {one.name: one.reason for one in report.left_out if "lora_" in one.name}
+    assert {f"{name}.weight" for name in reasons} == adapters.keys()
+    assert all(reason.startswith("part of an adapter: lora_") for reason in reasons.values())
+    assert all(torch.equal(peft_model.get_parameter(name), tensor) for name, tensor in adapters.items())
+    merged = merge_adapters(peft_model)
+    assert all(
+        (merged.get_submodule("q_proj" if model is Branching else "model.layers.0.self_attn.q_proj").weight == 0).sum(-1) == 8
+    )

@@ -519,7 +519,7 @@ def test_a_later_layer_that_cannot_be_factorised_says_what_was_pruned_before_it(
     model = llama()
     before = snapshot(model)
     hopeless(monkeypatch, after=2)
-    with pytest.raises(SiteError, match=r"model\.layers\.0\.mlp\.gate_proj: .* 4 weights before it are pruned already: reload"):
+    with pytest.raises(SiteError, match=r"model\.layers\.0\.mlp\.gate_proj: .* Pruned already: 4 weights before it. Reload"):
         statprune.prune(model, [tokens(4, 8)], RECIPE)
     done = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
     assert changed(model, before) == done

@@ -7,18 +7,20 @@ for group, moments in layers.observe(...):      the statistics of a group's inpu
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from statprune.allocation import allocate
 from statprune.clock import timed
-from statprune.errors import SiteError, StatpruneError
+from statprune.errors import SiteError, StatpruneError, number_of
 from statprune.methods.pruner import PrunedWeight, WeightPruner
 from statprune.methods.statistics import InputMoments
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.observe import ForwardContext
+from statprune.model.schedule import SEES_PRUNED
 from statprune.model.sites import LinearSite
 from statprune.model.undisturbed import undisturbed
 from statprune.model.weights import Weights
@@ -54,51 +56,38 @@ def run(
         StatpruneError: before anything is changed, but for activations that are finite on the first batch and not on a later
             one, and weights that a method cannot prune; the message says how many are pruned already.
     """
-    report = PruningReport(recipe.to_dict(), recipe.schedule, num_batches=len(inputs), fallback_reason=layers.reason)
+    pruner = recipe.pruner()
+    schedule = layers.schedule(recipe.schedule, pruner.needs)
+    report = PruningReport(recipe.to_dict(), schedule, num_batches=len(inputs), fallback_reason=layers.reason)
+    running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
     with undisturbed(layers.model):
         selection = select(layers.groups, layers.left_out, recipe)
         with timed(report.seconds, "allocate"):
-            allocation = allocate(
-                layers, selection, inputs, recipe, weights,
-                process_group=process_group, progress=progress, forward_context=forward_context,
-            )  # fmt: skip
-        groups, num_sites = allocation.selection.groups, len(allocation.selection.sites)
-        report.left_out = list(allocation.selection.left_out)
-        usual = recipe.pruner()
+            allocation = allocate(layers, selection, inputs, recipe, weights, progress=progress, **running)
+        selection = allocation.selection
+        report.left_out = list(selection.left_out)
         own = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
-        report.seconds["prune"] = 0.0
-        try:
-            if usual.needs and layers.traced is not None and weights.is_in_place and recipe.schedule != "one-shot":
+        report.seconds |= {"prune": 0.0}
+        with _telling_what_landed(report, weights):
+            if weights.is_in_place and schedule in SEES_PRUNED:
                 with timed(report.seconds, "check"):  # else no weight changes before the last batch
-                    for _ in layers.observe(groups, inputs[:1], weights=weights, forward_context=forward_context):
+                    for _ in layers.observe(selection.groups, inputs[:1], weights=weights, **running):
                         pass
             started = time.perf_counter()
             for group, moments in layers.observe(
-                groups, inputs, schedule=recipe.schedule, needs=usual.needs, weights=weights,
-                process_group=process_group, forward_context=forward_context,
-            ):  # fmt: skip
+                selection.groups, inputs, schedule=recipe.schedule, needs=pruner.needs, weights=weights, **running
+            ):
                 with timed(report.seconds, "prune"):
                     for site in group.sites:
                         weight = site.view(weights.get(site.parameter).detach())
-                        pruned = _prune(own.get(site.parameter, usual), site, weight, moments)
+                        pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
                         report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
                         weights.put(site, pruned)
                 if moments is not None and not report.num_tokens:
                     report.num_tokens = int(moments.num_tokens)
-                progress(len(report.sites), num_sites, group.sites[-1].name)
-        except StatpruneError as e:
-            num_landed = len(report.sites) if weights.is_in_place else 0
-            raise type(e)(
-                f"{e} {num_landed} weights before it are pruned already: reload the model."
-                if num_landed
-                else f"{e} Nothing was changed."
-            ) from e
-    if not usual.needs:
-        report.schedule = "no statistics"
-    else:
+                progress(len(report.sites), len(selection.sites), group.sites[-1].name)
+    if pruner.needs:
         report.seconds["walk"] = time.perf_counter() - started - report.seconds["prune"]
-        if layers.traced is None:
-            report.schedule = "one-shot (module hooks)"
     return report
 
 
@@ -107,3 +96,14 @@ def _prune(pruner: WeightPruner, site: LinearSite, weight: Tensor, moments: Inpu
         return pruner(weight, moments)
     except ValueError as e:
         raise SiteError(f"{site.name}: {e}") from e
+
+
+@contextlib.contextmanager
+def _telling_what_landed(report: PruningReport, weights: Weights) -> Iterator[None]:
+    """An error inside says whether the model has changed."""
+    try:
+        yield
+    except StatpruneError as e:
+        landed = number_of(len(report.sites), "weight") if weights.is_in_place and report.sites else ""
+        consequence = f"Pruned already: {landed} before it. Reload the model." if landed else "Nothing was changed."
+        raise type(e)(f"{e} {consequence}") from e

@@ -42,6 +42,12 @@ class Layers:
     reason: str | None = None
     """Why there is no graph."""
 
+    def schedule(self, wanted: Schedule, needs: Statistic) -> str:
+        """What a report calls the schedule that `observe` follows where this one is wanted."""
+        if not needs:
+            return "no statistics"
+        return wanted if self.traced is not None else "one-shot (module hooks)"
+
     def observe(
         self,
         groups: Sequence[InputGroup],

@@ -14,6 +14,9 @@ from statprune.model.sites import InputGroup, LinearSite
 Schedule = Literal["walk", "block", "one-shot"]
 SCHEDULES = ("walk", "block", "one-shot")
 
+SEES_PRUNED = ("walk", "block")
+"""The schedules in which weights change before the last batch has run."""
+
 
 def blocks(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
     """Neighbouring groups of one block: of one outermost numbered submodule, such as `model.layers.3` or `encoder.block.0`.

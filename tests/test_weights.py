@@ -1,0 +1,137 @@
+"""Where weights are read from and where pruned ones land; which of them the walk is done with, and when."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+import statprune
+from statprune.errors import SiteError
+from statprune.methods.pruner import PrunedWeight
+from statprune.model.inputs import bind_batches
+from statprune.model.layers import find_layers
+from statprune.model.weights import InPlace, Twin, hold_, refuse_sharded
+from tiny_models import changed, classifier, gpt2, llama, refused, snapshot, tokens
+
+
+def pruned(weight):
+    return PrunedWeight(weight, weight != 0)
+
+
+def test_in_place_reads_and_writes_the_model():
+    model = classifier()
+    layers = find_layers(model, bind_batches(model, [torch.randn(4, 8)]))
+    weights, site = InPlace(model), layers.groups[0].sites[0]
+    assert weights.is_in_place
+    assert weights.get("0.weight") is model[0].weight
+    weights.put(site, pruned(torch.ones(12, 8)))
+    assert torch.equal(model[0].weight, torch.ones(12, 8))
+    assert ("0.bias" in weights, "lifted_tensor_0" in weights) == (True, False)
+
+
+def test_a_twin_reads_what_was_put_under_every_name_and_leaves_the_model_alone():
+    model = gpt2(n_layer=1)  # lm_head is tied to the embedding, and Conv1D stores its weights as [in, out]
+    layers = find_layers(model, bind_batches(model, [tokens(2, 6)]))
+    sites = {site.parameter: site for group in layers.groups for site in group.sites}
+    before, weights = snapshot(model), Twin(model)
+    head, body = sites["lm_head.weight"], sites["transformer.h.0.mlp.c_fc.weight"]
+    weights.put(head, pruned(torch.full(head.shape, 2.0)))
+    weights.put(body, pruned(torch.arange(float(body.shape[0] * body.shape[1])).view(body.shape)))
+    assert not weights.is_in_place
+    assert weights.get("transformer.wte.weight") is weights.get("lm_head.weight") is weights.pruned["lm_head.weight"]
+    assert torch.equal(body.view(weights.get(body.parameter))[0, :3], torch.tensor([0.0, 1.0, 2.0]))
+    assert weights.pruned[body.parameter].is_contiguous()
+    assert changed(model, before) == set()
+
+
+class Remembering(InPlace):
+    """Notes what is read and what is released."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.reads, self.released = [], []
+
+    def get(self, name):
+        self.reads.append((name, len(self.released)))
+        return super().get(name)
+
+    def release(self, names):
+        self.released.append(list(names))
+
+
+@pytest.mark.parametrize("schedule", ["walk", "block", "one-shot"])
+def test_every_weight_is_released_once_after_its_last_read(schedule):
+    model = llama()
+    layers = find_layers(model, bind_batches(model, [tokens(2, 6)]))
+    weights, groups = Remembering(model), layers.groups[:-1]  # without lm_head
+    for group, _ in layers.observe(groups, bind_batches(model, [tokens(2, 6)]), schedule=schedule, weights=weights):
+        for site in group.sites:  # as the engine does
+            weights.get(site.parameter)
+    released = [name for names in weights.released for name in names]
+    assert len(released) == len(set(released))
+    assert {name for name, _ in weights.reads} == set(released)
+    when = {name: index for index, names in enumerate(weights.released) for name in names}
+    assert all(index <= when[name] for name, index in weights.reads)
+    # As soon as it can be: the first block's weights go before the last block is done.
+    if schedule == "walk":
+        assert when["model.layers.0.self_attn.q_proj.weight"] < when["model.layers.1.self_attn.q_proj.weight"]
+        assert len(weights.released) == len(groups)
+
+
+@pytest.fixture
+def mesh():
+    """One process is a mesh too."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_refused_by_name_before_anything_is_read(mesh):
+    model = classifier()
+    refuse_sharded(model)
+    for placement in (Shard(0), Replicate()):
+        sharded = DTensor.from_local(model[2].weight.detach(), mesh, [placement])
+        model[2].weight = nn.Parameter(sharded)
+        for call in (statprune.prune, statprune.plan):
+            with pytest.raises(SiteError, match=r"The parameter 2\.weight is sharded \(a DTensor"):
+                call(model, [torch.randn(4, 8)])
+        model = classifier()
+
+
+def test_held_places_are_exact_zeros_whatever_was_written_there():
+    parameter = nn.Parameter(torch.tensor([[1.0, float("nan")], [float("inf"), -2.0]]))
+    hold_(parameter, torch.tensor([[True, False], [False, True]]))
+    assert parameter.tolist() == [[1.0, 0.0], [0.0, -2.0]]
+    assert not torch.signbit(parameter[0, 1])
+
+
+class Breaking:
+    """A pruner that needs no statistics, and cannot prune the second weight."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, weight, moments):
+        self.calls += 1
+        if self.calls == 2:
+            raise ValueError("too hard.")
+        return pruned(weight * 0)
+
+
+def test_a_method_without_statistics_that_fails_midway_says_how_much_is_pruned(monkeypatch):
+    breaking = Breaking()
+    magnitude = statprune.Recipe("magnitude")
+    pruner = magnitude.pruner()
+    monkeypatch.setattr(type(pruner), "__call__", lambda self, weight, moments: breaking(weight, moments))
+    with pytest.raises(SiteError, match=r"2: too hard\. Pruned already: 1 weight before it\. Reload the model\."):
+        statprune.prune(classifier(), [torch.randn(4, 8)], magnitude)
+    breaking.calls = 0
+    with refused(model := classifier(), SiteError, r"2: too hard\. Nothing was changed\."):
+        statprune.plan(model, [torch.randn(4, 8)], magnitude)
+
+
+def test_the_public_names_are_all_there():
+    assert set(statprune.__all__) <= set(dir(statprune))
+    assert all(getattr(statprune, name) is not None for name in statprune.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        statprune.prun
