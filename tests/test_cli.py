@@ -382,6 +382,15 @@ def test_inspect_needs_a_configuration_and_no_weights(capsys, tmp_path, tiny_mod
     assert "7 linear layers in 4 input groups" in run(capsys, "inspect", tmp_path)[1]
 
 
+def test_inspect_needs_no_architecture_in_the_configuration(capsys, tmp_path, tiny_model_folder):
+    config = json.loads(Path(tiny_model_folder, "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, out, err = run(capsys, "inspect", tmp_path, "--json")
+    assert status == 0, err
+    assert [len(group) for group in json.loads(out)["groups"]] == [3, 1, 2, 1]
+
+
 def test_inspect_shows_what_a_recipe_would_prune_and_leave_dense_and_the_sizes_to_expect(capsys, tmp_path, tiny_model_folder):
     shutil.copy(f"{tiny_model_folder}/config.json", tmp_path)
     (tmp_path / "recipe.yaml").write_text("method: wanda\nignore: ['*.down_proj']\n")
@@ -546,6 +555,15 @@ class TestProgress:
         assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
             f"· measuring: {done} of 25" for done in range(1, 26)
         ]
+
+    def test_preparations_do_not_count_for_what_is_left(self, capsys, monkeypatch):
+        seconds = iter([0.0, 100.0, 102.0, 104.0])  # the first step ends after 100 s, the others take 2
+        monkeypatch.setattr(display.time, "perf_counter", lambda: next(seconds))
+        with display.progress("walking", each=True) as progress:
+            for done in (1, 2, 3):
+                progress(done, 10, "")
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(", ")[2] for line in lines] == ["about 15:00 left", "about 0:16 left", "about 0:14 left"]
 
     def test_begins_again_with_other_work(self, capsys):
         with display.progress("choosing and pruning") as progress:

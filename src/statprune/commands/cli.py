@@ -54,8 +54,8 @@ Which method is best depends on the model: `statprune tune` finds out in as many
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 for an error that statprune explains, 2 for a wrong option."""
-    function, given = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        function, given = parse(sys.argv[1:] if arguments is None else arguments)
         with display.only_own_bars():
             function(**given)
     except StatpruneError as e:
@@ -69,6 +69,7 @@ def parse(words: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
 
     Raises:
         SystemExit: they are none, which is explained on standard error; or they ask for help, which is printed.
+        RecipeError: a criterion or compensation of another package cannot be loaded.
     """
     parsed = _parser().parse_args(_in_place(words))
     function, values = COMMANDS[parsed.subcommand], parsed[parsed.subcommand].as_dict()
@@ -273,7 +274,7 @@ def _lists(known: Sequence[_Option]) -> Iterator[str]:
 def _entry(name: str, entry: Callable[..., Any]) -> list[str]:
     indent = " " * 20
     settings = " ".join(f"{key}={'...' if value is Parameter.empty else value}" for key, value in settings_of(entry).items())
-    texts = [summary(entry).replace("`", ""), f"settings: {settings}" if settings else ""]
+    texts = [summary(entry).replace("`", "") or "no docstring", f"settings: {settings}" if settings else ""]
     lines = [line for text in texts for line in textwrap.wrap(text, _width() - len(indent))]
     return [f"  {name:<{len(indent) - 2}}{lines[0]}", *(indent + line for line in lines[1:])]
 
@@ -308,8 +309,7 @@ def _in_place(words: Sequence[str]) -> list[str]:
     known = _options(COMMANDS[command])
     rooms = {option.word: option.room for option in known if not option.is_positional} | {"--config": 1}
     missing = [option.name for option in known if option.is_positional]
-    last: list[int] = []
-    """Of each option that has several words."""
+    last: list[int] = []  # where each option ends that has several words
     room, run = 0.0, 0
     for index, word in enumerate(rest):
         if word == "--":

@@ -80,17 +80,24 @@ class _Lines:
         self.title, self.each = title, each
         self.done, self.total, self.shown = 0, 0, 0
         self.started = self.latest = time.perf_counter()
+        self.first = (0, self.started)
 
     def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.perf_counter()
         if total != self.total or done < self.done:  # other work
-            self.shown, self.started = 0, self.latest
-        self.done, self.total, self.latest = done, total, time.perf_counter()
+            self.shown, self.started, self.first = 0, self.latest, (done, now)
+        self.done, self.total, self.latest = done, total, now
         part = done if self.each else 10 * done // max(1, total)
         if part > self.shown:
             self.shown = part
-            seconds = self.latest - self.started
-            left = f"about {_clock(seconds * (total - done) / done)} left" if done < total else "finished"
-            say(f"{self.title}: {done} of {total}, {_clock(seconds)}, {left}: {what}")
+            left = f"about {_clock(self._left(now))} left" if done < total else "finished"
+            last = f": {what}" if what else ""
+            say(f"{self.title}: {done} of {total}, {_clock(now - self.started)}, {left}{last}")
+
+    def _left(self, now: float) -> float:
+        """Seconds, by those of a step since the first one, which may have begun with preparations."""
+        done, since = self.first if self.done > self.first[0] else (0, self.started)
+        return (now - since) / (self.done - done) * (self.total - self.done)
 
     def close(self) -> None:
         """Lines stay."""

@@ -36,7 +36,9 @@ def empty_model(path: str, dtype: DType = "auto") -> Any:
     config = load_config(path)
     settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     with torch.device("meta"):
-        return model_class(config)._from_config(config, **settings)
+        kind = model_class(config)  # an Auto class, where the configuration names none
+        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+        return build(config, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def quickstart(
             is_last = (pattern, method) == (PATTERNS[-1], METHODS[-1])
             pruning = StatisticalPruning(recipe, output=str(output / "sparse") if is_last else None)
             seconds: dict[str, float] = {}
-            with _quiet_lightning(), timed(seconds, "cell"):
+            with _quiet_lightning(), _one_thread(), timed(seconds, "cell"):
                 measured = _trainer(callbacks=[pruning]).validate(module, datamodule=data, verbose=False)[0]
             cells[0] = Cell("dense", "", measured["dense_perplexity"], 0.0, {})
             cells.append(Cell(method, pattern, measured["pruned_perplexity"], seconds["cell"], recipe.to_dict()))

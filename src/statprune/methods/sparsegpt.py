@@ -33,7 +33,7 @@ NARROW = 16
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """A WeightPruner that chooses and updates at once."""
+    """Chooses and updates at once, by the products of all pairs of input channels (Frantar & Alistarh 2023)."""
 
     pattern: Pattern
     """Unstructured: weights compete within a block of columns, with all rows (`rank_over="layer"`, the authors' choice) or
