@@ -27,14 +27,14 @@ def _same_random_numbers_in_every_test():
 
 
 @pytest.fixture(scope="session")
-def exports():
+def shared_exports():
     return Exports()
 
 
 @pytest.fixture(autouse=True)
-def _one_export_for_each_architecture(request, monkeypatch, exports):
+def _one_export_for_each_architecture(request, monkeypatch, shared_exports):
     if "real_export" not in request.keywords:
-        monkeypatch.setattr("statprune.model.layers.trace", exports)
+        monkeypatch.setattr("statprune.model.layers.trace", shared_exports)
 
 
 def pytest_collection_modifyitems(items):
