@@ -4,7 +4,7 @@
     owl           ▃▅▆▆▆▇▇▆    blocks with more outliers keep more
     sensitivity   ▂▇▅▆█▆▇▃    the pruning that costs the least loss for each weight, wherever it is
 
-Everything here is arithmetic on what `allocating` collects: shares of outliers, curves of errors, counts. An allocation of
+Everything here is arithmetic on what `allocation` collects: shares of outliers, curves of errors, counts. An allocation of
 an unstructured pattern prunes exactly the number of weights that the pattern would prune in one matrix of the budget's size;
 one of an N:M pattern says which layers are pruned at all.
 """
@@ -68,7 +68,7 @@ class Sensitivity:
     the divergence never is. For any other model it is the relative error energy of the output.
 
     Costs one pass of the dense model over the calibration batches, one forward pass over `probes` batches for each layer, and
-    `allocating.NUM_POINTS` prunings of each layer more.
+    `allocation.NUM_POINTS` prunings of each layer more.
     """
 
     spread: float = 0.1

@@ -1,4 +1,4 @@
-"""The search: candidates in rungs, until the budget is used up or everything was tried (see `halving`)."""
+"""The search: candidates in rungs, until the budget is used up or everything was tried (see `rungs`)."""
 
 import math
 import time

@@ -1,6 +1,6 @@
 """tune(): choose a recipe for a model, a pattern and a budget of minutes, by trying candidates out.
 
-The calibration windows are cut in two. Candidates are pruned on one half and scored on the other, in the rungs of `halving`.
+The calibration windows are cut in two. Candidates are pruned on one half and scored on the other, by halving (`rungs`).
 What was scored on the whole held-out half is a finalist, and the winner is the best of the finalists. The baselines are always
 among them, so the winner is never worse than they are on that half.
 """
