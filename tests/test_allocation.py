@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statprune.errors import RecipeError
+from statprune.how import labelled
 from statprune.methods.budget import (
     budget,
     choose_layers,
@@ -17,7 +18,7 @@ from statprune.methods.budget import (
     whole_counts,
 )
 from statprune.methods.patterns import Counted, Unstructured
-from statprune.recipe import Recipe, labelled
+from statprune.recipe import Recipe
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -381,6 +381,7 @@ def test_a_search_chooses_once_and_every_report_says_so(monkeypatch):
     record, searched = {"perplexity": 2.0, "seconds": 1.5}, []
     found = SimpleNamespace(recipe=Recipe("magnitude", "50%"), record=lambda: record)
     monkeypatch.setattr("statprune.tuning.tune.search_recipe", lambda *call, **others: searched.append(call) or found)
+    monkeypatch.setattr("statprune.tuning.halves.check_has_perplexity", lambda model: None)  # of a classifier
     pruning, module = StatisticalPruning("auto:minutes=1", pattern="50%"), Classifier()
     assert pruning.recipe == Search("50%", 1)
     key, reports = pruning.state_key, Reports(pruning)

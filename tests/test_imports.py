@@ -21,7 +21,7 @@ FLOORS = """
     engine  allocation  selection
     checkpoint
     loading
-    perplexity  report  data  results  recipe  grammar
+    perplexity  report  data  results  how  recipe  grammar
     model
     methods
     markdown  clock  progress  ranks  errors

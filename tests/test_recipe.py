@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statprune.errors import RecipeError, SiteError, StatpruneError
+from statprune.how import labelled, read_how
 from statprune.methods.patterns import NM, Unstructured
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.sites import InputGroup, LeftOut, LinearSite
-from statprune.recipe import Recipe, Search, labelled, read_how
+from statprune.recipe import Recipe, Search
 from statprune.selection import select
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from statprune.clock import timed
 from statprune.engine import run
 from statprune.errors import TracingError
+from statprune.how import How, read_how
 from statprune.model.inputs import ModelInputs, bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
@@ -20,7 +21,7 @@ from statprune.model.sites import TracedModel
 from statprune.model.weights import InPlace, Twin, check_weights, write_
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.ranks import ProcessGroup, meet
-from statprune.recipe import How, Recipe, Search, read_how
+from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 
 

@@ -84,7 +84,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_texts("Recipe", method=self.method, allocation=self.allocation)
-        if _is_auto(self.method):
+        if is_auto(self.method):
             raise RecipeError(
                 f"Recipe(method={self.method!r}): a recipe names its method. statprune.Search(minutes=...) finds one; prune, "
                 "plan and the command take it, or the text 'auto:minutes=10', in a recipe's place."
@@ -133,7 +133,7 @@ class Recipe:
         Raises:
             RecipeError: it cannot be read, or as `from_dict`; names the file.
         """
-        return _from_yaml(path, cls.from_dict)
+        return load_yaml(path, cls.from_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every setting spelled out; `Recipe.from_dict` gives an equal recipe back."""
@@ -141,14 +141,14 @@ class Recipe:
             "method": self.method,
             "criterion": self.criterion,
             "compensation": list(self.compensation),
-            **_scope_to_dict(self),
+            **scope_to_dict(self),
             "pattern": self._pattern,
             "allocation": complete("allocation", self.allocation, ALLOCATIONS),
         }
 
     def to_yaml(self) -> str:
         """The fields as they are, for a file that people read; `Recipe.from_yaml` gives an equal recipe back."""
-        return yaml.dump(_scope_to_dict(self), Dumper=YamlDumper, sort_keys=False)
+        return yaml.dump(scope_to_dict(self), Dumper=YamlDumper, sort_keys=False)
 
     @property
     def criterion(self) -> Whole:
@@ -264,7 +264,7 @@ class Search:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `Search.from_dict` gives an equal one back."""
-        return _scope_to_dict(self)
+        return scope_to_dict(self)
 
     @property
     def method(self) -> str:
@@ -283,81 +283,9 @@ class Search:
 AUTO = "auto"
 """Where a method is asked for, this asks for a search."""
 
-How = Recipe | Search | str | Mapping[str, Any]
-"""A recipe, a search, a method's short name (`"cvr+energy"`, `"auto:minutes=5"`), or a mapping of a recipe's keys."""
 
-
-def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
-    """A recipe or a search from whatever says how to prune.
-
-    Args:
-        how: None for the default recipe.
-        others: fields by keyword, `criterion` and `compensation` too; they win over `how`, and None stands for nothing given.
-
-    Raises:
-        RecipeError: as the constructors; it is nothing of the kind.
-    """
-    others = {key: value for key, value in others.items() if value is not None}
-    if not others and isinstance(how, Recipe | Search):
-        return how
-    if isinstance(how, str):
-        data: dict[str, Any] = {"method": how}
-    elif isinstance(how, Recipe | Search):
-        data = _scope_to_dict(how)
-    elif isinstance(how, Mapping) or how is None:
-        data = dict(how or {})
-    else:
-        raise RecipeError(
-            f"how={how!r} is a {type(how).__name__}: expected a Recipe, a Search, a method's short name such as 'cvr+energy', "
-            "or a mapping of a recipe's keys."
-        )
-    is_search = isinstance(how, Search) and "method" not in others and "criterion" not in others
-    if isinstance(how, Search) and not is_search:
-        data.pop("minutes")
-    replaced = _in_place_of(data, others)
-    if "method" in replaced:
-        data = {key: value for key, value in data.items() if key not in ("criterion", "compensation")}
-    merged = {**data, **replaced}
-    if is_search or _is_auto(merged.get("method", merged.get("criterion"))):
-        return Search.from_dict(merged)
-    return Recipe.from_dict(merged)
-
-
-def read_yaml(path: str | Path) -> Recipe | Search:
-    """A recipe or a search from a YAML file, as `read_how` takes it; errors as for `Recipe.from_yaml`."""
-    return _from_yaml(path, read_how)
-
-
-Method = str | Mapping[str, Any]
-"""A short name such as `"cvr+energy"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps a `label`
-to show it by, a `schedule` and an `allocation`."""
-
-
-def labelled(method: Method, **others: Any) -> tuple[str, Recipe | Search]:
-    """A method's label, and its recipe or search; the other fields by keyword, which the method's own win over.
-
-    Raises:
-        RecipeError: the mapping has other keys; or as the constructors.
-    """
-    keys = {"method"} if isinstance(method, str) else {key for key in method if key != "label"}
-    allowed = {"schedule", "allocation"} | ({"method"} if "method" in keys else {"criterion", "compensation"})
-    if not keys <= allowed:
-        assert isinstance(method, Mapping)
-        raise RecipeError(
-            f"The method {dict(method)} has the keys {', '.join(map(str, method))}: expected `method`, or else `criterion` and "
-            "`compensation`; and perhaps `label`, `schedule` and `allocation`."
-        )
-    own = {"method": method} if isinstance(method, str) else {key: method[key] for key in keys}
-    if _is_auto(own.get("method", own.get("criterion"))):
-        others = {key: value for key, value in others.items() if key not in ("schedule", "allocation")}
-    how = read_how({**others, **own})
-    usual = str(method) if isinstance(method, str) else how.method
-    if isinstance(how, Recipe) and how.allocation != "uniform":
-        usual = f"{usual} ({how.allocation.partition(':')[0]})"
-    return str(method.get("label", usual)) if isinstance(method, Mapping) else usual, how
-
-
-def _is_auto(method: object) -> bool:
+def is_auto(method: object) -> bool:
+    """Whether a method's text asks for a search."""
     return isinstance(method, str) and re.split("[:+]", method)[0] == AUTO
 
 
@@ -365,7 +293,8 @@ def _auto(*, minutes: float = 10.0) -> None:
     """The settings of the text `auto`."""
 
 
-def _from_yaml(path: str | Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Read:
+def load_yaml(path: str | Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Read:
+    """What `read` makes of a YAML file's keys; RecipeError, naming the file, where it cannot be read."""
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -376,20 +305,6 @@ def _from_yaml(path: str | Path, read: Callable[[Mapping[str, Any]], _Read]) -> 
         return read(data)
     except RecipeError as e:
         raise RecipeError(f"In the recipe {path}: {e}") from e
-
-
-def _in_place_of(data: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """The others, with what one part of a method leaves of the other one spelled out."""
-    if "method" in others or not {"criterion", "compensation"} & others.keys():
-        return dict(others)
-    criterion, compensations = data.get("criterion"), data.get("compensation")
-    if "method" in data:
-        criterion, compensations = read_method(data["method"])
-    parts = {"criterion": criterion, "compensation": compensations, **others}
-    if _is_auto(parts["criterion"]):
-        return {**others, "method": parts["criterion"]}
-    method = write_method(*complete_parts(parts["criterion"] or "cvr", parts["compensation"] or "none"))
-    return {**{key: value for key, value in others.items() if key not in ("criterion", "compensation")}, "method": method}
 
 
 def _check_keys(kind: str, data: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -427,7 +342,7 @@ def _keep_scope(how: Recipe | Search) -> None:
     object.__setattr__(how, "ignore", tuple(how.ignore))
 
 
-def _scope_to_dict(how: Recipe | Search) -> dict[str, Any]:
+def scope_to_dict(how: Recipe | Search) -> dict[str, Any]:
     """The fields, with lists in the place of tuples."""
     return {**asdict(how), "targets": None if how.targets is None else list(how.targets), "ignore": list(how.ignore)}
 

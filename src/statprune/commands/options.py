@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from statprune.commands import display
+from statprune.how import How, read_how, read_yaml
 from statprune.loading import DType, check_positive, load_config, load_tokenizer, model_class, open_causal, window_length
 from statprune.model.schedule import Schedule
-from statprune.recipe import AUTO, How, Recipe, Search, read_how, read_yaml
+from statprune.recipe import AUTO, Recipe, Search
 
 
 @dataclass(frozen=True)

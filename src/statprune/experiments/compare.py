@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from statprune.api import plan
 from statprune.experiments.cost import measured
+from statprune.how import Method, labelled
 from statprune.markdown import table
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
 from statprune.model.schedule import Schedule
 from statprune.perplexity import evaluate
 from statprune.progress import Progress, silent
-from statprune.recipe import Method, labelled
 
 METHODS = ("magnitude", "wanda", "cvr", "magnitude+energy", "wanda+energy", "cvr+energy")
 PATTERNS = ("50%", "4:8", "2:4")

@@ -9,8 +9,9 @@ import yaml
 
 from statprune.errors import ExperimentError, nearest
 from statprune.grammar import YamlLoader
+from statprune.how import Method, labelled
 from statprune.model.schedule import Schedule
-from statprune.recipe import Method, Recipe, Search, labelled
+from statprune.recipe import Recipe, Search
 
 Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
 NAMES: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction")

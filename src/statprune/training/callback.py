@@ -13,32 +13,32 @@ and checkpoints see the training run that they would have seen without it.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from statprune.api import plan, prune
 from statprune.checkpoint import refuse_existing, save
 from statprune.errors import CalibrationError, CheckpointError, MaskError, RecipeError, SiteError, TracingError
+from statprune.how import read_how
 from statprune.model.inputs import bind_batches
 from statprune.model.kinds import is_transformers_model
 from statprune.model.layers import Layers, find_layers
 from statprune.model.weights import refuse_sharded
-from statprune.recipe import Recipe, Search, read_how
+from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
+from statprune.training.batches import calibration_source, model_inputs, validation_batches
 from statprune.training.masks import HeldMasks, remeasure
-from statprune.training.measurement import Measurement, model_inputs
+from statprune.training.measurement import Measurement
 
 Then = Literal["stop", "finetune"]
 
@@ -178,7 +178,7 @@ class StatisticalPruning(Callback):
         with isolate_rng():
             batches = self._calibration_inputs(trainer, pl_module, target)
             if in_place:
-                for batch in _validation_batches(trainer):
+                for batch in validation_batches(trainer):
                     measuring.add(batch, dense=True)
                 self._land(trainer, pl_module, batches)
             else:
@@ -352,29 +352,10 @@ class StatisticalPruning(Callback):
     def _calibration_inputs(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> list[Any]:
         """The calibration batches as inputs; the same ones at every probe."""
         if self._batches is None:
-            source = self._calibration_source(trainer, pl_module)
+            source = calibration_source(trainer, pl_module, self.calibration)
             batches = [batch for _, batch in zip(range(self.calibration_batches), source, strict=False)]
             self._batches = [model_inputs(pl_module, target, batch) for batch in batches]
         return self._batches
-
-    def _calibration_source(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
-        owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
-        own_loader = next((owner.calibration_dataloader for owner in owners if hasattr(owner, "calibration_dataloader")), None)
-        training_loader = next(
-            (owner.train_dataloader for owner in owners if owner and is_overridden("train_dataloader", owner)), None
-        )
-        if self.calibration is not None:
-            return iter(self.calibration)
-        if own_loader is not None:
-            return iter(own_loader())
-        if trainer.train_dataloader is not None:
-            return _fresh_iterator(trainer.train_dataloader)
-        if training_loader is not None:
-            return iter(training_loader())
-        raise CalibrationError(
-            "StatisticalPruning has no calibration data: give it `calibration=`, define `calibration_dataloader` in the "
-            "DataModule or the LightningModule, or have training data. It does not take the validation data by itself."
-        )
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
@@ -384,26 +365,6 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def _fresh_iterator(loader: Any) -> Iterator[Any]:
-    """An iterator of its own: a loader that keeps its workers has but one, which the training is reading."""
-    if isinstance(loader, DataLoader) and loader.persistent_workers:
-        loader = copy.copy(loader)
-        loader._iterator = None
-    return iter(loader)
-
-
 def _is_validate(trainer: Trainer) -> bool:
     """Whether this is `trainer.validate`; `trainer.validating` is also true while `fit` validates."""
     return bool(trainer.state.fn == TrainerFn.VALIDATING)
-
-
-def _validation_batches(trainer: Trainer) -> Iterator[Any]:
-    """What the loop is about to run: every loader's batches up to its limit, on this rank."""
-    loaders = trainer.val_dataloaders
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-    for loader, limit in zip(loaders, trainer.num_val_batches, strict=True):
-        for index, batch in enumerate(loader):
-            if index >= limit:
-                break
-            yield batch

@@ -1,6 +1,5 @@
 """Dense and pruned quality over one validation epoch of a Trainer."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from statprune.api import PruningPlan
-from statprune.model.kinds import is_causal, is_transformers_model, predictions_of
+from statprune.model.kinds import is_causal, predictions_of
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
 from statprune.ranks import sum_over_ranks
+from statprune.training.batches import model_inputs
 
 
 class Measurement:
@@ -72,26 +72,3 @@ class Measurement:
         if isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == predictions.shape[:-1]:
             return predictions, target
         return None
-
-
-def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> Any:
-    """The inputs of `target.forward` in a batch of this LightningModule's loaders: a dict, or a tuple."""
-    if hasattr(pl_module, "calibration_inputs"):
-        batch = pl_module.calibration_inputs(batch)
-        return batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    parameters = [
-        parameter
-        for parameter in inspect.signature(target.forward).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if isinstance(batch, Mapping):
-        # A transformers model makes its decoder inputs of labels; another model would return its loss for them.
-        known = {parameter.name for parameter in parameters} - (set() if is_transformers_model(target) else {"labels"})
-        return {name: value for name, value in batch.items() if name in known}
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    required = sum(parameter.default is parameter.empty for parameter in parameters)
-    values = tuple(batch)[: max(1, required)]
-    if is_transformers_model(target):
-        return {"input_ids" if not values[0].is_floating_point() else target.main_input_name: values[0]}
-    return values
