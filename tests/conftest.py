@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from exports import Exports
+from exports import shared_trace
 from two_ranks import TwoRanks
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -26,15 +26,10 @@ def _same_random_numbers_in_every_test():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def shared_exports():
-    return Exports()
-
-
 @pytest.fixture(autouse=True)
-def _one_export_for_each_architecture(request, monkeypatch, shared_exports):
+def _one_export_for_each_architecture(request, monkeypatch):
     if "real_export" not in request.keywords:
-        monkeypatch.setattr("statprune.model.layers.trace", shared_exports)
+        monkeypatch.setattr("statprune.model.layers.trace", shared_trace)
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from statprune.errors import TracingError
 from statprune.model.inputs import ModelInputs
 from statprune.model.kinds import architecture
 from statprune.model.sites import TracedModel
@@ -32,13 +33,17 @@ class Exports:
         batches: Sequence[ModelInputs] = (),
     ) -> TracedModel:
         key = self._key(model, example, dynamic_dims or [set() for _ in example.tensors()])
-        if key is None or key not in self._found:
-            found = trace(model, example, dynamic_dims, batches)
-            if key is not None:
-                self._found[key] = found
-            return found
-        check_guards(model, self._found[key].graph_module, batches)
-        return self._found[key]
+        found = self._found.get(key)
+        if found is not None:
+            try:
+                check_guards(model, found.graph_module, batches)
+                return found
+            except TracingError:
+                pass  # with this example it may have become another graph
+        found = trace(model, example, dynamic_dims, batches)
+        if key is not None:
+            self._found.setdefault(key, found)
+        return found
 
     def _key(self, model: nn.Module, example: ModelInputs, dynamic_dims: Sequence[set[int]]) -> Hashable | None:
         """What an export depends on; None where that cannot be told."""
@@ -49,9 +54,14 @@ class Exports:
         classes = tuple((type(module), type(module).forward) for module in modules)
         leaves, structure = tree_flatten((example.args, example.kwargs))
         dims = iter(dynamic_dims)
-        frame = tuple(
-            (tuple(leaf.shape), leaf.dtype, tuple(sorted(next(dims)))) if isinstance(leaf, Tensor) else repr(leaf)
-            for leaf in leaves
-        )
+        frame = tuple((_sizes(leaf, next(dims)), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         surroundings: tuple[Any, ...] = (torch.is_autocast_enabled("cpu"), torch.get_default_dtype())
         return architecture(model), classes, str(structure), frame, surroundings
+
+
+def _sizes(tensor: Tensor, dynamic_dims: set[int]) -> tuple[int | None, ...]:
+    return tuple(None if dim in dynamic_dims else size for dim, size in enumerate(tensor.shape))
+
+
+shared_trace = Exports()
+"""The session's; where a test calls `trace` and is not about tracing, it calls this."""

@@ -36,6 +36,8 @@ def test_outliers_are_counted_over_the_mean_of_the_whole_block():
     assert outlier_share(block, 2.0) == 1 / 8
     assert outlier_share([*block, torch.tensor([[6.0, 2.0], [0.0, 0.0]])], 2.0) == 2 / 12
     assert outlier_share([torch.zeros(2, 2)], 5.0) == 0
+    assert outlier_share([], 5.0) == 0
+    assert outlier_share([torch.full((10,), 1e38)], 0.5) == 1  # whose sum is beyond float32
 
 
 def test_owl_shifts_the_kept_share_linearly_in_the_share_of_outliers():
@@ -45,6 +47,9 @@ def test_owl_shifts_the_kept_share_linearly_in_the_share_of_outliers():
     # Weights count alike: the mean of 1 and three times 0 is 0.25, so the small layer moves three times as far.
     found = owl_sparsities(double(1.0, 0.0), torch.tensor([10, 30]), 0.5, 0.09)
     torch.testing.assert_close(found, double(0.41, 0.53))
+    # Mean 0.5, furthest 0.4 below it.
+    found = owl_sparsities(double(0.1, 0.7, 0.7), torch.tensor([10, 10, 10]), 0.5, 0.08)
+    torch.testing.assert_close(found, double(0.58, 0.46, 0.46))
     assert owl_sparsities(double(0.2, 0.2), torch.tensor([10, 30]), 0.5, 0.09).tolist() == [0.5, 0.5]
 
 
@@ -151,6 +156,34 @@ def test_minimised_counts_are_exact(layers, target, random):
     assert points[0] <= found.min() <= found.max() <= points[-1]
 
 
+def test_whole_numbers_are_near_what_they_stand_for_by_hand():
+    rows = [(1, 11), (1, 11), (1, 11)]
+    # All are 0.2 short: each gets 0.2 of its 11 weights more, whatever it has. 4.4 + 6.6 + 5.5 are 16 of 33, rounded down.
+    assert whole_counts(double(0.2, 0.4, 0.3), rows, 0.5, 0.5) == [4, 7, 5]
+    # The larger one takes its part.
+    assert whole_counts(double(0.2, 0.2), [(1, 10), (10, 10)], 0.5, 0.5) == [5, 50]
+    # What rounding leaves over goes where most was cut off.
+    assert whole_counts(double(0.41, 0.49), [(1, 10), (1, 10)], 0.45, 0.1) == [4, 5]
+    # Bounds are rounded outwards: without that, no layer of 10 could be at 0.45.
+    assert sorted(whole_counts(double(0.45, 0.45), [(1, 10), (1, 10)], 0.45, 0.0)) == [4, 5]
+
+
+def test_a_further_weight_costs_the_same_in_every_layer_that_is_at_no_bound():
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(10, 100, (20,), generator=generator)
+    rates = torch.rand(20, len(POINTS), generator=generator, dtype=torch.float64).cumsum(-1) * sizes[:, None]
+    found = least_loss_sparsities(rates, POINTS, sizes, 0.5)
+    assert float((found * sizes).sum()) == pytest.approx(0.5 * float(sizes.sum()), rel=1e-9)
+    prices = []
+    for rate, size, sparsity in zip(rates, sizes, found, strict=True):
+        at = min(int(torch.searchsorted(POINTS, sparsity, right=True)) - 1, len(POINTS) - 2)
+        share = (sparsity - POINTS[at]) / (POINTS[at + 1] - POINTS[at])
+        if POINTS[0] + 1e-6 < sparsity < POINTS[-1] - 1e-6:
+            prices.append(float((rate[at] + share * (rate[at + 1] - rate[at])) / size))
+    assert len(prices) > 10
+    assert max(prices) - min(prices) < 1e-6
+
+
 @quick
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=10), st.floats(0.01, 1))
 def test_chosen_layers_reach_the_budget_and_none_can_be_spared(layers, share):
@@ -166,8 +199,12 @@ def test_the_least_harmful_layers_go_first_and_those_not_needed_after_all_stay()
     assert choose_layers([3.0, 1.0, 2.0], [10, 10, 10], 20) == [1, 2]
     # 4 + 10 are short of 15, and with 12 the second one is not needed any more: 4 + 12 do.
     assert choose_layers([1.0, 2.0, 3.0], [4, 10, 12], 15) == [0, 2]
+    # Without the 10, the 4 is not needed either.
+    assert choose_layers([1.0, 2.0, 3.0], [4, 10, 15], 15) == [2]
+    assert choose_layers([2.0, 1.0, 3.0], [10, 10, 10], 20) == [0, 1]
     assert budget(0.4, 35) == 14
     assert budget(0.41, 35) == 15
+    assert budget(0.07, 100) == 7  # the product is 7.000000000000001
 
 
 @pytest.mark.parametrize(
@@ -220,11 +257,14 @@ def test_an_exact_number_goes_whole_and_in_slices(rows, columns, percent, width,
         ({"allocation": "owl:sprd=1"}, "Its settings are threshold, spread, sparsity."),
         ({"allocation": "uniform:spread=0.1"}, "The allocation 'uniform' has no setting 'spread'."),
         ({"allocation": "owl:spread=2"}, "owl(spread=2): expected a number in [0, 1]"),
+        ({"allocation": "owl:spread=-0.1"}, "owl(spread=-0.1): expected a number in [0, 1]"),
         ({"allocation": "owl:threshold=0"}, "owl(threshold=0): expected more than 0"),
         ({"allocation": "sensitivity:probes=0"}, "sensitivity(probes=0): expected a whole number of batches, at least 1"),
         ({"allocation": "sensitivity:probes=1.5"}, "The allocation 'sensitivity' has probes=1.5: expected a whole number"),
         ({"allocation": "sensitivity:spread=much"}, "The allocation 'sensitivity' has spread='much': expected a number"),
         ({"allocation": "owl:sparsity=1.5", "pattern": "2:4"}, "owl(sparsity=1.5): expected a fraction in (0, 1)"),
+        ({"allocation": "owl:sparsity=1", "pattern": "2:4"}, "owl(sparsity=1): expected a fraction in (0, 1)"),
+        ({"allocation": "sensitivity:sparsity=0", "pattern": "2:4"}, "sensitivity(sparsity=0): expected a fraction in (0, 1)"),
         ({"allocation": "owl", "pattern": "2:4"}, "with 2:4 every layer that is pruned is equally sparse, and the allocation"),
         ({"allocation": "sensitivity:sparsity=0.6", "pattern": "2:4"}, "up to 0.5, such as 'sensitivity:sparsity=0.1'"),
         ({"allocation": "owl:sparsity=0.4", "pattern": "50%"}, "the pattern says it already"),

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import statprune
+from exports import shared_trace
 from statprune import Recipe
 from statprune.errors import SiteError, TracingError
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.segments import blocks
 from statprune.model.sites import InputGroup, LinearSite
-from statprune.model.trace import trace
 from statprune.model.walk import _Executor, walk
 from statprune.model.weights import InPlace
 from tiny_models import classifier, gpt2, llama, refused, t5, tokens
@@ -119,7 +119,7 @@ def traced():
         if name not in found:
             model, batches = MODELS[name][0](), batches_for(name)
             inputs = bind_batches(model, batches)
-            found[name] = model, batches, trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
+            found[name] = model, batches, shared_trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
         return found[name]
 
     return of
@@ -313,7 +313,7 @@ def test_layers_run_at_most_twice_and_those_behind_the_last_group_never(monkeypa
 
 def test_blocks_of_one_group_are_not_rehearsed(monkeypatch):
     model, batches = classifier(), bind_batches(classifier(), [torch.randn(5, 8)] * 3)
-    graph = trace(model, batches[0])
+    graph = shared_trace(model, batches[0])
     assert count_runs(monkeypatch, model, graph, batches, graph.groups[:2]) == {"0.weight": 3}
 
 
@@ -327,7 +327,7 @@ def held(num_layers: int) -> tuple[int, int]:
     """Bytes of the tensors made by the walk that are alive: at most while a block is pruned, and at the end of everything."""
     model = llama(num_hidden_layers=num_layers)
     inputs = bind_batches(model, [tokens(4, 16), tokens(4, 16)])
-    graph = trace(model, inputs[0])
+    graph = shared_trace(model, inputs[0])
     weights = InPlace(model)
     sizes: list[int] = []
 
@@ -362,7 +362,7 @@ def test_what_a_rehearsal_makes_is_gone_when_the_block_is_pruned_and_nothing_gro
 def test_values_of_a_rehearsal_die_as_soon_as_nothing_in_it_reads_them(monkeypatch, traced):
     """The same number of values is alive in a late block as in an early one, and far fewer than the graph has."""
     model, batches = llama(num_hidden_layers=4), [tokens(2, 6)]
-    graph = trace(model, bind_batches(model, batches)[0])
+    graph = shared_trace(model, bind_batches(model, batches)[0])
     alive: list[tuple[str, int]] = []
     run = _Executor.run
 

@@ -470,6 +470,7 @@ def test_benchmark_measures_both_and_gives_their_ratio(capsys, tiny_model_folder
 
 def test_quickstart_leaves_models_that_the_other_commands_take(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("statprune.experiments.quickstart.MAX_CHARACTERS", 30_000)
+    monkeypatch.setattr("statprune.experiments.quickstart.SEQLEN", 32)
     monkeypatch.setattr("statprune.experiments.quickstart.METHODS", ("wanda", "cvr+energy"))
     monkeypatch.setattr("statprune.experiments.quickstart.PATTERNS", ("2:4",))
     output = tmp_path / "quick"
@@ -477,7 +478,7 @@ def test_quickstart_leaves_models_that_the_other_commands_take(capsys, tmp_path,
     out = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["wanda", "cvr+energy"]
     assert main(["verify", str(output / "sparse")]) == 0
-    assert main(["evaluate", str(output / "sparse"), "--text", str(output / "texts" / "held-out.txt"), "--seqlen", "128"]) == 0
+    assert main(["evaluate", str(output / "sparse"), "--text", str(output / "texts" / "held-out.txt"), "--seqlen", "32"]) == 0
 
 
 def help_of(capsys, *command):

@@ -39,6 +39,25 @@ def test_criterion_pattern_compensation_in_this_order_by_hand():
     assert doubled.weight.tolist() == [[7, 0, -7, 0]]
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_compensation_sees_the_weight_as_it_was_and_as_it_is_in_float32(dtype):
+    weight, moments = random_layer(0, 3, 8, dtype)
+    seen = []
+
+    def spy(original, pruned, keep, moments):
+        seen.append((original, pruned, keep, moments))
+        return pruned
+
+    pruned = compose(wanda, NM(2, 4), spy)(weight, moments)
+    assert pruned.weight.dtype == dtype
+    ((original, left, keep, given),) = seen
+    assert original.dtype == left.dtype == torch.float32
+    assert torch.equal(original, weight.float())
+    assert torch.equal(left, weight.float() * keep)
+    assert torch.equal(keep, pruned.keep)
+    assert given is moments
+
+
 @quick
 @given(
     st.sampled_from(sorted(CRITERIA)),

@@ -484,7 +484,7 @@ def test_layers_that_share_their_inputs_share_the_factor(factorised):
 
 
 def test_a_model_is_pruned_with_the_gram_of_its_inputs():
-    model, batches = llama(num_hidden_layers=1), [tokens(4, 8), tokens(2, 6)]
+    model, batches = llama(num_hidden_layers=1), [tokens(4, 8), tokens(4, 8)]
     seen = []
     handle = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     for batch in batches:

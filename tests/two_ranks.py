@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from exports import Exports
+from exports import shared_trace
 from statprune.model import layers
 
 WORLD_SIZE = 2
@@ -39,7 +39,7 @@ def _serve(rank: int, connection: Connection, port: int) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": WORLD_SIZE, "LOCAL_WORLD_SIZE": WORLD_SIZE}
     os.environ.update({name: str(value) for name, value in names.items()}, TORCHELASTIC_RUN_ID="tests")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # not used: there is a process group already
-    layers.trace = Exports()  # type: ignore[assignment]
+    layers.trace = shared_trace  # type: ignore[assignment]
     store = distributed.TCPStore("127.0.0.1", port, is_master=False)
     for call in itertools.count():
         try:

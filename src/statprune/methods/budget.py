@@ -253,5 +253,5 @@ def choose_layers(harms: Sequence[float], counts: Sequence[int], total: int) -> 
 
 def budget(sparsity: float, num_weights: int) -> int:
     """The least number of zeros among so many weights that makes this sparsity."""
-    # 0.4 * 35 is 14.000000000000002 in floating point; nobody who asks for 40 % means 15.
+    # 0.07 * 100 is 7.000000000000001 in floating point; nobody who asks for 7 % means 8.
     return math.ceil(sparsity * num_weights - 1e-6)
