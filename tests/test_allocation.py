@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from statprune.errors import RecipeError
 from statprune.how import labelled
 from statprune.methods.budget import (
+    Sensitivity,
     budget,
     choose_layers,
     least_loss_sparsities,
@@ -160,6 +161,8 @@ def test_whole_numbers_are_near_what_they_stand_for_by_hand():
     rows = [(1, 11), (1, 11), (1, 11)]
     # All are 0.2 short: each gets 0.2 of its 11 weights more, whatever it has. 4.4 + 6.6 + 5.5 are 16 of 33, rounded down.
     assert whole_counts(double(0.2, 0.4, 0.3), rows, 0.5, 0.5) == [4, 7, 5]
+    # 0.2 more again: 30.3 and 70.7, where shares in proportion would be 16.8 and 84.2.
+    assert whole_counts(double(0.1, 0.5), [(1, 101), (1, 101)], 0.5, 0.5) == [30, 71]
     # The larger one takes its part.
     assert whole_counts(double(0.2, 0.2), [(1, 10), (10, 10)], 0.5, 0.5) == [5, 50]
     # What rounding leaves over goes where most was cut off.
@@ -273,6 +276,11 @@ def test_an_exact_number_goes_whole_and_in_slices(rows, columns, percent, width,
 def test_an_allocation_that_makes_no_sense_is_refused(data, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         Recipe.from_dict({"pattern": "50%", **data})
+
+
+def test_half_a_batch_is_no_probe():
+    with pytest.raises(ValueError, match=r"sensitivity\(probes=1.5\): expected a whole number of batches, at least 1"):
+        Sensitivity(probes=1.5)
 
 
 def test_a_recipe_spells_an_allocation_out_and_reads_it_back():

@@ -323,6 +323,15 @@ def test_a_gram_that_has_no_inverse_is_refused_with_what_can_be_done():
         GradualMask(wanda, NM(1, 2), 2)(torch.ones(2, 2), moments)
 
 
+def test_the_settings_hold_for_the_steps_and_for_the_solution_on_their_mask():
+    weight, _, _, moments = layer(17, 4, 12)
+    pruned = least_squares(MaskPruner(wanda, NM(2, 4)), steps=3, iterations=5, tolerance=0.0, damping=0.5)(weight, moments)
+    left = GradualMask(wanda, NM(2, 4), 3, 0.5)(weight, moments)
+    solve = LeastSquares(iterations=5, tolerance=0.0, damping=0.5)
+    assert torch.equal(pruned.keep, left.keep)
+    assert torch.equal(pruned.weight, solve(weight, left.weight, left.keep, moments))
+
+
 def test_what_the_steps_need_and_fit():
     steps = GradualMask(wanda, NM(2, 4), 2)
     assert steps.needs == Statistic.GRAM | Statistic.MOMENTS

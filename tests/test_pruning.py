@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from statprune.methods.compensations import COMPENSATIONS, energy, none
 from statprune.methods.criteria import CRITERIA, cvr, magnitude, wanda
 from statprune.methods.patterns import NM, Unstructured
-from statprune.methods.pruner import compose, energy_sq
+from statprune.methods.pruner import PrunedWeight, compose, energy_sq, error_energy
 from statprune.methods.registry import build_pruner
 from statprune.methods.statistics import InputMoments, Statistic
 
@@ -156,3 +156,14 @@ def test_a_pruner_fits_what_its_pattern_fits(pattern, fits):
 )
 def test_energy_is_a_wide_sum_of_squares(weight, expected):
     assert energy_sq(weight) == pytest.approx(expected)
+
+
+def test_the_error_is_that_of_the_output_exactly_with_a_gram_and_by_channels_without():
+    inputs, weight = torch.randn(50, 4), torch.randn(3, 4)
+    keep = torch.rand(3, 4) > 0.5
+    pruned = PrunedWeight(weight * keep * 1.1, keep)
+    exact = error_energy(weight, pruned, InputMoments.zeros(4, needs=Statistic.GRAM).add(inputs))
+    assert exact == pytest.approx(float((inputs @ (weight - pruned.weight).T).square().sum()), rel=1e-4)
+    channels = torch.diag(inputs.square().sum(0).sqrt())
+    alone = error_energy(weight, pruned, InputMoments.zeros(4).add(inputs))
+    assert alone == pytest.approx(float((channels @ (weight * ~keep).T).square().sum()), rel=1e-5)
