@@ -6,7 +6,6 @@ for group, moments in layers.observe(...):      the statistics of a group's inpu
 """
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,21 +72,22 @@ def run(
                 with timed(report.seconds, "check"):  # else no weight changes before the last batch
                     for _ in layers.observe(selection.groups, inputs[:1], weights=weights, **running):
                         pass
-            started = time.perf_counter()
-            for group, moments in layers.observe(
-                selection.groups, inputs, schedule=recipe.schedule, needs=pruner.needs, weights=weights, **running
-            ):
-                with timed(report.seconds, "prune"):
-                    for site in group.sites:
-                        weight = site.view(weights.get(site.parameter).detach())
-                        pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
-                        report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
-                        weights.put(site, pruned)
-                if moments is not None and not report.num_tokens:
-                    report.num_tokens = int(moments.num_tokens)
-                progress(len(report.sites), len(selection.sites), group.sites[-1].name)
-    if pruner.needs:
-        report.seconds["walk"] = time.perf_counter() - started - report.seconds["prune"]
+            with timed(report.seconds, "walk"):
+                for group, moments in layers.observe(
+                    selection.groups, inputs, schedule=recipe.schedule, needs=pruner.needs, weights=weights, **running
+                ):
+                    with timed(report.seconds, "prune"):
+                        for site in group.sites:
+                            weight = site.view(weights.get(site.parameter).detach())
+                            pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
+                            report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
+                            weights.put(site, pruned)
+                    if moments is not None and not report.num_tokens:
+                        report.num_tokens = int(moments.num_tokens)
+                    progress(len(report.sites), len(selection.sites), group.sites[-1].name)
+    report.seconds["walk"] -= report.seconds["prune"]
+    if not pruner.needs:
+        del report.seconds["walk"]  # nothing was walked
     return report
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from statprune.clock import timed
 from statprune.engine import run
 from statprune.errors import CalibrationError, TracingError
 from statprune.model.inputs import bind_batches
@@ -176,11 +177,11 @@ class SearchRun:
         statistics = (time.perf_counter() - started - sum(twin.seconds["prune"] for twin in twins)) / len(twins)
         for twin in twins:
             self._advance(f"{twin.recipe.method}, one-shot")
-            scored = time.perf_counter()
-            perplexity = self._scorer(twin.weights.pruned).upto(batches)
+            with timed(twin.seconds, "score"):
+                perplexity = self._scorer(twin.weights.pruned).upto(batches)
             twin.weights.pruned.clear()
-            took = time.perf_counter() - scored
-            trial = Trial(rung, twin.recipe, windows, perplexity, statistics, twin.seconds["prune"], took, self.watch.lap())
+            pruning, scored = twin.seconds["prune"], twin.seconds["score"]
+            trial = Trial(rung, twin.recipe, windows, perplexity, statistics, pruning, scored, self.watch.lap())
             self.trials.add(trial)
             self.prices.learn(trial, is_shared=True)
             self._tell(trial)
@@ -211,18 +212,16 @@ class SearchRun:
 
         Without rivals it is a baseline, which is measured whatever it takes.
         """
-        scorer = None
+        scorer, seconds = None, {"score": 0.0}
         for stage in stages:
             windows = self._windows(stage)
             trial = self.trials.find(rung, recipe, windows)
             if trial is None:
                 if scorer is None:
-                    started = time.perf_counter()
                     scorer, statistics, pruning = self._prune(recipe, is_limited=rivals is not None)
-                    started = time.perf_counter()
-                perplexity = scorer.upto(stage)
-                took = time.perf_counter() - started
-                trial = Trial(rung, recipe, windows, perplexity, statistics, pruning, took, self.watch.lap())
+                with timed(seconds, "score"):  # of all windows so far
+                    perplexity = scorer.upto(stage)
+                trial = Trial(rung, recipe, windows, perplexity, statistics, pruning, seconds["score"], self.watch.lap())
                 self.trials.add(trial)
             self.prices.learn(trial)
             self._tell(trial)

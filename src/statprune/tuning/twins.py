@@ -30,7 +30,7 @@ class Candidate:
     recipe: Recipe
     weights: TwinWeights
     seconds: dict[str, float] = field(default_factory=lambda: {"prune": 0.0})
-    """Of pruning alone."""
+    """`prune`, of pruning alone; a search adds `score`."""
 
 
 KeepGoing = Callable[[float, Sequence[float]], int]
