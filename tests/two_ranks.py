@@ -124,7 +124,7 @@ class TwoRanks:
                 rank = waiting[connection]
                 try:
                     answers[rank] = pickle.loads(connection.recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     process = self._running[rank][0]
                     process.join()
                     died = RankDied(f"rank {rank} ended with {process.exitcode}")
