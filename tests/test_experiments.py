@@ -361,8 +361,11 @@ class TestRun:
         told = []
         experiment = Experiment.load("perplexity", {**settings, "methods": ["wanda"], "samples": 1})
         run([experiment], tmp_path / "out", progress=lambda *step: told.append(step))
-        assert [(done, total) for done, total, _ in told] == [(0, 2), (1, 2), (2, 2)]
-        assert told[1][2] == "perplexity: tiny: wanda 50% 1 sequence, seed 0"
+        assert told == [  # each with the cell that was finished last
+            (0, 2, ""),
+            (1, 2, "perplexity: tiny: dense"),
+            (2, 2, "perplexity: tiny: wanda 50% 1 sequence, seed 0"),
+        ]
 
     def test_a_model_that_cannot_be_opened_leaves_the_others(self, tmp_path, settings):
         experiment = Experiment.load("perplexity", {**settings, "model": [str(tmp_path / "nothing"), *settings["model"]]})

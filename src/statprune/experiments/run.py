@@ -97,9 +97,11 @@ def run(
     found: dict[str, list[Result]] = {experiment.name: [] for experiment in ready}
     bench: _Bench | None = None
     unusable: set[str] = set()
+    finished = ""
     for done, (model, experiment, cell) in enumerate(jobs):
         title = f"{experiment.name}: {_short(model, models)}: {' '.join(_words(cell))}"
-        progress(done, len(jobs), title)
+        progress(done, len(jobs), finished)
+        finished = title
         if model in unusable:
             continue
         if bench is None or bench.path != model:
@@ -116,7 +118,7 @@ def run(
             failures.append(f"{title}: {result.error}")
         elif is_new:
             say(f"{title}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in result.values.items()))
-    progress(len(jobs), len(jobs), "")
+    progress(len(jobs), len(jobs), finished)
     shown = {name: results for name, results in found.items() if any(result.error is None for result in results)}
     tables: dict[str, str] = {name: _write(name, results, output) for name, results in shown.items()}
     pictured = [name for name in shown if has_pictures and name in PICTURED]
