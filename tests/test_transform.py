@@ -93,6 +93,26 @@ def test_a_plan_and_a_commit_agree_on_a_tied_weight_that_is_asked_for():
     assert torch.equal(from_twin, model(batches[0], use_cache=False).logits)  # the embedding reads the pruned weight too
 
 
+def another_gpt2():
+    """Of the architecture of `gpt2(n_layer=1)`, with other weights."""
+    model = gpt2(n_layer=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def test_the_graph_of_another_instance_reads_a_tied_pruned_weight_in_every_place():
+    model, batches = another_gpt2(), [tokens(2, 6)]
+    recipe = statprune.Recipe(pattern="2:4", targets=["*"])
+    traced = statprune.plan(gpt2(n_layer=1), batches, recipe).traced
+    plan = statprune.plan(model, batches, recipe, traced=traced)
+    from_twin = plan.graph_module()(input_ids=batches[0]).logits
+    plan.apply_(model)
+    assert torch.equal(from_twin, model(batches[0], use_cache=False).logits)
+
+
 def test_a_plan_and_a_commit_agree_on_what_comes_after_a_second_use_of_a_tied_weight():
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)], nn.LayerNorm(8))
     model[1].weight = model[0].weight

@@ -98,7 +98,9 @@ class Layers:
         # The graph may have been traced from another instance of the model.
         graph_module, own = self.traced.graph_module, named_tensors(self.model)
         read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"} & own.keys()
+        read -= pruned.keys()
         own = {name: own[name] for name in read if own[name] is not attribute(graph_module, name)}
+        # Pruned ones last: under its other names a tied weight is among the model's own as well.
         result = PruneLinears({**own, **pruned})(graph_module)
         assert result is not None
         twin: GraphModule = result.graph_module
