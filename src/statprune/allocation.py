@@ -41,9 +41,6 @@ from statprune.ranks import ProcessGroup, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.selection import Selection
 
-NUM_POINTS = 5
-"""Sparsities at which a layer's error is computed: the bounds, the target, and one on either side of it."""
-
 TOKENS_PER_CHUNK = 1024
 """Logits are widened to float32 this many tokens at a time, as in `perplexity`."""
 
@@ -143,7 +140,7 @@ def _outlier_shares(weights: Weights, selection: Selection, root_mean_square: Ma
 
 
 def _points(target: float, rule: Sensitivity) -> list[float]:
-    """The sparsities at which errors are computed; none where the pattern leaves no choice (N:M)."""
+    """The sparsities at which errors are computed: the bounds, the target, and one on either side; none with N:M patterns."""
     if not target:
         return []
     low, high = max(0.0, target - rule.spread), min(1.0, target + rule.spread)

@@ -359,7 +359,3 @@ def _is_in_config(name: str, words: Sequence[str]) -> bool:
 
 def _first_line(thing: Any) -> str:
     return (thing.__doc__ or "").partition("\n")[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -107,10 +107,6 @@ class Published:
         column = self.models[_last_part(model)]
         return tuple(error.note for error in self.known_errors if error.concerns(experiment, column, method, pattern))
 
-    def note(self, experiment: str, model: str, method: str, pattern: str) -> str | None:
-        """The notes as one text; None where there are none."""
-        return " ".join(self.notes(experiment, model, method, pattern)) or None
-
 
 def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()

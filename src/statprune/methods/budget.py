@@ -68,7 +68,7 @@ class Sensitivity:
     the divergence never is. For any other model it is the relative error energy of the output.
 
     Costs one pass of the dense model over the calibration batches, one forward pass over `probes` batches for each layer, and
-    `allocation.NUM_POINTS` prunings of each layer more.
+    five prunings of each layer more: at the bounds, at the target, and once on either side of it.
     """
 
     spread: float = 0.1
