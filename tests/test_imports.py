@@ -20,7 +20,7 @@ FLOORS = """
     tuning
     engine  allocation  selection
     checkpoint
-    loading
+    loading  configuration  completeness  weight_files
     perplexity  report  data  results  how  recipe  grammar
     model
     methods

@@ -83,6 +83,11 @@ def random_windows(tokens: Tensor, samples: int, seqlen: int, seed: int) -> Tens
     return tokens.unfold(0, seqlen, 1)[starts]
 
 
+def needs_tokenizer(sources: Sequence[str]) -> bool:
+    """Whether there is a text to tokenize: the model's own samples and token files are tokens already."""
+    return list(sources) != [GENERATED] and not (len(sources) == 1 and ".safetensors" in sources[0])
+
+
 def calibration_windows(
     sources: Sequence[str],
     *,

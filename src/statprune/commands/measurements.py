@@ -47,7 +47,7 @@ def compare(
 
     opened = model.open(calibration, samples=calibration.samples)
     windows = calibration.windows(opened)
-    held_out = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    held_out = evaluation_windows(text, tokenizer=opened.tokenizer_for(text), model=opened.model, seqlen=opened.seqlen)
     with display.progress("comparing", each=True) as progress:
         cells = comparison.compare(
             opened.model, windows, held_out,

@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from statprune.commands.options import (
     RecipeOptions,
     ShowOptions,
     WindowOptions,
-    empty_model,
 )
+from statprune.configuration import empty_model
 from statprune.errors import CalibrationError
-from statprune.loading import DType, load_model, load_tokenizer
+from statprune.loading import DType, has_tokenizer, load_model, load_tokenizer
 from statprune.model.inputs import bind_batches, example_inputs
 from statprune.model.layers import Layers, find_layers
 from statprune.recipe import Recipe
@@ -58,11 +57,12 @@ def prune(
     checkpoint.refuse_existing(output)
     if dry_run:
         seqlen = model.check(calibration, samples=calibration.samples)
-        empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
+        empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen), model.revision)
         display.show_plan(empty, select(layers.groups, layers.left_out, how), how, layers.reason)
         display.show_dry_run(how)
         return
     opened = model.open(calibration, samples=calibration.samples)
+    tokenizer = opened.tokenizer_to_save()
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
@@ -81,17 +81,18 @@ def prune(
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
     with timed(report.seconds, "save"):
-        checkpoint.save(opened.model, report, output, tokenizer=opened.tokenizer, protocol=protocol)
+        checkpoint.save(opened.model, report, output, tokenizer=tokenizer, protocol=protocol)
     display.show_report(report, output)
 
 
-def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> tuple[Any, Layers]:
+def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]], revision: str | None = None) -> tuple[Any, Layers]:
     """A model and its layers. Its weights are read only where there is no graph and it cannot be run without values."""
-    model = empty_model(path, dtype)
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = empty_model(path, torch_dtype, revision)
     try:
         return model, find_layers(model, bind_batches(model, batches(model)))
     except CalibrationError:
-        model = load_model(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        model = load_model(path, dtype=torch_dtype, revision=revision)
         return model, find_layers(model, bind_batches(model, batches(model)))
 
 
@@ -114,18 +115,20 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show:
     from statprune.report import versions
 
     opened = model.open(windows)
-    tokens = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    tokenizer = opened.tokenizer_for(text)
+    tokens = evaluation_windows(text, tokenizer=tokenizer, model=opened.model, seqlen=opened.seqlen)
     with display.progress("evaluating") as progress:
         perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
-        "tokenizer": type(opened.tokenizer).__name__, "vocabulary": len(opened.tokenizer), **opened.place,
+        **({"tokenizer": type(tokenizer).__name__, "vocabulary": len(tokenizer)} if tokenizer is not None else {}),
+        **opened.place,
         "versions": versions(),
     }  # fmt: skip
     display.show_json(result) if show.json else display.show_evaluation(result)
 
 
-def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
+def inspect(model: str, recipe: RecipeOptions, show: ShowOptions, revision: str | None = None) -> None:
     """What could be pruned: linear layers, the input groups that share statistics, ties, and what is left out and why.
 
     With any option of a recipe, what that recipe would prune and leave dense, and the sizes to expect. Works on a
@@ -140,7 +143,7 @@ def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
         statprune inspect MODEL --recipe recipe.yaml --json
     """
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
-    empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
+    empty, layers = _look(model, "auto", lambda found: [example_inputs(found)], revision)
     selection = select(layers.groups, layers.left_out, how)
     if show.json:
         expected = {"recipe": how.to_dict(), **display.expected(empty, selection, how)} if recipe.given() else {}
@@ -196,7 +199,7 @@ def merge(model: str, adapter: str, output: str) -> None:
     before = PruningReport.from_dict(record)
     merged = merge_adapters(load_adapter(load_model(model), adapter), before)
     after = remeasure(before, merged)
-    has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
     protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-    checkpoint.save(merged, after, output, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
+    tokenizer = load_tokenizer(model) if has_tokenizer(model) else None
+    checkpoint.save(merged, after, output, tokenizer=tokenizer, protocol=protocol)
     display.show_merged(before, after, output)

@@ -3,15 +3,26 @@
 A `$name` in a text stands for a list that the registry has, such as `$criteria`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from statprune.commands import display
+from statprune.configuration import load_config
+from statprune.data import needs_tokenizer
 from statprune.how import How, read_how, read_yaml
-from statprune.loading import DType, check_positive, load_config, load_tokenizer, model_class, open_causal, window_length
+from statprune.loading import (
+    DType,
+    check_positive,
+    has_tokenizer,
+    load_tokenizer,
+    open_causal,
+    window_length,
+)
 from statprune.model.schedule import Schedule
 from statprune.recipe import AUTO, Recipe, Search
 
@@ -21,25 +32,33 @@ class Opened:
     """A causal language model, and what goes with it."""
 
     model: Any
-    tokenizer: Any
+    path: str
+    revision: str | None
 
     seqlen: int
     """Tokens in a window."""
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, read when a text is tokenized; ModelError where there is none."""
+        return load_tokenizer(self.path, self.revision)
+
+    def tokenizer_for(self, sources: Sequence[str]) -> Any:
+        """The tokenizer, or None where the sources are tokens already: samples of the model, or a token file."""
+        return self.tokenizer if needs_tokenizer(sources) else None
+
+    def tokenizer_to_save(self) -> Any:
+        """The tokenizer, or None for a model without one."""
+        return self.tokenizer if has_tokenizer(self.path, self.revision) else None
+
     @property
     def place(self) -> dict[str, str]:
-        """The dtype and the device, for the record."""
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
-
-
-def empty_model(path: str, dtype: DType = "auto") -> Any:
-    """The model without its weights (meta device), for which a configuration is enough; ModelError where there is none."""
-    config = load_config(path)
-    settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-    with torch.device("meta"):
-        kind = model_class(config)  # an Auto class, where the configuration names none
-        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
-        return build(config, **settings)
+        """The dtype, the device and, of a model of the hub, the commit, for the record."""
+        commit = self.model.config._commit_hash
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device),
+            **({"revision": commit} if commit is not None else {}),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +85,19 @@ class ModelOptions:
     dtype: DType = "auto"
     """To compute in, and to save as; auto takes the checkpoint's."""
 
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub. Default: its main branch."""
+
     def open(self, windows: WindowOptions, **numbers: int) -> Opened:
-        """The model and its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
+        """The model, without its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
         model, seqlen = open_causal(
-            self.model, self.dtype, self.device, windows.seqlen, batch_size=windows.batch_size, **numbers
+            self.model, self.dtype, self.device, windows.seqlen, self.revision, batch_size=windows.batch_size, **numbers
         )
-        return Opened(model, load_tokenizer(self.model), seqlen)
+        return Opened(model, self.model, self.revision, seqlen)
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
         """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
-        seqlen = window_length(load_config(self.model), windows.seqlen)
+        seqlen = window_length(load_config(self.model, self.revision), windows.seqlen)
         check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
         return seqlen
 
@@ -108,7 +130,7 @@ class CalibrationOptions(WindowOptions):
             return torch.randint(vocabulary, (self.samples, opened.seqlen), generator=generator)
         with display.progress("calibration windows") as progress:
             return calibration_windows(
-                self.calibration, tokenizer=opened.tokenizer, model=opened.model,
+                self.calibration, tokenizer=opened.tokenizer_for(self.calibration), model=opened.model,
                 samples=self.samples, seqlen=opened.seqlen, seed=self.seed, progress=progress,
             )  # fmt: skip
 
