@@ -111,21 +111,30 @@ def wrong_shapes(path: str, kind: str, shapes: Mapping[str, tuple[tuple[int, ...
     return f"{path}: the files do not have the shapes that a {kind} with this config.json has: {listed}."
 
 
+def unconverted(reports: Sequence[str]) -> list[str]:
+    """Of reports of transformers, the weights that it could not make of what the files hold, such as a stack of experts."""
+    rows = [line.split("|") for report in reports for line in report.splitlines() if line.count("|") > 1]
+    return [row[0].strip() for row in rows if "CONVERSION" in row[1]]
+
+
 def some(names: Sequence[str], count: int = 3) -> str:
     """The first of the names, and how many more there are."""
     return ", ".join(names[:count]) + (f" and {len(names) - count:,} more" if len(names) > count else "")
 
 
 @contextlib.contextmanager
-def without_report() -> Iterator[None]:
-    """Without the table in which transformers says what `check_loaded` says."""
+def without_report() -> Iterator[list[str]]:
+    """Without the table in which transformers says what `check_loaded` says; it is put into the list that this gives."""
     logger = logging.getLogger("transformers.modeling_utils")
+    reports: list[str] = []
 
     def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        if is_report := "LOAD REPORT" in record.getMessage():
+            reports.append(record.getMessage())
+        return not is_report
 
     logger.addFilter(is_other)
     try:
-        yield
+        yield reports
     finally:
         logger.removeFilter(is_other)

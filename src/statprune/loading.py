@@ -6,13 +6,13 @@ What cannot be is refused before a weight is read.
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from statprune.completeness import check_loaded, check_stored, other_shapes, some, without_report, wrong_shapes
+from statprune.completeness import check_loaded, check_stored, other_shapes, some, unconverted, without_report, wrong_shapes
 from statprune.configuration import empty_model, load_config, model_class, model_folder
 from statprune.errors import CalibrationError, CheckpointError, ModelError, first_line, number_of
 from statprune.weight_files import Stored, read_headers
@@ -113,13 +113,13 @@ def load_model(path: str, *, dtype: torch.dtype | str = "auto", device: str = "c
     left_out = check_stored(path, stored, empty)
     kind, part = model_class(config)
     try:
-        with without_report():
+        with without_report() as reports:
             model, found = kind.from_pretrained(
                 folder, config=part, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     except Exception as e:  # whatever a model class, safetensors and torch raise on weights that do not fit
-        raise ModelError(_why_not_loaded(path, stored, empty, e)) from e
+        raise ModelError(_why_not_loaded(path, stored, empty, reports, e)) from e
     left_out += check_loaded(path, kind.__name__, found)
     if left_out:
         warnings.warn(
@@ -131,10 +131,14 @@ def load_model(path: str, *, dtype: torch.dtype | str = "auto", device: str = "c
     return model.to(device).eval()
 
 
-def _why_not_loaded(path: str, stored: Mapping[str, Stored], empty: Any, error: Exception) -> str:
-    """Weights of a wrong shape are found in the headers too, and transformers may fail on them before it can report them."""
-    other = other_shapes(stored, empty)
-    if other:
+def _why_not_loaded(path: str, stored: Mapping[str, Stored], empty: Any, reports: Sequence[str], error: Exception) -> str:
+    """The message. Wrong shapes are looked for in the headers: transformers may fail on them before it can report them."""
+    if names := unconverted(reports):
+        return (
+            f"{path}: {some(names)} cannot be made of what the files hold for it: a part is missing, or has another shape. "
+            "Was the checkpoint saved whole, and is this its config.json?"
+        )
+    if other := other_shapes(stored, empty):
         return wrong_shapes(path, type(empty).__name__, other)
     return f"The weights in {path} cannot be loaded: {first_line(error)}"
 
