@@ -22,7 +22,8 @@ from statprune.errors import CalibrationError
 from statprune.loading import DType, load_model, load_tokenizer
 from statprune.model.inputs import bind_batches, example_inputs
 from statprune.model.layers import Layers, find_layers
-from statprune.recipe import Recipe
+from statprune.output import Reserved
+from statprune.recipe import Recipe, Search
 from statprune.selection import select
 
 
@@ -51,8 +52,6 @@ def prune(
         statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
     """
     import statprune.checkpoint as checkpoint
-    from statprune.api import prune as prune_model
-    from statprune.clock import timed
 
     how = recipe.read()
     checkpoint.refuse_existing(output)
@@ -62,7 +61,17 @@ def prune(
         display.show_plan(empty, select(layers.groups, layers.left_out, how), how, layers.reason)
         display.show_dry_run(how)
         return
+    with checkpoint.reserve(output, say=display.say) as place:
+        _prune(model, place, how, calibration)
+
+
+def _prune(model: ModelOptions, place: Reserved, how: Recipe | Search, calibration: CalibrationOptions) -> None:
+    import statprune.checkpoint as checkpoint
+    from statprune.api import prune as prune_model
+    from statprune.clock import timed
+
     opened = model.open(calibration, samples=calibration.samples)
+    checkpoint.check_model(opened.model, place)
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
@@ -81,8 +90,8 @@ def prune(
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
     with timed(report.seconds, "save"):
-        checkpoint.save(opened.model, report, output, tokenizer=opened.tokenizer, protocol=protocol)
-    display.show_report(report, output)
+        checkpoint.save(opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol)
+    display.show_report(report, str(place.output))
 
 
 def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> tuple[Any, Layers]:
@@ -189,14 +198,16 @@ def merge(model: str, adapter: str, output: str) -> None:
     from statprune.training.lora import check_adapter_folder, load_adapter, merge_adapters
     from statprune.training.masks import remeasure
 
-    checkpoint.refuse_existing(output)
     check_adapter_folder(adapter)
-    with display.progress("verifying") as progress:
-        record = checkpoint.verify(model, progress)
-    before = PruningReport.from_dict(record)
-    merged = merge_adapters(load_adapter(load_model(model), adapter), before)
-    after = remeasure(before, merged)
-    has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
-    protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-    checkpoint.save(merged, after, output, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
+    with checkpoint.reserve(output, say=display.say) as place:
+        with display.progress("verifying") as progress:
+            record = checkpoint.verify(model, progress)
+        before = PruningReport.from_dict(record)
+        sparse = load_model(model)
+        checkpoint.check_model(sparse, place)
+        merged = merge_adapters(load_adapter(sparse, adapter), before)
+        after = remeasure(before, merged)
+        has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
+        protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
+        checkpoint.save(merged, after, place, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
     display.show_merged(before, after, output)
