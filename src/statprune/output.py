@@ -114,10 +114,13 @@ class Reserved:
         return self.output
 
     def keep(self) -> Path:
-        """Give what was written another name beside the output, one that says that it is not the output."""
-        target = _beside(self.output)
-        os.rename(self.folder, target)
-        return target
+        """Give what was written another name beside the output, or where that fails in the system's temporary folder."""
+        try:
+            target = _beside(self.output)
+        except OSError:
+            target = _in_temporary_folder(self.output)
+        target.rmdir()
+        return Path(shutil.move(self.folder, target))
 
     def rescue(self, write: Callable[[Path], None]) -> Path | None:
         """Have something written somewhere else: beside the output, or where that fails in the system's temporary folder.
