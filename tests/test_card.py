@@ -99,8 +99,8 @@ def test_only_names_of_the_hub_are_published(source, name):
 class Hub:
     """What would have been sent."""
 
-    def __init__(self, fails=None, error=None):
-        self.calls, self.fails, self.error = [], fails, error
+    def __init__(self, fails=None, error=None, holds=()):
+        self.calls, self.fails, self.error, self.holds = [], fails, error, holds
 
     def __call__(self, **_):
         return self
@@ -110,7 +110,7 @@ class Hub:
             self.calls.append((name, args, kwargs))
             if name == self.fails:
                 raise self.error
-            return SimpleNamespace(commit_url="https://hub/commit/1")
+            return self.holds if name == "list_repo_files" else SimpleNamespace(commit_url="https://hub/commit/1")
 
         return call
 
@@ -121,13 +121,19 @@ def test_exactly_what_the_record_names_is_uploaded(folder, tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub, "HfApi", hub := Hub())
     told = []
     assert push(copy, "user/name", private=True, say=told.append) == "https://hub/commit/1"
-    assert [name for name, *_ in hub.calls] == ["whoami", "create_repo", "upload_folder"]
+    assert [name for name, *_ in hub.calls] == ["whoami", "create_repo", "list_repo_files", "upload_folder"]
     assert hub.calls[1][1:] == (("user/name",), {"private": True, "exist_ok": True})
-    sent = hub.calls[2][2]
+    sent = hub.calls[3][2]
     assert sent["repo_id"] == "user/name"
     assert sent["folder_path"] == copy
     assert set(sent["allow_patterns"]) == {*verify(copy)["files"], RECORD}
     assert len(told) == 1
+
+
+def test_a_repository_that_holds_other_files_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(holds=[".gitattributes", "README.md", "dense.safetensors"]))
+    with pytest.raises(CheckpointError, match=r"holds dense\.safetensors, which is no part of"):
+        push(folder, "user/name")
 
 
 def test_nothing_is_uploaded_where_a_promise_is_broken(folder, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import statprune
 from statprune import Recipe
-from statprune.checkpoint import RECORD, rescue, reserve, save, verify
+from statprune.checkpoint import PAGES, RECORD, rescue, reserve, save, verify
 from statprune.errors import CheckpointError, ModelError
 from statprune.loading import load_model, load_tokenizer
 from tiny_models import classifier, llama
@@ -357,6 +357,22 @@ def test_a_model_of_the_hub_has_its_companions_in_the_cache(tmp_path, pruned, mo
     assert "LICENSE" in record["files"]
     assert record["base"]["name"] == "some/model"
     assert "LICENSE" not in verify(save(*pruned, tmp_path / "other", source="some/other"))["files"]
+
+
+def test_pages_are_made_from_the_record_and_have_a_digest(tmp_path, pruned, monkeypatch):
+    monkeypatch.setitem(PAGES, "report.html", lambda record: f"<p>{len(record['sites'])} weights of {record['base']['class']}")
+    folder = save(*pruned, tmp_path / "out")
+    assert (folder / "report.html").read_text() == "<p>7 weights of LlamaForCausalLM"
+    (folder / "report.html").write_text("<p>8 weights")
+    with pytest.raises(CheckpointError, match=r"report\.html: SHA-256"):
+        verify(folder)
+
+
+def test_a_protocol_may_hold_anything(tmp_path, pruned):
+    protocol = {"source": tmp_path, "device": torch.device("cpu"), "loss": math.nan}
+    record = verify(save(*pruned, tmp_path / "out", protocol=protocol, evaluation={"dense": math.inf, "pruned": 2.0}))
+    assert record["protocol"] == {"source": str(tmp_path), "device": "cpu", "loss": None}
+    assert record["evaluation"] == {"dense": None, "pruned": 2.0}
 
 
 def test_saving_shows_no_bar_and_leaves_those_of_transformers_on(tmp_path, pruned, capfd):

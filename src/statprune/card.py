@@ -81,17 +81,17 @@ def render(record: dict[str, Any]) -> str:
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, sparse",
         f"{f'[{name}](https://huggingface.co/{name})' if 'name' in base else 'A model'} with weights set to zero by "
-        "[statprune](https://pypi.org/project/statprune/). The files are dense safetensors with exact zeros: they load like "
-        "those of the dense model, and are as large.",
+        "statprune. The files are dense safetensors with exact zeros: they load like those of the dense model, and are as large.",
         table(["", ""], facts, num_left=2),
         *_perplexity(record.get("evaluation")),
         "## Reproduce",
         "The recipe, `recipe.yaml`:",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).strip()}\n```",
         f"```\n{_command(record)}\n```",
-        "The versions, the whole protocol and what was done to each weight are in `pruning.json`.",
+        f"Done with {', '.join(f'{name} {version}' for name, version in record['versions'].items())}. The whole protocol, and "
+        "what was done to each weight, is in `pruning.json`.",
         "## Verify",
-        "```\npip install statprune\nstatprune verify FOLDER\n```",
+        "```\nstatprune verify FOLDER\n```",
         "This recomputes the zeros, pattern and energy of each weight from the files, and the SHA-256 digest of every file, "
         "this one included. It prints the digest of the record; where its author has published that, "
         "`statprune verify FOLDER --digest SHA256` tells whether this is the same record.",

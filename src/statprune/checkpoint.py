@@ -207,7 +207,8 @@ def save(
         check_shard_size(max_shard_size)
         output = reserve(output, model=model, overwrite=overwrite, source=source)
     inner, prefix = unwrapped(model)
-    record = {"protocol": protocol or {}, "evaluation": evaluation, **report.to_dict()}
+    beyond = _without_non_finite({"protocol": protocol or {}, "evaluation": evaluation})
+    record = {**report.to_dict(), **beyond}
     with output as place:
         try:
             check_shard_size(max_shard_size)
@@ -253,7 +254,7 @@ def _rescue(inner: nn.Module, record: Mapping[str, Any], place: Reserved, reason
             safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         with contextlib.suppress(TypeError, OSError):
             finite = _without_non_finite({"format": FORMAT, "unfinished": str(reason), **record})
-            (folder / RECORD).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+            (folder / RECORD).write_text(json.dumps(finite, indent=1, default=str) + "\n", encoding="utf-8")
 
     return place.rescue(write)
 

@@ -4,10 +4,10 @@ import glob
 from pathlib import Path
 from typing import Any
 
-from statprune.errors import CheckpointError, first_line
+from statprune.errors import CheckpointError, first_line, number_of
 from statprune.progress import Say, unsaid
 from statprune.record import RECORD
-from statprune.verification import verify
+from statprune.verification import IGNORED, verify
 
 
 def check_repository(repository: str) -> None:
@@ -39,17 +39,24 @@ def push(folder: str | Path, repository: str, *, private: bool | None = None, sa
         The address of the commit.
 
     Raises:
-        CheckpointError: the folder does not keep a promise, and nothing was uploaded; or the upload failed.
+        CheckpointError: the folder does not keep a promise, or the repository holds other files, and nothing was uploaded; or
+            the upload failed.
     """
     folder = Path(folder)
     record = verify(folder)
     check_repository(repository)
-    say(f"{folder} is verified; uploading {len(record['files']) + 1} files to {repository}")
+    say(f"{folder} is verified; uploading {number_of(len(record['files']) + 1, 'file')} to {repository}")
     api, again = _api(), f"the folder is whole, push it again with `statprune push {folder} {repository}`"
     _call(repository, again, api.create_repo, repository, private=private, exist_ok=True)
+    mine = (*record["files"], RECORD)
+    if others := sorted(set(_call(repository, again, api.list_repo_files, repository)) - {*mine, *IGNORED}):
+        raise CheckpointError(
+            f"{repository} on the hub holds {', '.join(others[:3])}, which is no part of {folder}: beside other files a model "
+            "may load otherwise, and `statprune verify` refuses it. Remove them there, or choose another repository."
+        )
     commit = _call(
         repository, again, api.upload_folder,
-        repo_id=repository, folder_path=folder, allow_patterns=[glob.escape(name) for name in (*record["files"], RECORD)],
+        repo_id=repository, folder_path=folder, allow_patterns=[glob.escape(name) for name in mine],
         commit_message=f"{len(record['sites'])} sparse weights by statprune, record {record['digest'][:16]}",
     )  # fmt: skip
     return str(getattr(commit, "commit_url", commit))

@@ -61,8 +61,8 @@ def file_digest(path: Path) -> str:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a folder's record, with its own digest, as the last of its files."""
-    plain = json.loads(json.dumps(record, allow_nan=False))
+    """Write a folder's record, with its own digest, as the last of its files; a value that JSON does not have as its text."""
+    plain = json.loads(json.dumps(record, allow_nan=False, default=str))
     text = json.dumps({**plain, "digest": digest_of(plain)}, indent=1)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
