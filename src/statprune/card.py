@@ -81,7 +81,7 @@ def render(record: dict[str, Any]) -> str:
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, sparse",
         f"{f'[{name}](https://huggingface.co/{name})' if 'name' in base else 'A model'} with weights set to zero by "
-        "statprune. The files are dense safetensors with exact zeros: they load like those of the dense model, and are as large.",
+        "statprune. The files are dense safetensors with exact zeros: they load like the dense model's, and are as large.",
         table(["", ""], facts, num_left=2),
         *_perplexity(record.get("evaluation")),
         "## Reproduce",
