@@ -1,9 +1,7 @@
 """What a run did, as data: the record that goes into `pruning.json`, and a text of it for people."""
 
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from statprune.errors import number_of
 from statprune.methods.pruner import PrunedWeight, energy_sq
 from statprune.model.sites import LeftOut, LinearSite
+from statprune.versions import versions
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,3 @@ class PruningReport:
 def _pick(data: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """These values; lists, which is what JSON makes of a shape, as tuples again."""
     return {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
-
-
-def versions() -> dict[str, str]:
-    """Of everything whose version can change a number."""
-    found = {"python": platform.python_version()}
-    for package in ("statprune", "torch", "lightning", "transformers", "torchmetrics"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
