@@ -1,10 +1,8 @@
 """What a run did, as data: the record that goes into `pruning.json`, and a text of it for people."""
 
-import platform
 import statistics
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch import Tensor
 from statprune.errors import number_of
 from statprune.methods.pruner import PrunedWeight, energy_sq
 from statprune.model.sites import LeftOut, LinearSite
+from statprune.versions import versions
 
 
 @dataclass(frozen=True)
@@ -157,14 +156,3 @@ def _pick(data: Mapping[str, Any], kind: type[SiteReport] | type[LeftOut]) -> di
     """The values of its fields, of which an older record may lack those with a default; lists, JSON's tuples, as tuples."""
     names = [one.name for one in fields(kind) if one.name in data or one.default is MISSING]
     return {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
-
-
-def versions() -> dict[str, str]:
-    """Of everything whose version can change a number."""
-    found = {"python": platform.python_version()}
-    for package in ("statprune", "torch", "lightning", "transformers", "torchmetrics"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -13,8 +13,8 @@ from typing import Any
 
 from statprune.errors import ResultsError
 from statprune.recipe import Recipe
-from statprune.report import versions
 from statprune.results import DENSE, Result, ResultsFile
+from statprune.versions import versions
 
 TRIALS = "trials.jsonl"
 
