@@ -36,6 +36,11 @@ TOLERANCE = 1e-6
 MOST_BYTES = 64 * 2**20
 """Of a JSON file. A record of a thousand weights has half a megabyte."""
 
+_KINDS: dict[str, type] = {
+    "recipe": dict, "schedule": str, "sites": list, "left_out": list, "protocol": dict, "versions": dict, "files": dict,
+}  # fmt: skip
+"""What everybody reads in a record, and of which type it is."""
+
 _LOADED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".npz", ".py", ".pyc", ".so")
 """Endings of files that a library may load by itself, as weights that nobody counted or as code; never part of an output."""
 
@@ -128,6 +133,12 @@ def read_json(path: Path) -> Any:
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise CheckpointError, or KeyError, TypeError or ValueError, where a record contradicts itself."""
+    for key, kind in _KINDS.items():
+        if not isinstance(record[key], kind):
+            raise TypeError(f"{key} is a {type(record[key]).__name__}")
+    for one in record["left_out"]:
+        if not (isinstance(one["name"], str) and isinstance(one["reason"], str) and isinstance(one["shape"], list)):
+            raise TypeError(f"left_out: {one!r}")
     usual = read_pattern(record["recipe"]["pattern"])  # and not the recipe, whose method may not be installed here
     files, sites = record["files"], record["sites"]
     for name, digest in files.items():
