@@ -32,6 +32,9 @@ class Tuned:
     held_out_windows: int
     """Windows that finalists were scored on."""
 
+    held_out_shared: float
+    """Share of their tokens, in [0, 1], that stand in pruning windows too."""
+
     seconds: float
     """Used, in this run and before it was interrupted."""
 
@@ -82,6 +85,7 @@ class Tuned:
             "measurements": len(self.trials),
             "pruning_windows": self.pruning_windows,
             "held_out_windows": self.held_out_windows,
+            "held_out_shared": self.held_out_shared,
             "seconds": self.seconds,
             "notes": self.notes,
         }
