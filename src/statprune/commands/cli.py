@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 for an error that statprune explains, 2 for a wrong option."""
     try:
         function, given = parse(sys.argv[1:] if arguments is None else arguments)
-        with display.only_own_bars():
+        with display.only_own_bars(), display.own_warnings_as_lines():
             function(**given)
     except StatpruneError as e:
         display.show_error(e)

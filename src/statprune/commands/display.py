@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from statprune.errors import CalibrationWarning
+from statprune.plain import finite
 from statprune.progress import Progress
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
@@ -35,7 +38,7 @@ def show_error(error: Exception) -> None:
 
 def show_json(data: object) -> None:
     """One JSON object on standard output, and nothing else."""
-    print(json.dumps(data, indent=1))
+    print(json.dumps(finite(data), indent=1, allow_nan=False))
 
 
 @contextlib.contextmanager
@@ -129,6 +132,24 @@ def only_own_bars() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = own
+
+
+@contextlib.contextmanager
+def own_warnings_as_lines() -> Iterator[None]:
+    """What our warnings say of the data, as lines on standard error, each once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CalibrationWarning)
+        show, said = warnings.showwarning, set[str]()
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+            if not issubclass(category, CalibrationWarning):
+                show(message, category, *where, **options)
+            elif str(message) not in said:
+                said.add(str(message))
+                errors.print(f"[yellow]{escape(str(message))}[/]", soft_wrap=True)
+
+        warnings.showwarning = show_line  # type: ignore[assignment]
+        yield
 
 
 def show_plan(model: Any, selection: Selection, how: Recipe | Search, reason: str | None) -> None:

@@ -1,5 +1,6 @@
 """The commands about one model: prune, evaluate, inspect, verify, merge."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,11 +19,11 @@ from statprune.commands.options import (
     WindowOptions,
     empty_model,
 )
-from statprune.errors import CalibrationError
+from statprune.errors import CalibrationError, NonFiniteError
 from statprune.loading import DType, load_model, load_tokenizer
 from statprune.model.inputs import bind_batches, example_inputs
 from statprune.model.layers import Layers, find_layers
-from statprune.recipe import Recipe
+from statprune.recipe import Recipe, Search
 from statprune.selection import select
 
 
@@ -67,7 +68,8 @@ def prune(
     with timed(seconds, "trace"):
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
-    windows = calibration.windows(opened)
+    drawn = calibration.places(opened, halves=isinstance(how, Search))
+    windows = calibration.windows(opened, halves=isinstance(how, Search))
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
     with display.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
@@ -77,7 +79,7 @@ def prune(
         )
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
-        "seed": calibration.seed, "batch_size": calibration.batch_size, **opened.place,
+        "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
     with timed(report.seconds, "save"):
@@ -115,14 +117,23 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show:
 
     opened = model.open(windows)
     tokens = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
-    with display.progress("evaluating") as progress:
-        perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
+    perplexity, failure = math.nan, None
+    try:
+        with display.progress("evaluating") as progress:
+            perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
+    except NonFiniteError as e:
+        failure = e
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
         "tokenizer": type(opened.tokenizer).__name__, "vocabulary": len(opened.tokenizer), **opened.place,
-        "versions": versions(),
+        "versions": versions(), **({"error": str(failure)} if failure else {}),
     }  # fmt: skip
-    display.show_json(result) if show.json else display.show_evaluation(result)
+    if show.json:
+        display.show_json(result)
+    elif failure is None:
+        display.show_evaluation(result)
+    if failure is not None:
+        raise failure
 
 
 def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:

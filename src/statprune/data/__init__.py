@@ -8,6 +8,7 @@ from statprune.data.sources import (
     calibration_windows,
     evaluation_windows,
     generated_windows,
+    places,
     token_file_windows,
 )
 from statprune.data.tokens import tokenize
@@ -25,6 +26,7 @@ __all__ = [
     "evaluation_windows",
     "generated_windows",
     "random_windows",
+    "places",
     "read_text",
     "standard_library_text",
     "token_file_windows",

@@ -64,7 +64,7 @@ def calibration_windows(
     if len(sources) == 1 and not _looks_like_file(sources[0]):
         return dataset_windows(sources[0], tokenizer, samples, seqlen, seed, vocabulary=vocabulary, progress=progress)
     text = Text(sources)
-    if is_large(text) and has_places(tokenizer):
+    if _is_large(text, tokenizer):
         return windows_at_places(
             text, tokenizer=tokenizer, vocabulary=vocabulary, samples=samples, seqlen=seqlen, seed=seed, halves=halves,
             progress=progress,
@@ -99,9 +99,21 @@ def evaluation_windows(
     return consecutive_windows(tokenize(tokenizer, text, vocabulary, limit), seqlen)
 
 
-def is_large(text: Text) -> bool:
+def places(sources: Sequence[str], tokenizer: Any, *, halves: bool = False) -> str | None:
+    """How `calibration_windows` draws from a text, for the record; None where the source is none.
+
+    Raises:
+        CalibrationError: a file cannot be read.
+    """
+    if list(sources) == [GENERATED] or _is_token_file(sources) or (len(sources) == 1 and not _looks_like_file(sources[0])):
+        return None
+    at = "bytes" if _is_large(Text(sources), tokenizer) else "tokens"
+    return f"random {at} of {'alternate blocks, of which each half has every second' if halves else 'the text'}"
+
+
+def _is_large(text: Text, tokenizer: Any) -> bool:
     """Whether only neighbourhoods of windows are tokenized, and places are bytes in place of tokens."""
-    return text.num_bytes > LARGE
+    return text.num_bytes > LARGE and has_places(tokenizer)
 
 
 def _is_token_file(sources: Sequence[str]) -> bool:

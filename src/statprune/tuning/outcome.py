@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from statprune.markdown import table
+from statprune.plain import finite
 from statprune.recipe import Recipe
 from statprune.tuning.trials import Trial
 
@@ -81,7 +82,7 @@ class Tuned:
         return {
             "perplexity": self.winner.perplexity,
             "dense_perplexity": self.dense_perplexity,
-            "finalists": {f"{one.recipe.method}, {one.recipe.schedule}": one.perplexity for one in self.finalists},
+            "finalists": finite({f"{one.recipe.method}, {one.recipe.schedule}": one.perplexity for one in self.finalists}),
             "measurements": len(self.trials),
             "pruning_windows": self.pruning_windows,
             "held_out_windows": self.held_out_windows,
