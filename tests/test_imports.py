@@ -19,12 +19,12 @@ FLOORS = """
     api
     tuning
     engine  allocation  selection
-    checkpoint
+    checkpoint  output
     loading
     perplexity  report  data  results  how  recipe  grammar
     model
     methods
-    markdown  plain  clock  progress  ranks  errors
+    markdown  plain  clock  progress  ranks  errors  versions
 """
 HEIGHTS = {room: height for height, floor in enumerate(reversed(FLOORS.strip().splitlines())) for room in floor.split()}
 PACKAGE = Path(statprune.__file__).parent

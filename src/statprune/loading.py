@@ -6,14 +6,13 @@ What cannot be is refused before a weight is read.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from statprune.errors import CalibrationError, CheckpointError, ModelError, first_line
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_SEQLEN = 2048
 
 
@@ -22,7 +21,7 @@ def open_causal(model: str, dtype: str, device: str, seqlen: int | None, **numbe
 
     Args:
         model: folder or hub name.
-        dtype: a name of `DType`.
+        dtype: `"auto"`, or what torch calls it.
         device: `"auto"`, or what torch calls it.
         seqlen: tokens in a window; None for 2048, or the model's context if that is shorter.
         numbers: other options that must be at least 1, by name.

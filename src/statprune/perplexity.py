@@ -128,7 +128,7 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
         )
     vocabulary, _ = vocabulary_and_context(model)
     lowest, highest = int(windows.min()), int(windows.max())
-    if lowest < 0 or vocabulary is not None and highest >= vocabulary:
+    if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
         raise CalibrationError(
             f"evaluate(windows with tokens from {lowest} to {highest}): the model's vocabulary has {vocabulary}. Was the text "
             "tokenized with another model's tokenizer?"

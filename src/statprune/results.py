@@ -5,9 +5,9 @@
         {"measure": "perplexity", "model": ..., "values": ...}    a cell
         ...
 
-A line is written at once when its cell is finished, whole or not at all, and never changed. What a crash of the machine has left
-of one is passed over, and its cell measured again. Numbers of another protocol or of other versions do not compare, so a file
-that holds them is refused; so is a second run in a folder where one is at work.
+A line is written at once when its cell is finished, whole or not at all, and never changed. What a crash of the machine has
+left of one is passed over, and its cell measured again. Numbers of another protocol or of other versions do not compare, so a
+file that holds them is refused; so is a second run in a folder where one is at work.
 """
 
 import contextlib
@@ -67,8 +67,8 @@ class Result:
     """Of the protocol, what differs between cells: the model's digest, the calibration tokens', the tasks."""
 
     values: dict[str, float] = field(default_factory=dict)
-    """What was measured and is finite, by metric. `perplexity`: `perplexity`, and `pruning seconds`. `zero-shot`: `TASK METRIC` for each
-    task, and `average`, in [0, 1]. `runtime`: seconds of `statistics`, `pruning` and `total`."""
+    """What was measured and is finite, by metric. `perplexity`: `perplexity`, and `pruning seconds`. `zero-shot`: `TASK METRIC`
+    for each task, and `average`, in [0, 1]. `runtime`: seconds of `statistics`, `pruning` and `total`."""
 
     seconds: float = 0.0
     """Of the whole cell."""
@@ -105,9 +105,7 @@ class ResultsFile:
         ResultsError: the file holds results of another protocol or of other versions, or cannot be read.
     """
 
-    def __init__(
-        self, path: str | Path, protocol: Mapping[str, Any], versions: Mapping[str, str], say: Say = unsaid
-    ) -> None:
+    def __init__(self, path: str | Path, protocol: Mapping[str, Any], versions: Mapping[str, str], say: Say = unsaid) -> None:
         self.path, self.say = Path(path), say
         self.head = {"format": FORMAT, "protocol": dict(protocol), "versions": dict(versions)}
         self._results: dict[str, Result] = {}

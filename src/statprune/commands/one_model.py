@@ -1,30 +1,27 @@
 """The commands about one model: prune, evaluate, inspect, verify, merge."""
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from statprune.commands import display
 from statprune.commands.options import (
     MODEL_SAMPLES,
     CalibrationOptions,
+    DType,
     ModelOptions,
     RecipeOptions,
-    ShowOptions,
     WindowOptions,
     empty_model,
 )
-from statprune.errors import CalibrationError, NonFiniteError
-from statprune.loading import DType, load_model, load_tokenizer
-from statprune.model.inputs import bind_batches, example_inputs
-from statprune.model.layers import Layers, find_layers
-from statprune.recipe import Recipe, Search
-from statprune.selection import select
+from statprune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from statprune.model.layers import Layers
+    from statprune.output import Reserved
+    from statprune.recipe import Recipe, Search
 
 
 def prune(
@@ -33,7 +30,7 @@ def prune(
     recipe: RecipeOptions,
     calibration: CalibrationOptions = MODEL_SAMPLES,
     dry_run: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Prune a causal language model and save it, verified.
 
     First it shows what will be pruned, what stays dense and why, and the size to expect. What it writes is dense safetensors
@@ -52,20 +49,35 @@ def prune(
         statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
     """
     import statprune.checkpoint as checkpoint
-    from statprune.api import prune as prune_model
-    from statprune.clock import timed
+    from statprune.selection import select
 
     how = recipe.read()
     checkpoint.refuse_existing(output)
     if dry_run:
         seqlen = model.check(calibration, samples=calibration.samples)
         empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
-        display.show_plan(empty, select(layers.groups, layers.left_out, how), how, layers.reason)
+        selection = select(layers.groups, layers.left_out, how)
+        display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
-        return
+        return display.plan_data(empty, selection, how)
+    with checkpoint.reserve(output, say=display.say) as place:
+        return _prune(model, place, how, calibration)
+
+
+def _prune(model: ModelOptions, place: "Reserved", how: "Recipe | Search", calibration: CalibrationOptions) -> dict[str, Any]:
+    import statprune.checkpoint as checkpoint
+    from statprune.api import prune as prune_model
+    from statprune.clock import timed
+    from statprune.model.inputs import bind_batches
+    from statprune.model.layers import find_layers
+    from statprune.recipe import Recipe, Search
+    from statprune.selection import select
+
     opened = model.open(calibration, samples=calibration.samples)
+    checkpoint.check_model(opened.model, place)
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
+        display.say("exporting the model to a graph")
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     drawn = calibration.places(opened, halves=isinstance(how, Search))
@@ -82,13 +94,22 @@ def prune(
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
+    display.say(f"saving to {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):
-        checkpoint.save(opened.model, report, output, tokenizer=opened.tokenizer, protocol=protocol)
-    display.show_report(report, output)
+        checkpoint.save(opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol)
+    display.show_report(report, str(place.output))
+    return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
 
 
-def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> tuple[Any, Layers]:
+def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> "tuple[Any, Layers]":
     """A model and its layers. Its weights are read only where there is no graph and it cannot be run without values."""
+    import torch
+
+    from statprune.loading import load_model
+    from statprune.model.inputs import bind_batches
+    from statprune.model.layers import find_layers
+
+    display.say(f"exporting {path} to a graph, without its weights")
     model = empty_model(path, dtype)
     try:
         return model, find_layers(model, bind_batches(model, batches(model)))
@@ -97,7 +118,7 @@ def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> t
         return model, find_layers(model, bind_batches(model, batches(model)))
 
 
-def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show: ShowOptions) -> None:
+def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> dict[str, Any]:
     """Perplexity of a causal language model on text.
 
     The text is joined, tokenized whole and cut into windows that do not overlap; the last partial one is dropped (the field's
@@ -113,30 +134,22 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show:
     """
     from statprune.data import evaluation_windows
     from statprune.perplexity import evaluate as evaluate_model
-    from statprune.report import versions
+    from statprune.versions import versions
 
     opened = model.open(windows)
     tokens = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
-    perplexity, failure = math.nan, None
-    try:
-        with display.progress("evaluating") as progress:
-            perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
-    except NonFiniteError as e:
-        failure = e
+    with display.progress("evaluating") as progress:
+        perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
         "tokenizer": type(opened.tokenizer).__name__, "vocabulary": len(opened.tokenizer), **opened.place,
-        "versions": versions(), **({"error": str(failure)} if failure else {}),
+        "versions": versions(),
     }  # fmt: skip
-    if show.json:
-        display.show_json(result)
-    elif failure is None:
-        display.show_evaluation(result)
-    if failure is not None:
-        raise failure
+    display.show_evaluation(result)
+    return result
 
 
-def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
+def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
     """What could be pruned: linear layers, the input groups that share statistics, ties, and what is left out and why.
 
     With any option of a recipe, what that recipe would prune and leave dense, and the sizes to expect. Works on a
@@ -150,19 +163,21 @@ def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
         statprune inspect MODEL --pattern 50% --ignore '*.down_proj' '*.0.*'
         statprune inspect MODEL --recipe recipe.yaml --json
     """
+    from statprune.model.inputs import example_inputs
+    from statprune.recipe import Recipe
+    from statprune.selection import select
+
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
     empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
     selection = select(layers.groups, layers.left_out, how)
-    if show.json:
-        expected = {"recipe": how.to_dict(), **display.expected(empty, selection, how)} if recipe.given() else {}
-        display.show_json({**expected, **display.survey_data(selection)})
-    elif recipe.given():
+    if recipe.given():
         display.show_plan(empty, selection, how, layers.reason)
-    else:
-        display.show_survey(model, selection)
+        return display.plan_data(empty, selection, how)
+    display.show_survey(model, selection)
+    return display.survey_data(selection)
 
 
-def verify(folder: str) -> None:
+def verify(folder: str) -> dict[str, Any]:
     """Recompute every promise of a folder's pruning.json from the files on disk.
 
     Stops at the first one that is broken, with status 1. Recomputed are, for each weight, shape, zeros, pattern and energy; and
@@ -179,9 +194,10 @@ def verify(folder: str) -> None:
     with display.progress("verifying") as progress:
         record = verify_folder(folder, progress)
     display.show_verified(folder, record)
+    return display.verified_data(folder, record)
 
 
-def merge(model: str, adapter: str, output: str) -> None:
+def merge(model: str, adapter: str, output: str) -> dict[str, Any]:
     """Merge a LoRA adapter into a pruned model with its zeros kept, and save the result, verified.
 
     Only weights that are not zero are changed. During its training the adapter acted everywhere, so the result is not quite the
@@ -196,18 +212,24 @@ def merge(model: str, adapter: str, output: str) -> None:
         statprune merge sparse ADAPTER --output sparse-tuned
     """
     import statprune.checkpoint as checkpoint
+    from statprune.loading import load_model, load_tokenizer
     from statprune.report import PruningReport
     from statprune.training.lora import check_adapter_folder, load_adapter, merge_adapters
     from statprune.training.masks import remeasure
 
-    checkpoint.refuse_existing(output)
     check_adapter_folder(adapter)
-    with display.progress("verifying") as progress:
-        record = checkpoint.verify(model, progress)
-    before = PruningReport.from_dict(record)
-    merged = merge_adapters(load_adapter(load_model(model), adapter), before)
-    after = remeasure(before, merged)
-    has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
-    protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-    checkpoint.save(merged, after, output, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
+    with checkpoint.reserve(output, say=display.say) as place:
+        with display.progress("verifying") as progress:
+            record = checkpoint.verify(model, progress)
+        before = PruningReport.from_dict(record)
+        display.say(f"loading {model}, and merging {adapter}")
+        sparse = load_model(model)
+        checkpoint.check_model(sparse, place)
+        merged = merge_adapters(load_adapter(sparse, adapter), before)
+        after = remeasure(before, merged)
+        has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
+        protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
+        display.say(f"saving to {place.output}, and verifying what was written")
+        checkpoint.save(merged, after, place, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
     display.show_merged(before, after, output)
+    return display.merged_data(before, after, output)

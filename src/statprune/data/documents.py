@@ -70,8 +70,8 @@ def dataset_windows(
     for document in stream:
         if not isinstance(document.get(column), str):
             raise CalibrationError(
-                f"The data set {path!r} has the columns {', '.join(document)}: expected text in {column!r}. Name another column, "
-                "as in NAME:::COLUMN."
+                f"The data set {path!r} has the columns {', '.join(document)}: expected text in {column!r}. Name another "
+                "column, as in NAME:::COLUMN."
             )
         digest = hashlib.sha256(document[column].encode(errors="surrogatepass")).digest()
         if digest in seen:
@@ -91,6 +91,11 @@ def dataset_windows(
 
 
 def wikitext_test() -> list[str]:
+    """The lines of WikiText-2's test split.
+
+    Raises:
+        CalibrationError: `datasets` is not installed, or the data set cannot be had.
+    """
     path, configuration, _, column = DATASET_NAMES[WIKITEXT]
     advice = "Or give --text its test split, or any other text, as a file."
     try:

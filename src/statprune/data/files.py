@@ -1,6 +1,7 @@
 """Text files, joined by blank lines, of which only what is asked for is in memory."""
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ class Text:
         paths: at least one.
 
     Raises:
-        CalibrationError: a file is missing, or is not plain text. Where a file is not UTF-8, or has NUL in it, further on, so do
-            the methods when they come there.
+        CalibrationError: a file is missing, or is not plain text. Where a file is not UTF-8 further on, or has NUL in it, so do
+            the methods, when they come there.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
@@ -88,7 +89,7 @@ class Text:
                 cut += 1
             cuts[index] = cut
         try:
-            texts = [content[start:stop].decode() for start, stop in zip(cuts, cuts[1:], strict=False)]
+            texts = [content[start:stop].decode() for start, stop in itertools.pairwise(cuts)]
         except UnicodeDecodeError as e:
             raise _unreadable(self._at(places[0]), e) from e
         newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -131,8 +132,8 @@ def _check_file(path: Path) -> int:
         raise _unreadable(path, e) from e
     if path.suffix.lower() in _RECORDS:
         raise CalibrationError(
-            f"The text file {path} cannot be read: {path.suffix} is a file of records, not plain text. Calibrate on it as a data "
-            f"set (its folder, as in {path.parent}:::COLUMN, with `datasets` installed), or write its text to a .txt file."
+            f"The text file {path} cannot be read: {path.suffix} is a file of records, not plain text. Calibrate on it as a "
+            f"data set (its folder, as in {path.parent}:::COLUMN, with `datasets` installed), or write its text to a .txt file."
         )
     for magic, kind in _MAGIC.items():
         if begin.startswith(magic):

@@ -1,5 +1,6 @@
 """Windows at random places of a text too large to be tokenized: a place is a byte, and only its neighbourhood is tokenized."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def windows_at_places(
     found: list[Tensor] = []
     num_bytes = 0
     for index in range(samples):
-        blocks = list(zip(edges, edges[1:], strict=False))[index % 2 if halves else 0 :: 2]
+        blocks = list(itertools.pairwise(edges))[index % 2 if halves else 0 :: 2]
         window, window_bytes = _window(text, tokenizer, blocks, seqlen, generator)
         check_vocabulary(window, vocabulary)
         found.append(window)
@@ -88,9 +89,7 @@ def _window_at(text: Text, tokenizer: Any, place: int, end: int, seqlen: int) ->
     while True:
         stop = min(end, place + reach)
         # Some text before and behind, so that the tokens are those of the running text.
-        before, inside, behind = text.between(
-            [max(0, place - CONTEXT), place, stop, min(text.num_bytes, stop + CONTEXT)]
-        )
+        before, inside, behind = text.between([max(0, place - CONTEXT), place, stop, min(text.num_bytes, stop + CONTEXT)])
         tokens = tokens_with_places(tokenizer, before + inside + behind, -len(before))
         first = next((index for index, token in enumerate(tokens) if token.start >= 0), len(tokens))
         window = tokens[first : first + seqlen]

@@ -1,7 +1,6 @@
 """Windows of one sequence of tokens: consecutive ones, and random ones, of the whole or of two halves that share no token."""
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,8 +64,8 @@ def random_windows(tokens: Tensor, samples: int, seqlen: int, seed: int, *, halv
         return tokens.unfold(0, seqlen, 1)[starts]
     if tokens.numel() < 2 * seqlen:
         raise CalibrationError(
-            f"The calibration text has {number_of(tokens.numel(), 'token')}, less than two windows of {seqlen}: expected one to "
-            "prune on and another one to score on. Give more text or a smaller --seqlen."
+            f"The calibration text has {number_of(tokens.numel(), 'token')}, less than two windows of {seqlen}: expected one "
+            "to prune on and another one to score on. Give more text or a smaller --seqlen."
         )
     edges = block_edges(tokens.numel(), seqlen)
     starts = torch.empty(samples, dtype=torch.int64)
@@ -105,8 +104,8 @@ def check_coverage(tokens: int, samples: int, seqlen: int, *, is_exact: bool = T
     text = f"The calibration text has {'' if is_exact else 'about '}{number_of(tokens, 'token')}"
     if 1 <= places < samples:
         raise CalibrationError(
-            f"{text}: {number_of(places, 'place')} for a window of {seqlen}, fewer than the {samples:,} windows that are wanted, "
-            "so that some would be the same. Give more text, or smaller --samples or --seqlen."
+            f"{text}: {number_of(places, 'place')} for a window of {seqlen}, fewer than the {samples:,} windows that are "
+            "wanted, so that some would be the same. Give more text, or smaller --samples or --seqlen."
         )
     if samples * seqlen > tokens:
         warnings.warn(
@@ -118,6 +117,4 @@ def check_coverage(tokens: int, samples: int, seqlen: int, *, is_exact: bool = T
 
 
 def _too_short(what: str, tokens: int, seqlen: int) -> str:
-    return (
-        f"{what} has {number_of(tokens, 'token')}, less than one window of {seqlen}: give more text or a smaller --seqlen."
-    )
+    return f"{what} has {number_of(tokens, 'token')}, less than one window of {seqlen}: give more text or a smaller --seqlen."

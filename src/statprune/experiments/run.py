@@ -26,8 +26,8 @@ from statprune.model.layers import Layers, find_layers
 from statprune.perplexity import evaluate
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.recipe import Recipe, Search
-from statprune.report import versions
 from statprune.results import Result, ResultsFile, alone_in, digest
+from statprune.versions import versions
 
 CELLS = "cells.jsonl"
 

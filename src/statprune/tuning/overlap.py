@@ -21,8 +21,8 @@ _BASE = 0x9E3779B97F4A7C15 - (1 << 64)
 def shared_share(pruning: Sequence[Mapping[str, Tensor]], scoring: Sequence[Mapping[str, Tensor]]) -> float:
     """The share of the held-out tokens, in [0, 1], that stand in a run of `RUN` tokens which a pruning window has too.
 
-    Windows drawn at random places of a short text overlap, and so do halves of a text that repeats itself. Where all windows are
-    shorter than `RUN`, runs are as long as the longest; shorter windows are not looked at.
+    Windows drawn at random places of a short text overlap, and so do halves of a text that repeats itself. Where all windows
+    are shorter than `RUN`, runs are as long as the longest; shorter windows are not looked at.
 
     Args:
         pruning: batches of windows: `input_ids` [batch, length], and perhaps an `attention_mask`, where 0 is padding.
@@ -67,8 +67,8 @@ def warn_of_shared(share: float) -> None:
     """Say so where scores are flattered."""
     if share > MAX_SHARE:
         warnings.warn(
-            f"{100 * share:.0f} % of the held-out tokens stand in a window to prune on too, so that scores flatter what fits most: "
-            "the windows overlap, or the text repeats itself. Draw them with calibration_windows(..., halves=True), which cuts "
+            f"{100 * share:.0f} % of the held-out tokens stand in a window to prune on too, so that scores flatter what fits "
+            "most: the windows overlap, or the text repeats itself. Draw them with calibration_windows(..., halves=True), which cuts "
             "the text first, or from more text.",
             CalibrationWarning,
             stacklevel=4,

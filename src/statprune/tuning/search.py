@@ -92,8 +92,8 @@ class SearchRun:
         elif skipped:
             self.notes.append(f"{skipped} candidates with a schedule of their own did not fit.")
         tuned = Tuned(
-            winner, list(self.trials.all), dense, _count(self.halves.pruning), everything, self.halves.shared, self.watch.spent(),
-            self.notes,
+            winner, list(self.trials.all), dense, _count(self.halves.pruning), everything, self.halves.shared,
+            self.watch.spent(), self.notes,
         )  # fmt: skip
         for note in self.notes:
             self.say(f"the budget: {note}")

@@ -14,8 +14,8 @@ from typing import Any
 from statprune.errors import ResultsError
 from statprune.progress import Say, unsaid
 from statprune.recipe import Recipe
-from statprune.report import versions
 from statprune.results import DENSE, HOLDER, LOCK, Result, ResultsFile
+from statprune.versions import versions
 
 TRIALS = "trials.jsonl"
 

@@ -74,7 +74,8 @@ def tune(
         CalibrationError: fewer than two windows; or as `prune`.
         SiteError: the pattern does not fit the model; or as `prune`.
         TracingError: the model cannot be exported.
-        ResultsError: the output holds something else, or trials that do not compare with these; or another run is at work in it.
+        ResultsError: the output holds something else, or trials that do not compare with these; or another run is at work
+            in it.
 
     Warns:
         CalibrationWarning: more than a tenth of the held-out tokens stand in a window to prune on too.
