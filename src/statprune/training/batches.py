@@ -1,17 +1,16 @@
 """Batches of a Trainer's loaders: those to calibrate on, those of a validation, and the inputs of the model in them."""
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from statprune.errors import CalibrationError
-from statprune.model.kinds import is_transformers_model
+from statprune.model.inputs import ModelInputs, read_inputs
 
 
 def calibration_source(trainer: Trainer, pl_module: LightningModule, given: Any) -> Iterator[Any]:
@@ -51,27 +50,14 @@ def validation_batches(trainer: Trainer) -> Iterator[Any]:
             yield batch
 
 
-def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> Any:
-    """The inputs of `target.forward` in a batch of this LightningModule's loaders: a dict, or a tuple."""
-    if hasattr(pl_module, "calibration_inputs"):
-        batch = pl_module.calibration_inputs(batch)
-        return batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    parameters = [
-        parameter
-        for parameter in inspect.signature(target.forward).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if isinstance(batch, Mapping):
-        # A transformers model makes its decoder inputs of labels; another model would return its loss for them.
-        known = {parameter.name for parameter in parameters} - (set() if is_transformers_model(target) else {"labels"})
-        return {name: value for name, value in batch.items() if name in known}
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    required = sum(parameter.default is parameter.empty for parameter in parameters)
-    values = tuple(batch)[: max(1, required)]
-    if is_transformers_model(target):
-        return {"input_ids" if not values[0].is_floating_point() else target.main_input_name: values[0]}
-    return values
+def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> ModelInputs:
+    """The inputs of `target.forward` in a batch of this LightningModule's loaders, on the model's device."""
+    if not hasattr(pl_module, "calibration_inputs"):
+        return read_inputs(target, batch)
+    given = pl_module.calibration_inputs(batch)
+    if isinstance(given, Mapping):
+        return read_inputs(target, ModelInputs((), dict(given)))
+    return read_inputs(target, ModelInputs(tuple(given) if isinstance(given, tuple | list) else (given,), {}))
 
 
 def _fresh_iterator(loader: Any) -> Iterator[Any]:
