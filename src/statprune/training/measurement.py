@@ -13,7 +13,7 @@ from statprune.model.kinds import is_causal, predictions_of
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
 from statprune.ranks import sum_over_ranks
-from statprune.training.batches import model_inputs
+from statprune.training.loaders import model_inputs
 
 
 class Measurement:
