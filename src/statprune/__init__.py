@@ -17,7 +17,7 @@ from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 
 if TYPE_CHECKING:
-    from statprune.checkpoint import save, verify
+    from statprune.checkpoint import save
     from statprune.loading import load_model as load
     from statprune.perplexity import Perplexity, evaluate
     from statprune.training.callback import StatisticalPruning
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from statprune.training.modules import CausalLM, TextData
     from statprune.tuning.outcome import Tuned
     from statprune.tuning.tune import tune
+    from statprune.verification import verify
 
 __all__ = [
     "NM",
@@ -62,7 +63,7 @@ _IMPORTED_AT_USE = {
     "merge_adapters": ("training.lora", "merge_adapters"),
     "save": ("checkpoint", "save"),
     "tune": ("tuning.tune", "tune"),
-    "verify": ("checkpoint", "verify"),
+    "verify": ("verification", "verify"),
 }
 
 

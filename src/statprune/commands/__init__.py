@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
-from statprune.commands.one_model import evaluate, inspect, merge, prune, verify
+from statprune.commands.one_model import evaluate, inspect, merge, prune, push, verify
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
@@ -11,6 +11,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "inspect": inspect,
     "verify": verify,
+    "push": push,
     "merge": merge,
     "compare": compare,
     "tune": tune,

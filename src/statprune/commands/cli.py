@@ -31,7 +31,7 @@ from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
 from statprune.methods.registry import known_compensations, known_criteria, settings_of, summary
 
-POSITIONAL = ("model", "folder", "name", "adapter")
+POSITIONAL = ("model", "folder", "name", "adapter", "repository")
 """Arguments that stand without an option's name."""
 
 TEACHING = """

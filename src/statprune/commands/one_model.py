@@ -1,10 +1,9 @@
-"""The commands about one model: prune, evaluate, inspect, verify, merge."""
+"""The commands about one model: prune, evaluate, inspect, verify, push, merge."""
 
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,12 +18,14 @@ from statprune.commands.options import (
     empty_model,
 )
 from statprune.errors import CalibrationError
-from statprune.loading import DType, load_model, load_tokenizer
+from statprune.loading import DType, load_model
 from statprune.model.inputs import bind_batches, example_inputs
 from statprune.model.layers import Layers, find_layers
-from statprune.output import Reserved
 from statprune.recipe import Recipe, Search
 from statprune.selection import select
+
+if TYPE_CHECKING:
+    from statprune.output import Reserved
 
 
 def prune(
@@ -33,6 +34,8 @@ def prune(
     recipe: RecipeOptions,
     calibration: CalibrationOptions = MODEL_SAMPLES,
     dry_run: bool = False,
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
 ) -> None:
     """Prune a causal language model and save it, verified.
 
@@ -41,8 +44,10 @@ def prune(
     what 'statprune verify' can recompute.
 
     Args:
-        output: Folder to write; must not exist.
+        output: Folder to write; must not exist, but for --overwrite.
         dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
+        overwrite: Replace an output that statprune wrote, when the new one is verified.
+        max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
 
     Examples:
         statprune prune MODEL --output sparse --dry-run
@@ -54,18 +59,25 @@ def prune(
     import statprune.checkpoint as checkpoint
 
     how = recipe.read()
-    checkpoint.refuse_existing(output)
+    checkpoint.check_output(output, overwrite=overwrite, source=model.model)
+    checkpoint.check_shard_size(max_shard_size)
     if dry_run:
         seqlen = model.check(calibration, samples=calibration.samples)
         empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
         display.show_plan(empty, select(layers.groups, layers.left_out, how), how, layers.reason)
         display.show_dry_run(how)
         return
-    with checkpoint.reserve(output, say=display.say) as place:
-        _prune(model, place, how, calibration)
+    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=display.say) as place:
+        _prune(model, place, how, calibration, max_shard_size)
 
 
-def _prune(model: ModelOptions, place: Reserved, how: Recipe | Search, calibration: CalibrationOptions) -> None:
+def _prune(
+    model: ModelOptions,
+    place: "Reserved",
+    how: Recipe | Search,
+    calibration: CalibrationOptions,
+    max_shard_size: str | None,
+) -> None:
     import statprune.checkpoint as checkpoint
     from statprune.api import prune as prune_model
     from statprune.clock import timed
@@ -90,7 +102,10 @@ def _prune(model: ModelOptions, place: Reserved, how: Recipe | Search, calibrati
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
     with timed(report.seconds, "save"):
-        checkpoint.save(opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol)
+        checkpoint.save(
+            opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol, source=model.model,
+            max_shard_size=max_shard_size,
+        )  # fmt: skip
     display.show_report(report, str(place.output))
 
 
@@ -160,26 +175,47 @@ def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
         display.show_survey(model, selection)
 
 
-def verify(folder: str) -> None:
+def verify(folder: str, digest: str | None = None) -> None:
     """Recompute every promise of a folder's pruning.json from the files on disk.
 
     Stops at the first one that is broken, with status 1. Recomputed are, for each weight, shape, zeros, pattern and energy; and
-    the digest of each file.
+    the digest of each file. The folder holds nothing else. Prints the digest of the record, which can be published.
 
     Args:
         folder: What 'statprune prune' wrote.
+        digest: The record's SHA-256 digest as its author has published it, to compare with.
 
     Examples:
         statprune verify sparse
+        statprune verify sparse --digest 5ef5a4a2ef1bfd0a7b2ab0db3b10b4a1b2c3d4e5f60718293a4b5c6d7e8f9012
     """
-    from statprune.checkpoint import verify as verify_folder
+    from statprune.verification import verify as verify_folder
 
     with display.progress("verifying") as progress:
-        record = verify_folder(folder, progress)
+        record = verify_folder(folder, progress, digest=digest)
     display.show_verified(folder, record)
 
 
-def merge(model: str, adapter: str, output: str) -> None:
+def push(folder: str, repository: str, private: bool = False) -> None:
+    """Verify a folder that statprune wrote, and upload it to the hub.
+
+    Uploaded are exactly the files that pruning.json names, and itself; nothing is where a promise is broken. Log in first, with
+    'hf auth login'.
+
+    Args:
+        folder: What 'statprune prune' wrote.
+        repository: USER/NAME on the hub; made where it does not exist.
+        private: Make the repository a private one.
+
+    Examples:
+        statprune push sparse USER/NAME --private
+    """
+    from statprune.hub import push as push_folder
+
+    display.show_pushed(folder, push_folder(folder, repository, private=private or None, say=display.say))
+
+
+def merge(model: str, adapter: str, output: str, overwrite: bool = False, max_shard_size: str | None = None) -> None:
     """Merge a LoRA adapter into a pruned model with its zeros kept, and save the result, verified.
 
     Only weights that are not zero are changed. During its training the adapter acted everywhere, so the result is not quite the
@@ -188,7 +224,9 @@ def merge(model: str, adapter: str, output: str) -> None:
     Args:
         model: Folder that 'statprune prune' wrote, the one that the adapter was trained on.
         adapter: Folder that the adapter was saved to with save_pretrained (safetensors only).
-        output: Folder to write; must not exist.
+        output: Folder to write; must not exist, but for --overwrite.
+        overwrite: Replace an output that statprune wrote, when the new one is verified.
+        max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
 
     Examples:
         statprune merge sparse ADAPTER --output sparse-tuned
@@ -199,7 +237,8 @@ def merge(model: str, adapter: str, output: str) -> None:
     from statprune.training.masks import remeasure
 
     check_adapter_folder(adapter)
-    with checkpoint.reserve(output, say=display.say) as place:
+    checkpoint.check_shard_size(max_shard_size)
+    with checkpoint.reserve(output, overwrite=overwrite, source=model, say=display.say) as place:
         with display.progress("verifying") as progress:
             record = checkpoint.verify(model, progress)
         before = PruningReport.from_dict(record)
@@ -207,7 +246,6 @@ def merge(model: str, adapter: str, output: str) -> None:
         checkpoint.check_model(sparse, place)
         merged = merge_adapters(load_adapter(sparse, adapter), before)
         after = remeasure(before, merged)
-        has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
         protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-        checkpoint.save(merged, after, place, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
+        checkpoint.save(merged, after, place, protocol=protocol, source=model, max_shard_size=max_shard_size)
     display.show_merged(before, after, output)
