@@ -172,7 +172,7 @@ class StatisticalPruning(Callback):
                 'ones can be pruned. Use one device, or strategy="ddp".'
             )
         refuse_sharded(pl_module)
-        if stage == "fit":
+        if stage == "fit" and self.output is not None:
             self._once.reserve(is_first=trainer.is_global_zero)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
