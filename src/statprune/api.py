@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from statprune.clock import timed
+from statprune.clock import peak_memory, timed
 from statprune.engine import run
 from statprune.errors import TracingError
 from statprune.how import How, read_how
@@ -154,18 +154,23 @@ def _carry_out(
     check_weights(model)
     meet(process_group, next((tensor.device for tensor in inputs[0].tensors()), torch.device("cpu")), call)
     seconds: dict[str, float] = {}
-    with timed(seconds, "trace"):
+    memory: dict[str, int] = {}
+    device = next((tensor.device for tensor in inputs[0].tensors()), torch.device("cpu"))
+    with timed(seconds, "trace", memory, device):
         layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
     if layers.reason is not None:
         warnings.warn(layers.reason, stacklevel=3)
     recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
+    tuned_peak = peak_memory(device)
     weights = landing(model)
     report = run(
         layers, inputs, recipe, weights, process_group=process_group, progress=progress, forward_context=forward_context
     )
     if record is not None:
         seconds = {"tune": record["seconds"], **seconds}
+        memory |= {"tune": tuned_peak} if tuned_peak is not None else {}
     report.seconds, report.chosen_by = {**seconds, **report.seconds}, record
+    report.memory = {**memory, **report.memory}
     return PruningPlan(weights.pruned if isinstance(weights, Twin) else {}, report, layers)
 
 
