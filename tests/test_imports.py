@@ -20,11 +20,12 @@ FLOORS = """
     tuning
     engine  allocation  selection
     checkpoint
+    card  companions  hub  output  verification
     loading  configuration  completeness  weight_files
-    perplexity  report  data  results  how  recipe  grammar
+    perplexity  report  data  results  how  recipe  grammar  record
     model
     methods
-    markdown  clock  progress  ranks  errors
+    markdown  plain  clock  progress  ranks  errors  versions
 """
 HEIGHTS = {room: height for height, floor in enumerate(reversed(FLOORS.strip().splitlines())) for room in floor.split()}
 PACKAGE = Path(statprune.__file__).parent

@@ -456,9 +456,12 @@ class TestTokenizers:
 
     def test_a_broken_one_is_refused_before_work_begins(self, capsys, folder):
         (folder / "tokenizer.json").write_text("{")
-        status, _, err = run(capsys, "prune", folder, "--output", folder.parent / "out", "--calibration", "generated")
+        (folder.parent / "text.txt").write_text("to be or not to be\n" * 40)
+        words = [folder, "--output", folder.parent / "out", "--calibration", folder.parent / "text.txt"]
+        status, out, err = run(capsys, "prune", *words)
         assert (status, "The tokenizer in" in err) == (1, True)
-        assert "stays dense" not in err
+        assert "stays dense" not in out
+        assert not (folder.parent / "out").exists()
 
 
 class TestHub:

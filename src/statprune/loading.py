@@ -8,16 +8,16 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from statprune.completeness import check_loaded, check_stored, other_shapes, some, unconverted, without_report, wrong_shapes
 from statprune.configuration import empty_model, load_config, model_class, model_folder
-from statprune.errors import CalibrationError, CheckpointError, ModelError, first_line, number_of
+from statprune.errors import CalibrationError, ModelError, first_line, number_of
+from statprune.record import file_digest
 from statprune.weight_files import Stored, read_headers
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_SEQLEN = 2048
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
@@ -33,7 +33,7 @@ def open_causal(
 
     Args:
         model: folder or hub name.
-        dtype: a name of `DType`.
+        dtype: `"auto"`, or what torch calls it.
         device: `"auto"`, or what torch calls it.
         seqlen: tokens in a window; None for 2048, or the model's context if that is shorter.
         revision: branch, tag or commit on the hub.
@@ -59,8 +59,10 @@ def window_length(config: Any, seqlen: int | None) -> int:
 
 
 def check_positive(**numbers: int) -> None:
-    """Raise CalibrationError for an option below 1."""
+    """Raise CalibrationError for an option below 1, or beyond what counts anything."""
     for name, number in numbers.items():
+        if number >= 1 << 31:
+            raise CalibrationError(f"--{name} {number}: expected less than {1 << 31:,}.")
         if number < 1:
             raise CalibrationError(f"--{name} {number}: expected at least 1.")
 
@@ -183,16 +185,3 @@ def fingerprint(path: str, config: Any) -> str:
 def file_digests(folder: Path) -> dict[str, str]:
     """The SHA-256 digest of each of the folder's weight files, by file name; errors as for `file_digest`."""
     return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 as 64 hexadecimal digits.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e}.") from e
