@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import time
@@ -17,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from statprune.errors import CalibrationWarning
+from statprune.plain import finite
 from statprune.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def showing(*, as_json: bool = False, quiet: bool = False) -> Iterator[None]:
     console.quiet, notes.quiet = as_json or quiet, quiet
     try:
         with only_own_bars(), warnings.catch_warnings():
+            warnings.simplefilter("default", CalibrationWarning)
             warnings.showwarning = _show_warning
             yield
     finally:
@@ -86,15 +88,7 @@ def show_end(text: str) -> None:
 
 def show_json(data: Mapping[str, Any]) -> None:
     """One JSON object on standard output. What JSON has no number for, NaN and infinity, becomes null."""
-    _Console().out(json.dumps(_finite(data), indent=1, allow_nan=False, ensure_ascii=False), highlight=False)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    _Console().out(json.dumps(finite(data), indent=1, allow_nan=False, ensure_ascii=False), highlight=False)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def _prune(
     from statprune.clock import timed
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
-    from statprune.recipe import Recipe
+    from statprune.recipe import Recipe, Search
     from statprune.selection import select
 
     opened = model.open(calibration, samples=calibration.samples)
@@ -90,7 +90,8 @@ def _prune(
         display.say("exporting the model to a graph")
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
-    windows = calibration.windows(opened)
+    drawn = calibration.places(opened, halves=isinstance(how, Search))
+    windows = calibration.windows(opened, halves=isinstance(how, Search))
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
     with display.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
@@ -100,7 +101,7 @@ def _prune(
         )
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
-        "seed": calibration.seed, "batch_size": calibration.batch_size, **opened.place,
+        "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
     display.say(f"saving to {place.output}, and verifying what was written")
