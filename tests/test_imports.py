@@ -19,9 +19,10 @@ FLOORS = """
     api
     tuning
     engine  allocation  selection
-    checkpoint  output
+    checkpoint
+    card  companions  hub  output  verification
     loading
-    perplexity  report  data  results  how  recipe  grammar
+    perplexity  report  data  results  how  recipe  grammar  record
     model
     methods
     markdown  plain  clock  progress  ranks  errors  versions

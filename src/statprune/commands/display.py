@@ -368,14 +368,20 @@ def show_verified(folder: str, record: dict[str, Any]) -> None:
     """The end of `statprune verify`."""
     console.print(
         f"[bold green]verified:[/] {escape(folder)}: {len(record['sites'])} weights, "
-        f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds",
+        f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds\n"
+        f"[dim]SHA-256 of the record, to publish: {record['digest']}[/]",
         soft_wrap=True,
     )
 
 
+def show_pushed(folder: str, address: str) -> None:
+    """The end of `statprune push`."""
+    console.print(f"[bold green]verified and uploaded:[/] {escape(folder)} to {escape(address)}", soft_wrap=True)
+
+
 def verified_data(folder: str, record: dict[str, Any]) -> dict[str, Any]:
     """`show_verified` as data."""
-    kept = ("sparsity", "energy_ratio", "recipe", "files")
+    kept = ("sparsity", "energy_ratio", "recipe", "files", "digest")
     return {"folder": folder, "verified": True, "weights": len(record["sites"]), **{key: record[key] for key in kept}}
 
 

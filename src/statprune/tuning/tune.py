@@ -82,7 +82,7 @@ def tune(
     """
     search = Search(pattern, minutes, targets, ignore, on_indivisible)  # type: ignore[arg-type]
     check_has_perplexity(model)
-    inputs = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
+    inputs = bind_batches(model, batches)
     check_weights(model)
     meet(process_group, next(model.parameters()).device, "statprune.tune")
     layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
