@@ -295,7 +295,14 @@ class TestAloneIn:
             other.kill()
         with alone_in(folder):
             assert folder.is_dir()
-        assert not (tmp_path / "a").exists()  # nothing was written, and it had made it
+        assert list(folder.iterdir()) == []
+
+    def test_a_folder_in_which_nothing_was_written_goes_again(self, tmp_path):
+        with alone_in(tmp_path / "a" / "b"):
+            pass
+        with alone_in(tmp_path / "c"):
+            (tmp_path / "c" / "result").write_text("1")
+        assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
     def test_a_folder_that_cannot_be_is_refused(self, tmp_path):
         (tmp_path / "file").write_text("mine")
@@ -659,7 +666,7 @@ def spoilt_folder(tmp_path, tiny_model_folder):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare", "tune"])
-def test_a_model_with_nan_has_no_perplexity_and_the_weight_is_named_in_valid_json(
+def test_nan_in_a_weight_is_named_in_valid_json(
     capsys, tmp_path, spoilt_folder, text, command
 ):
     options = {
