@@ -24,7 +24,7 @@ FLOORS = """
     perplexity  report  data  results  how  recipe  grammar
     model
     methods
-    markdown  clock  progress  ranks  errors
+    markdown  clock  progress  ranks  strict_yaml  errors
 """
 HEIGHTS = {room: height for height, floor in enumerate(reversed(FLOORS.strip().splitlines())) for room in floor.split()}
 PACKAGE = Path(statprune.__file__).parent
