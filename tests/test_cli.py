@@ -19,6 +19,9 @@ from statprune.commands import COMMANDS, display
 from statprune.commands.cli import main, parse
 from statprune.errors import RecipeError
 from statprune.loading import load_model, load_tokenizer
+from statprune.methods import catalog, registry
+from statprune.methods.budget import ALLOCATIONS
+from statprune.methods.patterns import PATTERNS
 from statprune.perplexity import evaluate
 
 TEXT = "to be or not to be, that is the question\n" * 40
@@ -199,8 +202,7 @@ class TestDryRun:
 
 def read(words):
     """The recipe or search that these options ask for."""
-    _, given = parse(shlex.split(f"prune MODEL --output out {words}"))
-    return given["recipe"].read()
+    return parse(shlex.split(f"prune MODEL --output out {words}")).given["recipe"].read()
 
 
 class TestRecipeOptions:
@@ -266,7 +268,7 @@ class TestModelAnywhere:
         ],
     )
     def test_of_one_option_with_several_words(self, words):
-        function, given = parse(["evaluate", *words.split()])
+        function, given, _ = parse(["evaluate", *words.split()])
         assert function is COMMANDS["evaluate"]
         assert (given["model"].model, given["text"], given["windows"].seqlen) == ("MODEL", ["a.txt", "b.txt"], 64)
 
@@ -511,7 +513,7 @@ class TestHelp:
         entries = help_of(capsys, command).split("\n  --")
         several = [entry for entry in entries if " ...]" in entry.splitlines()[0]]
         assert all("several" in entry and f" --{entry.split()[0]} " in " ".join(entry.split()) for entry in several)
-        assert bool(several) == (command not in ("quickstart", "verify", "merge"))
+        assert bool(several) == (command not in ("quickstart", "verify", "push", "merge"))
 
     def test_names_what_the_registry_has(self, capsys, monkeypatch):
         def my_own(weight, moments, *, sharpness=3.5):
@@ -520,14 +522,17 @@ class TestHelp:
             And more.
             """
 
-        from statprune.commands import cli
-
-        known = cli.known_criteria()
-        monkeypatch.setattr(cli, "known_criteria", lambda: {**known, "my-own": my_own})
-        shown = " ".join(help_of(capsys, "prune").split())
+        known = registry.known_criteria()
+        monkeypatch.setattr(catalog, "entry_points", lambda group: [object()])  # of whatever name
+        monkeypatch.setattr(registry, "known_criteria", lambda: {**known, "my-own": my_own})
+        catalog.catalog.cache_clear()
+        try:
+            shown = " ".join(help_of(capsys, "prune").split())
+        finally:
+            catalog.catalog.cache_clear()
         assert "sparsegpt, my-own" in shown
         assert "my-own Keeps what I like. settings: sharpness=3.5" in shown
-        for name in [*known, *cli.known_compensations(), *cli.ALLOCATIONS, *cli.PATTERNS]:
+        for name in [*known, *registry.known_compensations(), *ALLOCATIONS, *PATTERNS]:
             assert f" {name} " in shown, name
 
     def test_of_statprune_teaches_what_to_try_first(self, capsys):
@@ -576,7 +581,7 @@ class TestProgress:
     @pytest.fixture
     def terminal(self, monkeypatch):
         shown = io.StringIO()
-        monkeypatch.setattr(display, "errors", Console(file=shown, force_terminal=True, width=100))
+        monkeypatch.setattr(display, "notes", Console(file=shown, force_terminal=True, width=100))
         return shown
 
     def test_on_a_terminal_is_a_bar_that_appears_with_the_first_step(self, terminal):

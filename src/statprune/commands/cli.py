@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter
@@ -18,20 +19,17 @@ from inspect import Parameter, signature
 from pathlib import Path
 from string import Template
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import Docstring, parse_from_object
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
-from statprune.commands import COMMANDS, display, options
-from statprune.errors import StatpruneError
-from statprune.methods.budget import ALLOCATIONS
-from statprune.methods.patterns import PATTERNS
-from statprune.methods.registry import known_compensations, known_criteria, settings_of, summary
+from statprune.commands import COMMANDS, display, endings, options
+from statprune.methods.catalog import Entry, catalog
 
-POSITIONAL = ("model", "folder", "name", "adapter")
+POSITIONAL = ("model", "folder", "name", "adapter", "repository")
 """Arguments that stand without an option's name."""
 
 TEACHING = """
@@ -52,20 +50,53 @@ Which method is best depends on the model: `statprune tune` finds out in as many
 """
 
 
+class Call(NamedTuple):
+    """What a command line asks for."""
+
+    function: Callable[..., dict[str, Any]]
+    """Of `commands`."""
+
+    given: dict[str, Any]
+    """What to call it with."""
+
+    show: options.ShowOptions
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 for an error that statprune explains, 2 for a wrong option."""
-    try:
-        function, given = parse(sys.argv[1:] if arguments is None else arguments)
-        with display.only_own_bars():
-            function(**given)
-    except StatpruneError as e:
-        display.show_error(e)
-        return 1
-    return 0
+    """Run the command, and return the exit status.
+
+    0; 1 for an error, which is explained; 2 for a wrong option; 130 where Ctrl-C ended it and 143 where SIGTERM did.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in words
+    with endings.stoppable() as signals:
+        try:
+            call = parse(words)
+            as_json = call.show.json
+            with display.showing(as_json=as_json, quiet=call.show.quiet):
+                result = call.function(**call.given)
+            if as_json:
+                display.show_json(result)
+            return 0
+        except endings.UsageError as e:
+            if as_json:
+                display.show_json({"error": e.message, "kind": "UsageError"})
+            raise
+        except (Exception, KeyboardInterrupt) as e:
+            endings.show_traceback(e)
+            if signals or isinstance(e, KeyboardInterrupt):
+                text, status = endings.stopped_by(signals[0] if signals else signal.SIGINT)
+                display.show_end(text)
+            else:
+                text, status = endings.explain(e), endings.FAILED
+                display.show_error(text)
+            if as_json:
+                display.show_json({"error": text, "kind": type(e).__name__})
+            return status
 
 
-def parse(words: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
-    """The words of a command line as a function of `commands`, and what to call it with.
+def parse(words: Sequence[str]) -> Call:
+    """The words of a command line as a call of a function of `commands`.
 
     Raises:
         SystemExit: they are none, which is explained on standard error; or they ask for help, which is printed.
@@ -73,7 +104,8 @@ def parse(words: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
     """
     parsed = _parser().parse_args(_in_place(words))
     function, values = COMMANDS[parsed.subcommand], parsed[parsed.subcommand].as_dict()
-    return function, _arguments(function, values)
+    show = options.ShowOptions(**{field.name: values[field.name] for field in dataclasses.fields(options.ShowOptions)})
+    return Call(function, _arguments(function, values), show)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +154,7 @@ class _Option:
 
 
 @cache
-def _options(function: Callable[..., None]) -> list[_Option]:
+def _options(function: Callable[..., dict[str, Any]]) -> list[_Option]:
     """All options of a command, in the order of its arguments."""
     helps = {parameter.arg_name: parameter.description for parameter in parse_docstring(function.__doc__ or "").params}
     kinds = get_type_hints(function)
@@ -133,7 +165,7 @@ def _options(function: Callable[..., None]) -> list[_Option]:
         else:
             text = helps.get(name) or _shared_helps()[name]
             found.append(_Option(name, kinds[name], parameter.default, text, None))
-    return found
+    return [*found, *_fields(options.ShowOptions, Parameter.empty)]
 
 
 def _fields(kind: Any, default: Any) -> Iterator[_Option]:
@@ -162,7 +194,7 @@ def _shared_helps() -> dict[str, str]:
     return {name: text for kind in kinds for name, text in _helps_of_fields(kind).items()}
 
 
-def _arguments(function: Callable[..., None], values: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(function: Callable[..., dict[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
     """What to call a command with."""
     kinds = get_type_hints(function)
     return {
@@ -183,7 +215,10 @@ class _Parser(ArgumentParser):
             known = {option.name: option.word for option in _options(COMMANDS[command])}
             names = ", ".join(known[name] for _, name in missing)
             _command_parser(command, COMMANDS[command]).error(f"the following arguments are required: {names}")
-        super().error(message, ex)
+        try:
+            super().error(message, ex)
+        except SystemExit as e:
+            raise endings.UsageError(message) from e
 
 
 def _parser() -> ArgumentParser:
@@ -211,7 +246,7 @@ def _width() -> int:
     return min(110, shutil.get_terminal_size().columns) - 2
 
 
-def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
+def _command_parser(name: str, function: Callable[..., dict[str, Any]]) -> ArgumentParser:
     known = _options(function)
     needed = [one.word if one.is_positional else f"{one.word} {one.metavar}" for one in known if one.is_required]
     document = parse_docstring(function.__doc__ or "")
@@ -244,7 +279,7 @@ def _add(group: Any, option: _Option) -> None:
 
 def _explained(option: _Option) -> str:
     """The help with names from the registry in it, and what happens where the option is not given."""
-    names = {name: ", ".join(entries) for name, entries in _registry().items()}
+    names = {name: ", ".join(entries) for name, entries in catalog().items()}
     text = Template(" ".join(option.help.split())).substitute(names)
     if option.is_required:
         return text if option.is_positional else f"{text} Required."
@@ -266,15 +301,15 @@ def _examples(document: Docstring) -> str:
 def _lists(known: Sequence[_Option]) -> Iterator[str]:
     """What the registry has for these options: each entry with the first line of its docstring, and with its settings."""
     names = {option.name for option in known}
-    for title, entries in _registry().items():
+    for title, entries in catalog().items():
         if names & _LISTED_FOR[title]:
             yield "\n".join([f"{title}:", *(line for name, entry in entries.items() for line in _entry(name, entry))])
 
 
-def _entry(name: str, entry: Callable[..., Any]) -> list[str]:
+def _entry(name: str, entry: Entry) -> list[str]:
     indent = " " * 20
-    settings = " ".join(f"{key}={'...' if value is Parameter.empty else value}" for key, value in settings_of(entry).items())
-    texts = [summary(entry).replace("`", "") or "no docstring", f"settings: {settings}" if settings else ""]
+    settings = " ".join(f"{key}={'...' if value is Parameter.empty else value}" for key, value in entry.settings.items())
+    texts = [entry.summary.replace("`", "") or "no docstring", f"settings: {settings}" if settings else ""]
     lines = [line for text in texts for line in textwrap.wrap(text, _width() - len(indent))]
     return [f"  {name:<{len(indent) - 2}}{lines[0]}", *(indent + line for line in lines[1:])]
 
@@ -286,15 +321,6 @@ _LISTED_FOR = {
     "allocations": {"allocation"},
 }
 """Options whose commands show a list of the registry."""
-
-
-def _registry() -> dict[str, Mapping[str, Callable[..., Any]]]:
-    return {
-        "criteria": known_criteria(),
-        "compensations": known_compensations(),
-        "patterns": PATTERNS,
-        "allocations": ALLOCATIONS,
-    }
 
 
 def _in_place(words: Sequence[str]) -> list[str]:
