@@ -87,7 +87,7 @@ class TestPrune:
         record = json.loads((pruned.folder / "pruning.json").read_text())
         assert record["protocol"] == {
             "model": record["protocol"]["model"], "calibration": [pruned.text], "samples": 20, "seqlen": 16, "seed": 0,
-            "batch_size": 2, "dtype": "float32", "device": "cpu",
+            "places": "random tokens of the text", "batch_size": 2, "dtype": "float32", "device": "cpu",
         }  # fmt: skip
         assert record["recipe"]["allocation"] == {"name": "owl", "threshold": 5.0, "spread": 0.1, "sparsity": None}
         assert {site["sparsity"] for site in record["sites"]} == {0.5}  # of one block

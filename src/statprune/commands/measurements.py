@@ -70,7 +70,8 @@ def tune(
     The text is cut in alternate blocks before windows are drawn, so that no token is in both halves. Many methods are pruned
     from one pass over the dense model and scored on a part of the held-out half; the best go on with settings and schedules of
     their own, on more of it; the best of those measured on all of it is chosen. wanda, cvr+energy and sparsegpt are always
-    among them, so the choice is never worse there. Nothing is pruned: the recipe is for 'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
+    among them, so the choice is never worse there. Nothing is pruned: the recipe is for 'statprune prune MODEL --recipe
+    OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
 
     The score is on the calibration text too, so with 'generated' it is on the model's own samples.
 

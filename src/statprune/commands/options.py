@@ -156,10 +156,10 @@ class CalibrationOptions(WindowOptions):
 
     def places(self, opened: Opened, *, halves: bool = False) -> dict[str, str]:
         """How a text's windows are drawn, for the record; empty where there is no text. Arguments and errors: `windows`."""
-        from statprune.data import places
+        from statprune.data import how_drawn
 
         sources = self.calibration or ["generated"]
-        drawn = places(sources, opened.tokenizer_for(sources), halves=halves)
+        drawn = how_drawn(sources, opened.tokenizer_for(sources), halves=halves)
         return {} if drawn is None else {"places": drawn}
 
     def blank_batches(self, seqlen: int) -> "list[Tensor]":

@@ -8,8 +8,8 @@ from statprune.data.sources import (
     calibration_windows,
     evaluation_windows,
     generated_windows,
+    how_drawn,
     needs_tokenizer,
-    places,
     token_file_windows,
 )
 from statprune.data.tokens import tokenize
@@ -26,8 +26,8 @@ __all__ = [
     "dataset_windows",
     "evaluation_windows",
     "generated_windows",
+    "how_drawn",
     "needs_tokenizer",
-    "places",
     "random_windows",
     "read_text",
     "standard_library_text",

@@ -104,7 +104,7 @@ def needs_tokenizer(sources: Sequence[str]) -> bool:
     return list(sources) != [GENERATED] and not _is_token_file(sources)
 
 
-def places(sources: Sequence[str], tokenizer: Any, *, halves: bool = False) -> str | None:
+def how_drawn(sources: Sequence[str], tokenizer: Any, *, halves: bool = False) -> str | None:
     """How `calibration_windows` draws from a text, for the record; None where the source is none.
 
     Raises:
