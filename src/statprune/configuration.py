@@ -40,9 +40,12 @@ def model_folder(path: str, revision: str | None = None, *, with_weights: bool =
         if revision is not None:
             raise ModelError(f"--revision {revision}: {path} is a folder, and only models of the hub have revisions.")
         return Path(path)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    settings: dict[str, Any] = {"revision": revision, "ignore_patterns": ["*/*"]}
+    # Offline by itself it would look for a commit's list of files on the hub.
+    settings: dict[str, Any] = {
+        "revision": revision, "ignore_patterns": ["*/*"], "local_files_only": bool(constants.HF_HUB_OFFLINE)
+    }  # fmt: skip
     try:
         weights = [WHOLE, INDEX] if with_weights else []
         folder = Path(snapshot_download(path, allow_patterns=[*_SMALL_FILES, *weights], **settings))
@@ -116,6 +119,9 @@ def _refuse(path: str, file: Path, stated: dict[str, Any]) -> None:
             + (" It brings code of its own (auto_map), which is never run." if stated.get("auto_map") else "")
             + nearest(kind, CONFIG_MAPPING)
         )
+    names = stated.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{file} has architectures {names!r}: expected a list of names, such as [LlamaForCausalLM].")
     for place, key, value in _settings(stated):
         if key in ("quantization_config", "compression_config") and value:
             raise ModelError(f"{path} is quantized: prune the model that it was made from, and quantize afterwards.")
@@ -147,8 +153,6 @@ def model_class(config: Any) -> tuple[Any, Any]:
 
     kind = config.model_type
     names = config.architectures or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ModelError(f"architectures {names!r} in config.json: expected a list of names, such as [LlamaForCausalLM].")
     found = None
     for name in names:
         if hasattr(transformers, name):
