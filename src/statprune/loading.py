@@ -49,7 +49,7 @@ def check_positive(**numbers: int) -> None:
     """Raise CalibrationError for an option below 1."""
     for name, number in numbers.items():
         if number < 1:
-            raise CalibrationError(f"--{name} {number}: expected at least 1.")
+            raise CalibrationError(f"--{name.replace('_', '-')} {number}: expected at least 1.")
 
 
 def load_causal(model: str, dtype: str, device: str) -> Any:

@@ -42,7 +42,7 @@ def compare(
     import statprune.experiments.compare as comparison
     from statprune.data import evaluation_windows
 
-    opened = model.open(calibration, samples=calibration.samples)
+    opened = model.open(calibration)
     windows = calibration.windows(opened)
     held_out = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
     with display.progress("comparing", each=True) as progress:
@@ -84,7 +84,7 @@ def tune(
     from statprune.tuning.tune import tune as tune_model
 
     search = Search.from_dict({"minutes": minutes, **layers.given()})
-    opened = model.open(calibration, samples=calibration.samples)
+    opened = model.open(calibration)
     windows = calibration.windows(opened)
     with display.progress("seconds of the budget") as progress:
         tuned = tune_model(
@@ -110,7 +110,7 @@ def benchmark(model: ModelOptions, calibration: CalibrationOptions = RANDOM_TOKE
     """
     from statprune.experiments.walk_cost import measure_walk
 
-    opened = model.open(calibration, samples=calibration.samples, rounds=rounds)
+    opened = model.open(calibration, rounds=rounds)
     windows = calibration.windows(opened)
     with display.progress("measuring", each=True) as progress:
         cost = measure_walk(opened.model, windows.split(calibration.batch_size), rounds=rounds, progress=progress)

@@ -57,13 +57,13 @@ def prune(
     how = recipe.read()
     checkpoint.refuse_existing(output)
     if dry_run:
-        seqlen = model.check(calibration, samples=calibration.samples)
+        seqlen = model.check(calibration)
         empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
         selection = select(layers.groups, layers.left_out, how)
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
-    opened = model.open(calibration, samples=calibration.samples)
+    opened = model.open(calibration)
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
         display.say("exporting the model to a graph")

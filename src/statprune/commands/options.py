@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from statprune.commands import display
+from statprune.errors import CalibrationError
 from statprune.model.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from statprune.recipe import Recipe, Search
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+MOST = 10_000_000
+"""Of samples, of tokens in a window, of windows in a forward pass: more is a slip of the hand, and fills the memory."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,18 @@ def empty_model(path: str, dtype: DType = "auto") -> Any:
         return build(config, **settings)
 
 
+def check_positive(**numbers: int) -> None:
+    """Raise CalibrationError for an option below 1."""
+    for name, number in numbers.items():
+        _check(name, number, 1, MOST)
+
+
+def _check(name: str, number: int, least: int, most: int) -> None:
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most:,}"
+        raise CalibrationError(f"--{name.replace('_', '-')} {number}: expected {bound}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
     """windows"""
@@ -58,6 +74,12 @@ class WindowOptions:
 
     batch_size: int = 1
     """Windows in one forward pass."""
+
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be."""
+        if self.seqlen is not None:
+            _check("seqlen", self.seqlen, 2, MOST)  # a token is predicted from those before it
+        _check("batch_size", self.batch_size, 1, MOST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +99,8 @@ class ModelOptions:
         """The model and its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
         from statprune.loading import load_tokenizer, open_causal
 
+        windows.check()
+        check_positive(**numbers)
         display.say(f"loading {self.model}")
         model, seqlen = open_causal(
             self.model, self.dtype, self.device, windows.seqlen, batch_size=windows.batch_size, **numbers
@@ -85,11 +109,11 @@ class ModelOptions:
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
         """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
-        from statprune.loading import check_positive, load_config, window_length
+        from statprune.loading import load_config, window_length
 
-        seqlen = window_length(load_config(self.model), windows.seqlen)
-        check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
-        return seqlen
+        windows.check()
+        check_positive(**numbers)
+        return window_length(load_config(self.model), windows.seqlen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +129,12 @@ class CalibrationOptions(WindowOptions):
 
     seed: int = 0
     """Of the choice of windows."""
+
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be."""
+        super().check()
+        _check("samples", self.samples, 1, MOST)
+        _check("seed", self.seed, -(2**63), 2**63 - 1)
 
     def windows(self, opened: Opened) -> "Tensor":
         """Windows [samples, seqlen], with a progress bar; random tokens where there is no `calibration`.

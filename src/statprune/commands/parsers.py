@@ -61,7 +61,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        command = parser.prog.removeprefix("statprune").strip() or None
+        command = next((name for name in COMMANDS if parser.prog.split()[-1] == name), None)
         missing = re.findall(rf"\b({'|'.join(COMMANDS)})\.(\w+)", message) if "are required" in message else []
         if missing:
             command = missing[0][0]
