@@ -19,7 +19,7 @@ FLOORS = """
     api
     tuning
     engine  allocation  selection
-    checkpoint
+    checkpoint  output
     loading
     perplexity  report  data  results  how  recipe  grammar
     model

@@ -10,24 +10,28 @@ What is saved is what every runtime reads: dense safetensors with exact zeros, n
 
 import json
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
-from statprune.errors import CheckpointError
+from statprune.errors import CheckpointError, first_line
 from statprune.grammar import split
 from statprune.loading import file_digest, file_digests
 from statprune.methods.patterns import PATTERNS, SITE_PATTERNS, Pattern
 from statprune.methods.pruner import energy_sq
-from statprune.progress import Progress, silent
+from statprune.model.kinds import adapter_parameters, unwrapped
+from statprune.output import Reserved, refuse_existing, warn
+from statprune.progress import Progress, Say, silent
 from statprune.report import PruningReport
+
+__all__ = ["Reserved", "check_model", "refuse_existing", "reserve", "save", "verify"]
 
 RECORD = "pruning.json"
 FORMAT = 1
@@ -35,16 +39,79 @@ ENERGY_TOLERANCE = 1e-6
 """Relative. Energies are float64 sums; another device or number of threads adds them in another order."""
 
 
-def refuse_existing(output: str | Path) -> None:
-    """Raise CheckpointError where something stands in the place of the output already."""
-    if Path(output).exists():
-        raise CheckpointError(f"The output {output} exists. Choose another name, or remove it first; nothing is overwritten.")
+def reserve(output: str | Path, *, model: nn.Module | None = None, say: Say = warn) -> Reserved:
+    """Take the place of an output before work begins, so that nothing has been computed in vain when it cannot be written.
+
+    The hidden folder that the output is written into is made at once, and what a killed process left of that output before is
+    removed. Give the result to `save` in the place of the output, and `release()` it where there will be no output after all
+    (it is a context manager, which does; `save` does as well).
+
+        with statprune.checkpoint.reserve("sparse", model=model) as place:
+            report = statprune.prune(model, batches)
+            statprune.save(model, report, place)
+
+    A callback reserves in `setup`, without the model where it is built later, calls `check_model(model, place)` in
+    `on_fit_start`, saves in `on_train_end`, and releases in `teardown` and `on_exception`. Of several ranks one reserves.
+
+    Args:
+        output: a folder that does not exist yet.
+        model: what will be saved, where it is known already; see `check_model`.
+        say: called with what was removed, in words.
+
+    Raises:
+        CheckpointError: something stands in its place, it cannot be written there, or as for `check_model`.
+    """
+    place = Reserved(output, say=say)
+    try:
+        if model is not None:
+            check_model(model, place)
+    except BaseException:
+        place.release()
+        raise
+    return place
+
+
+def check_model(model: nn.Module, place: Reserved) -> None:
+    """Refuse, before work begins, a model that could not be saved at this place in the end.
+
+    Raises:
+        CheckpointError: its state holds something else than plain tensors (quantized, sharded, on the meta device), it has
+            adapters, or the disk has no room for its weights.
+    """
+    inner, _ = unwrapped(model)
+    name = type(inner).__name__
+    if getattr(inner, "_hf_peft_config_loaded", False) or adapter_parameters(inner):
+        raise CheckpointError(
+            f"{name} has adapters, and a pruned model is saved without. Merge them first (`merge_and_unload` of peft), or save "
+            "it yourself with `save_pretrained`."
+        )
+    seen: dict[tuple[torch.device, int], int] = {}
+    for key, value in inner.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name}: {key} is a {type(value).__name__} and no tensor, and safetensors hold only those.")
+        if is_lazy(value):
+            continue  # gets its shape in the first batch
+        if value.is_meta or value.layout != torch.strided or isinstance(value, DTensor):
+            kind = "on the meta device" if value.is_meta else "no dense tensor that this process holds whole"
+            raise CheckpointError(f"{name}: {key} is {kind}, so it cannot be saved. Load the model whole, on one device.")
+        try:
+            pointer = value.untyped_storage().data_ptr()
+            safetensors.torch.save({key: torch.zeros(1, dtype=value.dtype)})
+        except (KeyError, RuntimeError, NotImplementedError, ValueError, SafetensorError) as e:
+            raise CheckpointError(f"{name}: safetensors cannot hold {key}, a {value.dtype}: {first_line(e)}") from e
+        if value.numel() and not pointer:
+            raise CheckpointError(
+                f"{name}: {key} is a {type(value).__name__} without a memory of its own, as quantized weights are. Prune the "
+                "model that it was made from."
+            )
+        seen[value.device, pointer] = max(seen.get((value.device, pointer), 0), value.numel() * value.element_size())
+    place.check_room(sum(seen.values()))
 
 
 def save(
     model: nn.Module,
     report: PruningReport,
-    output: str | Path,
+    output: str | Path | Reserved,
     *,
     tokenizer: Any = None,
     protocol: dict[str, Any] | None = None,
@@ -57,18 +124,15 @@ def save(
     Args:
         model: a `PreTrainedModel`.
         report: what `prune` returned for it.
-        output: a folder that does not exist yet.
+        output: a folder that does not exist yet, or the place that `reserve` took for it.
         tokenizer: saved beside it.
         protocol: what the calibration was (source, samples, seqlen, seed ...), for the record.
 
     Raises:
         CheckpointError: the output exists, or what was written does not keep a promise.
     """
-    output = Path(output)
-    refuse_existing(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with output if isinstance(output, Reserved) else reserve(output, model=model) as place:
+        partial = place.folder
         model.save_pretrained(partial)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -78,11 +142,7 @@ def save(
             site["file"], site["tensor"] = _find(site["parameter"], model.get_parameter(site["parameter"]), places, partial)
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         verify(partial)
-        refuse_existing(output)
-        os.rename(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return output
+        return place.publish()
 
 
 def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The command line: a subcommand for each function of `commands`, its options read, and its end told."""
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text, status = endings.explain(e), endings.FAILED
                 display.show_error(text)
             if as_json:
-                display.show_json({"error": text, "kind": type(e).__name__})
+                with contextlib.suppress(OSError):  # where that is the error
+                    display.show_json({"error": text, "kind": type(e).__name__})
             return status
 
 

@@ -314,8 +314,19 @@ def show_report(report: "PruningReport", output: str) -> None:
     console.print(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
+        f"{_perplexities(report.perplexity)}"
         f"[bold green]saved and verified:[/] {escape(output)}",
         soft_wrap=True,
+    )
+
+
+def _perplexities(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    dense, pruned = ("no number" if measured[key] is None else f"{measured[key]:.4f}" for key in ("dense", "pruned"))
+    return (
+        f"perplexity [bold]{pruned}[/], dense {dense}, on {measured['windows']} windows of {measured['seqlen']} tokens of "
+        f"{escape(', '.join(measured['text']))}\n"
     )
 
 

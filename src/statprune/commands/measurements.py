@@ -40,11 +40,10 @@ def compare(
         statprune compare MODEL --calibration c4 --text held-out.txt --methods wanda cvr+least-squares --patterns 2:4
     """
     import statprune.experiments.compare as comparison
-    from statprune.data import evaluation_windows
 
     opened = model.open(calibration)
     windows = calibration.windows(opened)
-    held_out = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    held_out = opened.held_out(text)
     with display.progress("comparing", each=True) as progress:
         cells = comparison.compare(
             opened.model, windows, held_out,

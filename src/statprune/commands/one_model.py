@@ -1,5 +1,6 @@
 """The commands about one model: prune, evaluate, inspect, verify, merge."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from statprune.commands.options import (
     CalibrationOptions,
     DType,
     ModelOptions,
+    Opened,
     RecipeOptions,
     WindowOptions,
     empty_model,
@@ -19,7 +21,11 @@ from statprune.commands.options import (
 from statprune.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from statprune.model.layers import Layers
+    from statprune.output import Reserved
+    from statprune.recipe import Recipe, Search
 
 
 def prune(
@@ -27,6 +33,7 @@ def prune(
     output: str,
     recipe: RecipeOptions,
     calibration: CalibrationOptions = MODEL_SAMPLES,
+    text: list[str] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Prune a causal language model and save it, verified.
@@ -37,21 +44,18 @@ def prune(
 
     Args:
         output: Folder to write; must not exist.
+        text: Measure the perplexity before and after on text files (several: --text a.txt b.txt), a token file or wikitext2, as
+            'statprune evaluate' does, and keep it in the record. It should not be the calibration text.
         dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
 
     Examples:
         statprune prune MODEL --output sparse --dry-run
-        statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt
+        statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt --text held-out.txt
         statprune prune MODEL --output sparse --pattern 50% --method sparsegpt --schedule block --calibration c4
         statprune prune MODEL --output sparse --recipe tuned/recipe.yaml --pattern 4:8
         statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
     """
     import statprune.checkpoint as checkpoint
-    from statprune.api import prune as prune_model
-    from statprune.clock import timed
-    from statprune.model.inputs import bind_batches
-    from statprune.model.layers import find_layers
-    from statprune.recipe import Recipe
     from statprune.selection import select
 
     how = recipe.read()
@@ -63,13 +67,33 @@ def prune(
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
+    with checkpoint.reserve(output, say=display.say) as place:
+        return _prune(model, place, how, calibration, text)
+
+
+def _prune(
+    model: ModelOptions, place: "Reserved", how: "Recipe | Search", calibration: CalibrationOptions, text: list[str] | None
+) -> dict[str, Any]:
+    import statprune.checkpoint as checkpoint
+    from statprune.api import prune as prune_model
+    from statprune.clock import timed
+    from statprune.model.inputs import bind_batches
+    from statprune.model.layers import find_layers
+    from statprune.recipe import Recipe
+    from statprune.selection import select
+
     opened = model.open(calibration)
+    checkpoint.check_model(opened.model, place)
+    held_out = opened.held_out(text) if text else None
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
         display.say("exporting the model to a graph")
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     windows = calibration.windows(opened)
+    perplexity: dict[str, Any] = {}
+    if held_out is not None:
+        perplexity["dense"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the dense model")
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
     with display.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
@@ -77,16 +101,28 @@ def prune(
         report = prune_model(
             opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
         )
+    if held_out is not None:
+        perplexity["pruned"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
+        report.perplexity = {**perplexity, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
-    display.say(f"saving to {output}, and verifying what was written")
+    display.say(f"saving to {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):
-        checkpoint.save(opened.model, report, output, tokenizer=opened.tokenizer, protocol=protocol)
-    display.show_report(report, output)
-    return {"output": output, **report.to_dict(), "protocol": protocol}
+        checkpoint.save(opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol)
+    display.show_report(report, str(place.output))
+    return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
+
+
+def _perplexity(opened: Opened, windows: "Tensor", batch_size: int, title: str) -> float | None:
+    """Of the model as it is now; None where it is no number, which the result of a pruning is not lost for."""
+    from statprune.perplexity import evaluate as evaluate_model
+
+    with display.progress(title) as progress:
+        found = evaluate_model(opened.model, windows, batch_size=batch_size, progress=progress)
+    return found if math.isfinite(found) else None
 
 
 def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> "tuple[Any, Layers]":
@@ -120,12 +156,11 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> di
         statprune evaluate MODEL --text held-out.txt
         statprune evaluate --text a.txt b.txt MODEL --seqlen 512 --batch-size 4 --json
     """
-    from statprune.data import evaluation_windows
     from statprune.perplexity import evaluate as evaluate_model
     from statprune.versions import versions
 
     opened = model.open(windows)
-    tokens = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    tokens = opened.held_out(text)
     with display.progress("evaluating") as progress:
         perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
@@ -205,17 +240,19 @@ def merge(model: str, adapter: str, output: str) -> dict[str, Any]:
     from statprune.training.lora import check_adapter_folder, load_adapter, merge_adapters
     from statprune.training.masks import remeasure
 
-    checkpoint.refuse_existing(output)
     check_adapter_folder(adapter)
-    with display.progress("verifying") as progress:
-        record = checkpoint.verify(model, progress)
-    before = PruningReport.from_dict(record)
-    display.say(f"loading {model}, and merging {adapter}")
-    merged = merge_adapters(load_adapter(load_model(model), adapter), before)
-    after = remeasure(before, merged)
-    has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
-    protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-    display.say(f"saving to {output}, and verifying what was written")
-    checkpoint.save(merged, after, output, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
+    with checkpoint.reserve(output, say=display.say) as place:
+        with display.progress("verifying") as progress:
+            record = checkpoint.verify(model, progress)
+        before = PruningReport.from_dict(record)
+        display.say(f"loading {model}, and merging {adapter}")
+        sparse = load_model(model)
+        checkpoint.check_model(sparse, place)
+        merged = merge_adapters(load_adapter(sparse, adapter), before)
+        after = remeasure(before, merged)
+        has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
+        protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
+        display.say(f"saving to {place.output}, and verifying what was written")
+        checkpoint.save(merged, after, place, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
     display.show_merged(before, after, output)
     return display.merged_data(before, after, output)

@@ -38,6 +38,12 @@ class Opened:
         """The dtype and the device, for the record."""
         return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
 
+    def held_out(self, text: list[str]) -> "Tensor":
+        """Windows [windows, seqlen] to measure a perplexity on; CalibrationError where the text gives none."""
+        from statprune.data import evaluation_windows
+
+        return evaluation_windows(text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen)
+
 
 def empty_model(path: str, dtype: DType = "auto") -> Any:
     """The model without its weights (meta device), for which a configuration is enough; ModelError where there is none."""

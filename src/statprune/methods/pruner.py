@@ -122,3 +122,20 @@ def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) ->
         return float(((change @ moments.gram) * change).sum(dtype=torch.float64))
     gone = weight.float().masked_fill(pruned.keep, 0.0)
     return float((gone.square().sum(dim=0, dtype=torch.float64) * moments.sum_sq).sum())
+
+
+def output_energies(weight: Tensor, pruned: Tensor, rows: Tensor) -> Tensor:
+    """The energy of what pruning changes in a layer's output, and of the dense output, summed over some tokens and all outputs.
+
+    Args:
+        weight: [out, in], dense, without its bias, which pruning does not change.
+        pruned: [out, in].
+        rows: [tokens, in], inputs of the layer, any float dtype.
+
+    Returns:
+        [2], float64: the sums of ((pruned - weight) x)**2 and of (weight x)**2.
+    """
+    rows_TI = rows.to(weight.dtype)  # and not float32: what would be rounded is small beside what is summed up
+    with torch.autocast(rows.device.type, enabled=False):
+        outputs = [rows_TI @ matrix_OI.t() for matrix_OI in (pruned.to(weight.dtype) - weight, weight)]
+    return torch.stack([torch.linalg.vector_norm(output_TO, dtype=torch.float64).square() for output_TO in outputs])

@@ -102,11 +102,11 @@ def absent(site: SiteReport, model: nn.Module) -> MaskError:
 
 
 def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:
-    """The same report with the zeros and the energy that the weights have now."""
+    """The same report with the zeros and the energy that the weights have now, and without the output errors they had."""
     sites = []
     for site in report.sites:
         weight = model.get_parameter(site.parameter).detach()
-        sites.append(replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight)))
+        sites.append(replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight), output_error=None))
     return replace(report, sites=sites)
 
 
