@@ -21,7 +21,7 @@ FLOORS = """
     engine  allocation  selection
     checkpoint  output
     loading
-    perplexity  report  data  results  how  recipe  grammar
+    perplexity  report  data  results  zeros  how  recipe  grammar
     model
     methods
     markdown  clock  progress  ranks  errors  versions

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from statprune.recipe import Recipe, Search
     from statprune.report import PruningReport
     from statprune.selection import Selection
+    from statprune.zeros import Recorded, Zeros
 
 LONGEST_SILENCE = 60.0
 """Seconds without a line about some work, where there is no terminal."""
@@ -55,9 +57,12 @@ def showing(*, as_json: bool = False, quiet: bool = False) -> Iterator[None]:
     try:
         with only_own_bars(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            if quiet:
+                logging.disable(logging.WARNING)  # of transformers and the hub
             yield
     finally:
         console.quiet, notes.quiet = before
+        logging.disable(logging.NOTSET)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -265,6 +270,44 @@ def survey_data(selection: "Selection") -> dict[str, Any]:
         ],
         "left_out": [{"name": one.name, "shape": one.shape, "reason": one.reason} for one in selection.left_out],
     }
+
+
+def show_zeros(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> None:
+    """What a sparse folder has, below `show_survey`: a row for each kind of layer, or each layer where they differ."""
+    kinds: dict[str, set[tuple[str, str]]] = {}
+    for one in zeros:
+        kinds.setdefault(_without_numbers([one.name])[0], set()).add(_share_and_pattern(one))
+    rows: dict[str, tuple[str, str]] = {}
+    counts: dict[str, int] = {}
+    for one in zeros:
+        kind = _without_numbers([one.name])[0]
+        name = kind if len(kinds[kind]) == 1 else one.name
+        rows[name] = _share_and_pattern(one)
+        counts[name] = counts.get(name, 0) + 1
+    table = Table(header_style="bold")
+    for column in ("zeros", "layers", "share", "N:M"):
+        table.add_column(column, justify="left" if column == "zeros" else "right")
+    for name, (share, pattern) in rows.items():
+        table.add_row(escape(name), str(counts[name]), share, pattern)
+    console.print(table)
+    data = zeros_data(zeros, recorded)
+    told = f"{data['zeros']:,} zeros in {data['weights']:,} weights of linear layers, {100 * data['sparsity']:.2f} %"
+    source = f"pruning.json: {recorded.recipe}" if recorded else "there is no pruning.json that says how they came there"
+    console.print(f"{told}; {escape(source)}", soft_wrap=True)
+
+
+def _share_and_pattern(one: "Zeros") -> tuple[str, str]:
+    return ("not in the files" if one.sparsity is None else f"{100 * one.sparsity:.2f} %"), one.pattern or "-"
+
+
+def zeros_data(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> dict[str, Any]:
+    """`show_zeros` as data."""
+    counted = [one for one in zeros if one.zeros is not None]
+    num_zeros, num_weights = sum(one.zeros or 0 for one in counted), sum(one.shape[0] * one.shape[1] for one in counted)
+    return {
+        "zeros": num_zeros, "weights": num_weights, "sparsity": num_zeros / max(1, num_weights),
+        "layers": [one.to_dict() for one in zeros], "recorded": None if recorded is None else recorded.recipe,
+    }  # fmt: skip
 
 
 def _show_sites(title: str, selection: "Selection") -> None:

@@ -176,7 +176,10 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
     """What could be pruned: linear layers, the input groups that share statistics, ties, and what is left out and why.
 
     With any option of a recipe, what that recipe would prune and leave dense, and the sizes to expect. Works on a
-    configuration alone; no weights are loaded.
+    configuration alone; no model is loaded.
+
+    Of a sparse folder also the zeros of each layer, whether they are 2:4 or 4:8, and the recipe that pruning.json has for it.
+    Zeros are counted from the files, one weight at a time; 'statprune verify' recomputes what else was promised.
 
     Args:
         model: Folder or hub name of the model; config.json is enough.
@@ -185,10 +188,12 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
         statprune inspect MODEL
         statprune inspect MODEL --pattern 50% --ignore '*.down_proj' '*.0.*'
         statprune inspect MODEL --recipe recipe.yaml --json
+        statprune inspect sparse
     """
     from statprune.model.inputs import example_inputs
     from statprune.recipe import Recipe
     from statprune.selection import select
+    from statprune.zeros import count_zeros, looks_sparse, read_recorded
 
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
     empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
@@ -197,7 +202,14 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
         display.show_plan(empty, selection, how, layers.reason)
         return display.plan_data(empty, selection, how)
     display.show_survey(model, selection)
-    return display.survey_data(selection)
+    sites = [site for group in layers.groups for site in group.sites]
+    recorded = read_recorded(model)
+    if recorded is None and not looks_sparse(model, sites):
+        return display.survey_data(selection)
+    with display.progress("counting zeros") as progress:
+        zeros = count_zeros(model, sites, recorded, progress=progress)
+    display.show_zeros(zeros, recorded)
+    return {**display.survey_data(selection), **display.zeros_data(zeros, recorded)}
 
 
 def verify(folder: str) -> dict[str, Any]:
