@@ -500,7 +500,7 @@ class TestHelp:
             assert " ".join(paragraph.split()) in flat
         _, heading, examples = shown.partition("\nexamples:\n")
         assert heading
-        commands = [line.strip() for line in examples.partition("\n\n")[0].splitlines()]
+        commands = [line.strip() for line in examples.partition("\n\n")[0].replace("\\\n", "").splitlines()]
         assert any(line.startswith(f"statprune {command}") for line in commands)
         for line in commands:
             program, *words = shlex.split(line)

@@ -28,20 +28,23 @@ What to try first, with no network and no file, in three minutes on two cores:
 
 Then with a model of your own, a folder as save_pretrained writes it or a name on the hub:
 
-  statprune inspect MODEL                            what could be pruned, and what stays dense and why
-  statprune prune MODEL --output sparse --dry-run    what pruning would do; touches nothing
+  statprune inspect MODEL         what could be pruned; what stays dense and why
+  statprune prune MODEL --output sparse --dry-run               touches nothing
   statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt
-  statprune verify sparse                            whether the files keep what the record promises
-  statprune evaluate sparse --text held-out.txt      perplexity
+  statprune verify sparse       whether the files keep what the record promises
+  statprune evaluate sparse --text held-out.txt                      perplexity
 
 Which method is best depends on the model: `statprune tune` finds out in as many minutes as you give it, and
-`statprune compare` prints a table. `statprune COMMAND --help` explains a command, with examples. Every command has --json,
---quiet and --config. Several words stand one after the other (--text a.txt b.txt) or as a list ('["a.txt", "b.txt"]').
+`statprune compare` prints a table. `statprune COMMAND --help` explains a command, with examples.
 
-To have commands, options and files completed when Tab is pressed, in bash (zsh and tcsh likewise):
+Every command has --json, --quiet and --config. Several words stand one after the other (--text a.txt b.txt), or as a list
+('["a.txt", "b.txt"]'). Where there is no terminal, progress is a line now and then.
 
-  eval "$(statprune --print-completion bash)"        in this shell; put it into ~/.bashrc for all
+To have commands, options and files completed when Tab is pressed, in bash (zsh and others likewise), put into ~/.bashrc:
+
+  eval "$(statprune --print-completion bash)"
 """
+"""Lines that begin with two spaces stay as they are, others are filled."""
 
 
 def refuse(command: str | None, text: str) -> NoReturn:
@@ -89,15 +92,16 @@ def _in_words(message: str, known: Sequence[Option]) -> str:
 def parser_of_all() -> ArgumentParser:
     """Of the whole command line."""
     parser = _Parser(
-        prog="statprune", usage="statprune COMMAND ...", formatter_class=_HelpFormatter,
-        description="Make trained language models sparse, without retraining, and prove what was done.", epilog=TEACHING,
+        prog="statprune", usage="statprune [--help | --version] COMMAND ...", formatter_class=_HelpFormatter,
+        description=_filled("Make trained language models sparse, without retraining, and prove what was done."),
+        epilog=_filled(TEACHING.strip()),
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, help="Show the versions of statprune and of what it stands on, and exit.")
     parser.add_argument(
         "--print-completion", action=_Completion, choices=shtab.SUPPORTED_SHELLS, metavar="SHELL",
         help=f"Print what makes a shell ({', '.join(shtab.SUPPORTED_SHELLS)}) complete commands and options, and exit.",
     )  # fmt: skip
-    subcommands = parser.add_subcommands(required=True, title="commands", description="", metavar="COMMAND", prog="statprune")
+    subcommands = parser.add_subcommands(required=True, title="commands", description=None, metavar="COMMAND", prog="statprune")
     for name, function in COMMANDS.items():
         subcommands.add_subcommand(name, _parser_of(name), help=_for_argparse(first_line(function)))
     return parser
@@ -152,6 +156,11 @@ def _width() -> int:
     return min(110, shutil.get_terminal_size().columns) - 2
 
 
+def _filled(text: str) -> str:
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(one if one.startswith("  ") else textwrap.fill(" ".join(one.split()), _width()) for one in paragraphs)
+
+
 def _parser_of(command: str) -> ArgumentParser:
     function = COMMANDS[command]
     known = options_of(function)
@@ -161,7 +170,7 @@ def _parser_of(command: str) -> ArgumentParser:
     parser = _Parser(
         prog=f"statprune {command}", usage=" ".join(["statprune", command, *needed, "[options]"]),
         formatter_class=_HelpFormatter,
-        description="\n\n".join(textwrap.fill(" ".join(text.split()), _width()) for text in texts if text),
+        description=_filled("\n\n".join(text for text in texts if text)),
         epilog="\n\n".join([_examples(document), *_lists(known)]),
     )  # fmt: skip
     parser.add_argument(
@@ -207,7 +216,20 @@ def _for_argparse(text: str) -> str:
 
 def _examples(document: Docstring) -> str:
     lines = [line for example in document.examples for line in (example.description or "").splitlines()]
-    return "\n  ".join(["examples:", *lines])
+    return "\n  ".join(["examples:", *(part for line in lines for part in _broken(line))])
+
+
+def _broken(line: str) -> list[str]:
+    """A command line as one or several that fit, broken before options as in a shell."""
+    parts = re.split(r" (?=--\w)", line)
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + len("   \\") <= _width():
+            lines[-1] += f" {part}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+    return lines
 
 
 def _lists(known: Sequence[Option]) -> Iterator[str]:
