@@ -28,24 +28,24 @@ class TestBatches:
         with refused(model, CalibrationError, "A generator that was already used up has none either"):
             statprune.prune(model, generator)
 
-    @pytest.mark.parametrize("batches", [torch.randn(2, 8), {"input": torch.randn(2, 8)}, "text", None, 3])
+    @pytest.mark.parametrize("batches", [torch.arange(8), {"input": torch.randn(2, 8)}, "text", None, 3])
     def test_one_batch_in_place_of_several(self, batches):
         model = classifier()
-        match = rf"batches are a {type(batches).__name__}: expected several.*Wrap a single batch in a list"
+        match = rf"batches are a {type(batches).__name__}.*: expected several.*Wrap a single batch in a list"
         with refused(model, CalibrationError, match):
             statprune.prune(model, batches)
 
     @pytest.mark.parametrize("batch", ["some text", 3, None, {1, 2}])
     def test_a_batch_of_an_unknown_kind(self, batch):
         model = classifier()
-        match = rf"batch 1 is a {type(batch).__name__}: expected a tensor of tokens, a dict of tensors, or a tuple"
+        match = rf"batch 1 is a {type(batch).__name__}: expected a tensor of tokens, a dict of tensors, rows of"
         with refused(model, CalibrationError, match):
             statprune.prune(model, [torch.randn(2, 8), batch])
 
-    def test_lists_of_token_ids_that_nobody_made_a_tensor_of(self):
+    def test_a_batch_without_a_tensor(self):
         model = small_llama()
         with refused(model, CalibrationError, r"batch 0 has no tensor in it: .*'input_ids'.*Convert lists and arrays"):
-            statprune.prune(model, [{"input_ids": [[3, 4, 5]]}])
+            statprune.prune(model, [{"input_ids": "some text"}])
 
     def test_inputs_that_forward_does_not_take(self):
         model = classifier()

@@ -406,7 +406,7 @@ def test_a_module_says_how_its_batches_become_inputs():
     module = Odd()
     callback = StatisticalPruning(Recipe(pattern="50%"), calibration=classifier_data())
     inputs = callback._calibration_inputs(trainer(), module, module)
-    assert inputs[0]["scale"] == 2
+    assert inputs[0].kwargs["scale"] == 2
 
 
 def test_calibration_data_is_never_the_validation_data_by_itself():

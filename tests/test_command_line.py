@@ -408,7 +408,7 @@ class TestWhatIsPrinted:
     def test_every_command_can_be_asked_for_json_and_for_quiet(self):
         needed = {
             "compare": "M --text t --calibration c", "tune": "M --output o --calibration c", "experiment": "all --output o",
-            "prune": "M --output o", "evaluate": "M --text t", "merge": "M A --output o", "quickstart": "",
+            "prune": "M --output o", "evaluate": "M --text t", "merge": "M A --output o", "quickstart": "", "push": "F R",
         }  # fmt: skip
         for command in COMMANDS:
             show = parse([command, *needed.get(command, "M").split(), "--json", "--quiet"]).show

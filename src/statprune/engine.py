@@ -62,11 +62,12 @@ def run(
     schedule = layers.schedule(recipe.schedule, pruner.needs)
     needs = pruner.needs | Statistic.SAMPLE if pruner.needs else Statistic.NONE  # a sample alone is not worth a walk
     energies: list[Tensor] = []
+    device = next((tensor.device for tensor in inputs[0].tensors()), None)
     report = PruningReport(recipe.to_dict(), schedule, num_batches=len(inputs), fallback_reason=layers.reason)
     running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
     with undisturbed(layers.model):
         selection = select(layers.groups, layers.left_out, recipe)
-        with timed(report.seconds, "allocate"):
+        with timed(report.seconds, "allocate", report.memory, device):
             allocation = allocate(layers, selection, inputs, recipe, weights, progress=progress, **running)
         selection = allocation.selection
         report.left_out = list(selection.left_out)
@@ -74,14 +75,14 @@ def run(
         report.seconds |= {"prune": 0.0}
         with _telling_what_landed(report, weights):
             if weights.is_in_place and schedule in SEES_PRUNED:
-                with timed(report.seconds, "check"):  # else no weight changes before the last batch
+                with timed(report.seconds, "check", report.memory, device):  # else no weight changes before the last batch
                     for _ in layers.observe(selection.groups, inputs[:1], weights=weights, **running):
                         pass
-            with timed(report.seconds, "walk"):
+            with timed(report.seconds, "walk", report.memory, device):
                 for group, moments in layers.observe(
                     selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, **running
                 ):
-                    with timed(report.seconds, "prune"):
+                    with timed(report.seconds, "prune", report.memory, device):
                         for site in group.sites:
                             weight = site.view(weights.get(site.parameter).detach())
                             pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
@@ -96,6 +97,7 @@ def run(
     report.seconds["walk"] -= report.seconds["prune"]
     if not pruner.needs:
         del report.seconds["walk"]  # nothing was walked
+        report.memory.pop("walk", None)
     return report
 
 

@@ -21,6 +21,10 @@ class CalibrationError(StatpruneError, ValueError):
     """The calibration or evaluation data cannot be used with this model."""
 
 
+class CalibrationWarning(UserWarning):
+    """The calibration data can be used, and is worth less than it seems."""
+
+
 class NonFiniteError(StatpruneError, ValueError):
     """NaN or infinity in weights, inputs or activations."""
 

@@ -114,10 +114,13 @@ class Reserved:
         return self.output
 
     def keep(self) -> Path:
-        """Give what was written another name beside the output, one that says that it is not the output."""
-        target = _beside(self.output)
-        os.rename(self.folder, target)
-        return target
+        """Give what was written another name beside the output, or where that fails in the system's temporary folder."""
+        try:
+            target = _beside(self.output)
+        except OSError:
+            target = _in_temporary_folder(self.output)
+        target.rmdir()
+        return Path(shutil.move(self.folder, target))
 
     def rescue(self, write: Callable[[Path], None]) -> Path | None:
         """Have something written somewhere else: beside the output, or where that fails in the system's temporary folder.
@@ -283,4 +286,7 @@ def _in_temporary_folder(output: Path) -> Path:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= 10 * size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,} bytes"

@@ -87,6 +87,9 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     """`trace`, `allocate`, `check`, `walk`, `prune`; before them `tune`, where a search chose the recipe; a command adds
     `save`."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes, by the same names: how high memory has gone by the end of each step (`clock.peak_memory`), whoever used it; of the
+    first rank. Empty where the system does not tell."""
     fallback_reason: str | None = None
     """Why module hooks were used instead of the graph."""
     finetuning_steps: int = 0

@@ -17,7 +17,7 @@ from docstring_parser import parse_from_object
 
 from statprune.commands import options
 
-POSITIONAL = ("model", "folder", "name", "adapter")
+POSITIONAL = ("model", "folder", "name", "adapter", "repository")
 """Arguments that stand without an option's name."""
 
 

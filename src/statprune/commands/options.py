@@ -82,10 +82,16 @@ class WindowOptions:
     """Windows in one forward pass."""
 
     def check(self) -> None:
-        """Raise CalibrationError for a number that cannot be."""
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
         if self.seqlen is not None:
             _check("seqlen", self.seqlen, 2, MOST)  # a token is predicted from those before it
         _check("batch_size", self.batch_size, 1, MOST)
+
+    def check_size(self, seqlen: int) -> None:
+        """Raise CalibrationError for windows of so many tokens that cannot be."""
+        from statprune.data import check_size
+
+        check_size(1, seqlen, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +111,7 @@ class ModelOptions:
         """The model and its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
         from statprune.loading import load_tokenizer, open_causal
 
-        windows.check()
-        check_positive(**numbers)
+        self.check(windows, **numbers)
         display.say(f"loading {self.model}")
         model, seqlen = open_causal(
             self.model, self.dtype, self.device, windows.seqlen, batch_size=windows.batch_size, **numbers
@@ -119,7 +124,9 @@ class ModelOptions:
 
         windows.check()
         check_positive(**numbers)
-        return window_length(load_config(self.model), windows.seqlen)
+        seqlen = window_length(load_config(self.model), windows.seqlen)
+        windows.check_size(seqlen)
+        return seqlen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +144,23 @@ class CalibrationOptions(WindowOptions):
     """Of the choice of windows."""
 
     def check(self) -> None:
-        """Raise CalibrationError for a number that cannot be."""
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
         super().check()
         _check("samples", self.samples, 1, MOST)
         _check("seed", self.seed, -(2**63), 2**63 - 1)
 
-    def windows(self, opened: Opened) -> "Tensor":
+    def check_size(self, seqlen: int) -> None:
+        """Raise CalibrationError for windows of so many tokens that cannot be."""
+        from statprune.data import check_size
+
+        check_size(self.samples, seqlen, self.seed)
+
+    def windows(self, opened: Opened, *, halves: bool = False) -> "Tensor":
         """Windows [samples, seqlen], with a progress bar; random tokens where there is no `calibration`.
+
+        Args:
+            opened: the model.
+            halves: for a search, which holds every second one out (see `calibration_windows`).
 
         Raises:
             CalibrationError: they cannot be had.
@@ -159,8 +176,15 @@ class CalibrationOptions(WindowOptions):
         with display.progress("calibration windows") as progress:
             return calibration_windows(
                 self.calibration, tokenizer=opened.tokenizer, model=opened.model,
-                samples=self.samples, seqlen=opened.seqlen, seed=self.seed, progress=progress,
+                samples=self.samples, seqlen=opened.seqlen, seed=self.seed, halves=halves, progress=progress,
             )  # fmt: skip
+
+    def places(self, opened: Opened, *, halves: bool = False) -> dict[str, str]:
+        """How a text's windows are drawn, for the record; empty where there is no text. Arguments and errors: `windows`."""
+        from statprune.data import places
+
+        drawn = places(self.calibration or ["generated"], opened.tokenizer, halves=halves)
+        return {} if drawn is None else {"places": drawn}
 
     def blank_batches(self, seqlen: int) -> "list[Tensor]":
         """Tokens in the shapes that the batches will have: enough to find the layers, before there is any data."""

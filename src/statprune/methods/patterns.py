@@ -37,6 +37,9 @@ class Pattern(Protocol):
     def partly(self, score: Tensor, share: float) -> Tensor:
         """The keep mask on the way to the pattern: a share in [0, 1] of the weights to prune is gone, the lowest scores."""
 
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """How many weights of a matrix [rows, columns] go."""
+
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can have the pattern."""
 
@@ -123,6 +126,10 @@ class Unstructured:
         # 0.29 * 100 is 28.999999999999996 in floating point; nobody who asks for 29 % means 28.
         return max(0, min(math.floor(self.sparsity * group_size + 1e-6), group_size - 1))
 
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """As many in each row, or so many of all."""
+        return rows * self.num_pruned(columns) if self.rank_over == "row" else self.num_pruned(rows * columns)
+
     def fits(self, in_features: int) -> bool:
         """Any width will do."""
         return True
@@ -176,6 +183,10 @@ class Counted:
         if len(one_more):
             keep[..., one_more, :] = keep_highest(score[..., one_more, :], score.shape[-1] - least - 1)
         return keep
+
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """The number that it was made with."""
+        return self.num_pruned
 
     def fits(self, in_features: int) -> bool:
         """Whether it was made for this width."""
@@ -256,6 +267,10 @@ class NM:
     def slice(self, score: Tensor, start: int) -> Tensor:
         """As the whole: `start` and the width are multiples of `of`."""
         return self(score)
+
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """As many of each group."""
+        return rows * (columns // self.of) * (self.of - self.keep)
 
     def fits(self, in_features: int) -> bool:
         """Whether `of` divides the width."""

@@ -102,11 +102,15 @@ def absent(site: SiteReport, model: nn.Module) -> MaskError:
 
 
 def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:
-    """The same report with the zeros and the energy that the weights have now, and without the output errors they had."""
+    """The same report with the zeros and the energy that the weights have now.
+
+    A weight that has changed has no output error any more: it was measured on the weight that pruning left.
+    """
     sites = []
     for site in report.sites:
         weight = model.get_parameter(site.parameter).detach()
-        sites.append(replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight), output_error=None))
+        now = replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight))
+        sites.append(now if now == site else replace(now, output_error=None))
     return replace(report, sites=sites)
 
 
