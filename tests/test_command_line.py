@@ -339,19 +339,25 @@ class TestEnds:
         assert list(tmp_path.iterdir()) == []
         assert capsys.readouterr().err.endswith("interrupted\n")
 
-    @pytest.mark.parametrize("until", ["", "loading"])
-    def test_of_a_real_process_wherever_it_is(self, tmp_path, tiny_model_folder, until):
-        words = ["prune", tiny_model_folder, "--output", str(tmp_path / "o"), "--samples", "9999", "--seqlen", "8"]
-        with subprocess.Popen([sys.executable, "-m", "statprune", *words], stderr=subprocess.PIPE, text=True) as process:
-            if until:
-                assert until in process.stderr.readline()
-            else:
-                time.sleep(0.5)  # in the midst of imports
-            process.send_signal(signal.SIGINT)
-            err = process.stderr.read()
-        assert process.returncode == 130
-        assert err.splitlines()[-1] == "interrupted"
-        assert "Traceback" not in err
+    @pytest.mark.parametrize(
+        "module", ["jsonargparse", "torch", pytest.param("transformers.models.llama.modeling_llama", marks=pytest.mark.slow)]
+    )
+    def test_of_a_real_process_wherever_it_is(self, tmp_path, tiny_model_folder, module):
+        code = """if True:
+            import os, signal, sys
+            class Stop:
+                def find_spec(self, name, path=None, target=None):
+                    if name == sys.argv[-1]:
+                        os.kill(os.getpid(), signal.SIGINT)
+            sys.meta_path.insert(0, Stop())
+            from statprune.__main__ import main
+            sys.exit(main())
+        """
+        words = ["prune", tiny_model_folder, "--output", str(tmp_path / "o"), "--calibration", module]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (130, "")
+        assert done.stderr.splitlines()[-1] == "interrupted"
+        assert "Traceback" not in done.stderr
         assert list(tmp_path.iterdir()) == []
 
     def test_a_reader_that_goes_away_stops_no_work(self, tmp_path):
@@ -404,6 +410,22 @@ class TestWhatIsPrinted:
         shown = printed.err.splitlines()
         assert len(shown) == len(err)
         assert all(line.startswith(expected) for line, expected in zip(shown, err, strict=True))
+
+    def test_without_a_terminal_there_are_signs_of_life(self, capsys, verify_does, monkeypatch):
+        monkeypatch.setattr(display, "LONGEST_SILENCE", 0.1)
+
+        def does():
+            display.say("loading")
+            time.sleep(0.35)
+            return {}
+
+        verify_does(does)
+        assert main(["verify", "x"]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) in (3, 4)
+        assert lines[1:] == ["· at work, 0:00 so far; the last was loading"] * (len(lines) - 1)
+        assert main(["verify", "x", "--quiet"]) == 0
+        assert capsys.readouterr().err == ""
 
     def test_every_command_can_be_asked_for_json_and_for_quiet(self):
         needed = {

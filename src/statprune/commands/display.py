@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from statprune.zeros import Recorded, Zeros
 
 LONGEST_SILENCE = 60.0
-"""Seconds without a line about some work, where there is no terminal."""
+"""Seconds without a line, where there is no terminal."""
 
 
 class _Console(Console):
@@ -56,7 +57,7 @@ def showing(*, as_json: bool = False, quiet: bool = False) -> Iterator[None]:
     before = console.quiet, notes.quiet
     console.quiet, notes.quiet = as_json or quiet, quiet
     try:
-        with only_own_bars(), warnings.catch_warnings():
+        with only_own_bars(), _signs_of_life(), warnings.catch_warnings():
             warnings.simplefilter("default", CalibrationWarning)
             warnings.showwarning = _show_warning
             if quiet:
@@ -67,12 +68,49 @@ def showing(*, as_json: bool = False, quiet: bool = False) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+@contextlib.contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Without a terminal, a line whenever none came for long: work such as loading and exporting has no steps to count."""
+    if notes.quiet or notes.is_terminal:
+        yield
+        return
+    ended = threading.Event()
+    _latest.text, _latest.at = "", time.monotonic()
+
+    def watch() -> None:
+        began = _latest.at
+        while not ended.wait(max(0.05, _latest.at + LONGEST_SILENCE - time.monotonic())):
+            if time.monotonic() - _latest.at >= LONGEST_SILENCE:
+                text = _latest.text
+                say(f"at work, {_clock(time.monotonic() - began)} so far{f'; the last was {text}' if text else ''}")
+                _latest.text = text
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+class _Latest:
+    """What was said last."""
+
+    text = ""
+    at = 0.0
+
+
+_latest = _Latest()
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     notes.print(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}", soft_wrap=True)
 
 
 def say(text: str) -> None:
     """A step in words."""
+    _latest.text, _latest.at = text, time.monotonic()
     notes.print(f"[dim]·[/] {escape(text)}", soft_wrap=True)
 
 

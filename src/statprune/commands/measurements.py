@@ -47,6 +47,7 @@ def compare(
     how = [labelled(method)[1] for method in methods or ()]
     windows = calibration.windows(opened, halves=any(isinstance(one, Search) for one in how))
     held_out = opened.held_out(text)
+    display.say("measuring the dense model, and exporting it to a graph")
     with display.progress("comparing", each=True) as progress:
         cells = comparison.compare(
             opened.model, windows, held_out,
@@ -89,6 +90,7 @@ def tune(
     search = Search.from_dict({"minutes": minutes, **layers.given()})
     opened = model.open(calibration)
     windows = calibration.windows(opened, halves=True)
+    display.say("exporting the model to a graph")
     with display.progress("seconds of the budget") as progress:
         tuned = tune_model(
             opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=display.say,
