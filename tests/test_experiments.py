@@ -666,9 +666,7 @@ def spoilt_folder(tmp_path, tiny_model_folder):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare", "tune"])
-def test_nan_in_a_weight_is_named_in_valid_json(
-    capsys, tmp_path, spoilt_folder, text, command
-):
+def test_nan_in_a_weight_is_named_in_valid_json(capsys, tmp_path, spoilt_folder, text, command):
     options = {
         "evaluate": ["--text", text],
         "compare": ["--text", text, "--calibration", text, "--samples", "2"],
