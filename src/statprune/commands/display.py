@@ -449,9 +449,10 @@ def show_tuned(tuned: Any, next_command: str) -> None:
 def show_evaluation(result: dict[str, Any]) -> None:
     """The end of `statprune evaluate`."""
     console.print(f"perplexity [bold]{result['perplexity']:.4f}[/]")
+    tokenizer = f"{result['tokenizer']} ({result['vocabulary']} tokens), " if "tokenizer" in result else ""
     console.print(
-        f"[dim]{result['windows']} windows of {result['seqlen']} tokens, {result['dtype']}, {result['tokenizer']} "
-        f"({result['vocabulary']} tokens), {escape(', '.join(result['text']))}[/]",
+        f"[dim]{result['windows']} windows of {result['seqlen']} tokens, {result['dtype']}, {tokenizer}"
+        f"{escape(', '.join(result['text']))}[/]",
         soft_wrap=True,
     )
 
