@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import cross_entropy
@@ -333,11 +334,19 @@ def test_sharded_parameters_are_refused_by_name(then, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_any_module_is_an_output(tmp_path):
+    for name, run in (("fitted", fitted), ("validated", validated)):
+        run(classifying(output=str(tmp_path / name)), module := Classifier())
+        assert verify(tmp_path / name)["base"] == {"class": "Classifier", "library": "pytorch"}
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.0.weight"], module.head[0].weight)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(tmp_path):
-    module, output = Classifier(), str(tmp_path / "out")
+    module, output = Classifier(), str(tmp_path / "file" / "out")
+    (tmp_path / "file").write_text("")
     before = weights_of(module)
     for run in (fitted, validated):
-        with pytest.raises(CheckpointError, match="Classifier is no transformers model"):
+        with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
             run(classifying(output=output), module)
     assert unchanged(module, before)
 
@@ -406,7 +415,7 @@ def test_a_module_says_how_its_batches_become_inputs():
     module = Odd()
     callback = StatisticalPruning(Recipe(pattern="50%"), calibration=classifier_data())
     inputs = callback._calibration_inputs(trainer(), module, module)
-    assert inputs[0]["scale"] == 2
+    assert inputs[0].kwargs["scale"] == 2
 
 
 def test_calibration_data_is_never_the_validation_data_by_itself():

@@ -87,7 +87,7 @@ class TestPrune:
         record = json.loads((pruned.folder / "pruning.json").read_text())
         assert record["protocol"] == {
             "model": record["protocol"]["model"], "calibration": [pruned.text], "samples": 20, "seqlen": 16, "seed": 0,
-            "batch_size": 2, "dtype": "float32", "device": "cpu",
+            "places": "random tokens of the text", "batch_size": 2, "dtype": "float32", "device": "cpu",
         }  # fmt: skip
         assert record["recipe"]["allocation"] == {"name": "owl", "threshold": 5.0, "spread": 0.1, "sparsity": None}
         assert {site["sparsity"] for site in record["sites"]} == {0.5}  # of one block
@@ -513,7 +513,7 @@ class TestHelp:
         entries = help_of(capsys, command).split("\n  --")
         several = [entry for entry in entries if " ...]" in entry.splitlines()[0]]
         assert all("several" in entry and f" --{entry.split()[0]} " in " ".join(entry.split()) for entry in several)
-        assert bool(several) == (command not in ("quickstart", "verify", "merge"))
+        assert bool(several) == (command not in ("quickstart", "verify", "push", "merge"))
 
     def test_names_what_the_registry_has(self, capsys, monkeypatch):
         def my_own(weight, moments, *, sharpness=3.5):

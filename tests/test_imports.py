@@ -19,12 +19,13 @@ FLOORS = """
     api
     tuning
     engine  allocation  selection
-    checkpoint  output
+    checkpoint
+    card  companions  hub  output  verification
     loading
-    perplexity  report  data  results  how  recipe  grammar
+    perplexity  report  data  results  how  recipe  grammar  record
     model
     methods
-    markdown  clock  progress  ranks  errors  versions
+    markdown  plain  clock  progress  ranks  strict_yaml  errors  versions
 """
 HEIGHTS = {room: height for height, floor in enumerate(reversed(FLOORS.strip().splitlines())) for room in floor.split()}
 PACKAGE = Path(statprune.__file__).parent

@@ -93,7 +93,7 @@ def test_a_file_system_that_refuses_is_named(tmp_path, monkeypatch, code):
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 MB, and its disk has 0\.0 MB left\. Make room"):
+    with pytest.raises(CheckpointError, match=r"needs \d\d,\d\d\d bytes, and its disk has 1,000 bytes left\. Make room"):
         checkpoint.reserve(tmp_path / "out", model=llama())
     assert tree(tmp_path) == []
 

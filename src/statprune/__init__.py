@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from statprune.api import PruningPlan, plan, prune
-    from statprune.checkpoint import save, verify
+    from statprune.checkpoint import save
     from statprune.errors import StatpruneError
     from statprune.loading import load_model as load
     from statprune.methods.patterns import NM, Unstructured
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from statprune.training.modules import CausalLM, TextData
     from statprune.tuning.outcome import Tuned
     from statprune.tuning.tune import tune
+    from statprune.verification import verify
 
 __all__ = [
     "NM",
@@ -71,7 +72,7 @@ _IMPORTED_AT_USE = {
     "prune": "api:prune",
     "save": "checkpoint:save",
     "tune": "tuning.tune:tune",
-    "verify": "checkpoint:verify",
+    "verify": "verification:verify",
 }
 
 

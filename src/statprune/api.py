@@ -83,8 +83,10 @@ def prune(
 
     Args:
         model: any `nn.Module`; it is calibrated in eval mode and keeps the modes, the device and the dtype it has.
-        batches: calibration data: token tensors [batch, length], dicts of tensors (an `attention_mask` marks padding with 0),
-            or tuples of the arguments of `forward`. Shapes may differ from batch to batch.
+        batches: calibration data: an iterable of token tensors [batch, length], dicts of tensors (an `attention_mask` marks
+            padding with 0; names that `forward` does not have are left out), rows of `datasets`, or tuples, of which the
+            arguments that `forward` requires are taken, so `(x, y)` gives x. Shapes may differ from batch to batch. A tensor
+            [windows, length] is cut into batches.
         how: a `Recipe`, a method's short name (`"cvr+energy"`), a mapping of a recipe's keys, or a `Search` (`"auto"`), which
             chooses a recipe by trying candidates on these batches, one half to prune on and the other to score on; it is then
             carried out with all of them. None: the paper's method at 2:4.

@@ -82,6 +82,13 @@ class Reserved:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    def check_held(self) -> None:
+        """Raise CheckpointError where the place was given back; make its folder again where somebody has removed it."""
+        if not self.release.alive:
+            raise CheckpointError(f"The place of the output {self.output} was given back already: reserve it again.")
+        with _explained(self.output):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     def check_room(self, num_bytes: int) -> None:
         """Raise CheckpointError where the disk has no room for so many bytes."""
         with _explained(self.output):
@@ -114,10 +121,13 @@ class Reserved:
         return self.output
 
     def keep(self) -> Path:
-        """Give what was written another name beside the output, one that says that it is not the output."""
-        target = _beside(self.output)
-        os.rename(self.folder, target)
-        return target
+        """Give what was written another name beside the output, or where that fails in the system's temporary folder."""
+        try:
+            target = _beside(self.output)
+        except OSError:
+            target = _in_temporary_folder(self.output)
+        target.rmdir()
+        return Path(shutil.move(self.folder, target))
 
     def rescue(self, write: Callable[[Path], None]) -> Path | None:
         """Have something written somewhere else: beside the output, or where that fails in the system's temporary folder.
@@ -283,4 +293,7 @@ def _in_temporary_folder(output: Path) -> Path:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= 10 * size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,} bytes"

@@ -29,7 +29,7 @@ from jsonargparse import ArgumentParser
 from statprune.commands import COMMANDS, display, endings, options
 from statprune.methods.catalog import Entry, catalog
 
-POSITIONAL = ("model", "folder", "name", "adapter")
+POSITIONAL = ("model", "folder", "name", "adapter", "repository")
 """Arguments that stand without an option's name."""
 
 TEACHING = """

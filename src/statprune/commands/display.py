@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import time
@@ -17,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from statprune.errors import CalibrationWarning
+from statprune.plain import finite
 from statprune.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def showing(*, as_json: bool = False, quiet: bool = False) -> Iterator[None]:
     console.quiet, notes.quiet = as_json or quiet, quiet
     try:
         with only_own_bars(), warnings.catch_warnings():
+            warnings.simplefilter("default", CalibrationWarning)
             warnings.showwarning = _show_warning
             yield
     finally:
@@ -86,15 +88,7 @@ def show_end(text: str) -> None:
 
 def show_json(data: Mapping[str, Any]) -> None:
     """One JSON object on standard output. What JSON has no number for, NaN and infinity, becomes null."""
-    _Console().out(json.dumps(_finite(data), indent=1, allow_nan=False, ensure_ascii=False), highlight=False)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    _Console().out(json.dumps(finite(data), indent=1, allow_nan=False, ensure_ascii=False), highlight=False)
 
 
 @contextlib.contextmanager
@@ -374,14 +368,20 @@ def show_verified(folder: str, record: dict[str, Any]) -> None:
     """The end of `statprune verify`."""
     console.print(
         f"[bold green]verified:[/] {escape(folder)}: {len(record['sites'])} weights, "
-        f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds",
+        f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds\n"
+        f"[dim]SHA-256 of the record, to publish: {record['digest']}[/]",
         soft_wrap=True,
     )
 
 
+def show_pushed(folder: str, address: str) -> None:
+    """The end of `statprune push`."""
+    console.print(f"[bold green]verified and uploaded:[/] {escape(folder)} to {escape(address)}", soft_wrap=True)
+
+
 def verified_data(folder: str, record: dict[str, Any]) -> dict[str, Any]:
     """`show_verified` as data."""
-    kept = ("sparsity", "energy_ratio", "recipe", "files")
+    kept = ("sparsity", "energy_ratio", "recipe", "files", "digest")
     return {"folder": folder, "verified": True, "weights": len(record["sites"]), **{key: record[key] for key in kept}}
 
 

@@ -41,9 +41,12 @@ def compare(
     """
     import statprune.experiments.compare as comparison
     from statprune.data import evaluation_windows
+    from statprune.how import labelled
+    from statprune.recipe import Search
 
     opened = model.open(calibration, samples=calibration.samples)
-    windows = calibration.windows(opened)
+    how = [labelled(method)[1] for method in methods or ()]
+    windows = calibration.windows(opened, halves=any(isinstance(one, Search) for one in how))
     held_out = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
     with display.progress("comparing", each=True) as progress:
         cells = comparison.compare(
@@ -64,10 +67,11 @@ def tune(
 ) -> dict[str, Any]:
     """Choose the recipe for a model and a pattern: try methods on half of the calibration text, score them on the other half.
 
-    Every second window is held out. Many methods are pruned from one pass over the dense model and scored on a part of the
-    held-out half; the best go on with settings and schedules of their own, on more of it; the best of those measured on all of
-    it is chosen. wanda, cvr+energy and sparsegpt are always among them, so the choice is never worse there. Nothing is pruned:
-    the recipe is for 'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
+    The text is cut in alternate blocks before windows are drawn, so that no token is in both halves. Many methods are pruned
+    from one pass over the dense model and scored on a part of the held-out half; the best go on with settings and schedules of
+    their own, on more of it; the best of those measured on all of it is chosen. wanda, cvr+energy and sparsegpt are always
+    among them, so the choice is never worse there. Nothing is pruned: the recipe is for 'statprune prune MODEL --recipe
+    OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
 
     The score is on the calibration text too, so with 'generated' it is on the model's own samples.
 
@@ -85,7 +89,7 @@ def tune(
 
     search = Search.from_dict({"minutes": minutes, **layers.given()})
     opened = model.open(calibration, samples=calibration.samples)
-    windows = calibration.windows(opened)
+    windows = calibration.windows(opened, halves=True)
     with display.progress("seconds of the budget") as progress:
         tuned = tune_model(
             opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=display.say,

@@ -1,9 +1,8 @@
-"""The commands about one model: prune, evaluate, inspect, verify, merge."""
+"""The commands about one model: prune, evaluate, inspect, verify, push, merge."""
 
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from statprune.commands import display
@@ -30,6 +29,8 @@ def prune(
     recipe: RecipeOptions,
     calibration: CalibrationOptions = MODEL_SAMPLES,
     dry_run: bool = False,
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
 ) -> dict[str, Any]:
     """Prune a causal language model and save it, verified.
 
@@ -38,8 +39,10 @@ def prune(
     what 'statprune verify' can recompute.
 
     Args:
-        output: Folder to write; must not exist.
+        output: Folder to write; must not exist, but for --overwrite.
         dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
+        overwrite: Replace an output that statprune wrote, when the new one is verified.
+        max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
 
     Examples:
         statprune prune MODEL --output sparse --dry-run
@@ -52,7 +55,8 @@ def prune(
     from statprune.selection import select
 
     how = recipe.read()
-    checkpoint.refuse_existing(output)
+    checkpoint.check_output(output, overwrite=overwrite, source=model.model)
+    checkpoint.check_shard_size(max_shard_size)
     if dry_run:
         seqlen = model.check(calibration, samples=calibration.samples)
         empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
@@ -60,17 +64,23 @@ def prune(
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
-    with checkpoint.reserve(output, say=display.say) as place:
-        return _prune(model, place, how, calibration)
+    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=display.say) as place:
+        return _prune(model, place, how, calibration, max_shard_size)
 
 
-def _prune(model: ModelOptions, place: "Reserved", how: "Recipe | Search", calibration: CalibrationOptions) -> dict[str, Any]:
+def _prune(
+    model: ModelOptions,
+    place: "Reserved",
+    how: "Recipe | Search",
+    calibration: CalibrationOptions,
+    max_shard_size: str | None,
+) -> dict[str, Any]:
     import statprune.checkpoint as checkpoint
     from statprune.api import prune as prune_model
     from statprune.clock import timed
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
-    from statprune.recipe import Recipe
+    from statprune.recipe import Recipe, Search
     from statprune.selection import select
 
     opened = model.open(calibration, samples=calibration.samples)
@@ -80,7 +90,8 @@ def _prune(model: ModelOptions, place: "Reserved", how: "Recipe | Search", calib
         display.say("exporting the model to a graph")
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
-    windows = calibration.windows(opened)
+    drawn = calibration.places(opened, halves=isinstance(how, Search))
+    windows = calibration.windows(opened, halves=isinstance(how, Search))
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
     with display.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
@@ -90,12 +101,15 @@ def _prune(model: ModelOptions, place: "Reserved", how: "Recipe | Search", calib
         )
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
-        "seed": calibration.seed, "batch_size": calibration.batch_size, **opened.place,
+        "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
     display.say(f"saving to {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):
-        checkpoint.save(opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol)
+        checkpoint.save(
+            opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol, source=model.model,
+            max_shard_size=max_shard_size,
+        )  # fmt: skip
     display.show_report(report, str(place.output))
     return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
 
@@ -176,27 +190,50 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
     return display.survey_data(selection)
 
 
-def verify(folder: str) -> dict[str, Any]:
+def verify(folder: str, digest: str | None = None) -> dict[str, Any]:
     """Recompute every promise of a folder's pruning.json from the files on disk.
 
     Stops at the first one that is broken, with status 1. Recomputed are, for each weight, shape, zeros, pattern and energy; and
-    the digest of each file.
+    the digest of each file. The folder holds nothing else. Prints the digest of the record, which can be published.
 
     Args:
         folder: What 'statprune prune' wrote.
+        digest: The record's SHA-256 digest as its author has published it, to compare with.
 
     Examples:
         statprune verify sparse
+        statprune verify sparse --digest 5ef5a4a2ef1bfd0a7b2ab0db3b10b4a1b2c3d4e5f60718293a4b5c6d7e8f9012
     """
-    from statprune.checkpoint import verify as verify_folder
+    from statprune.verification import verify as verify_folder
 
     with display.progress("verifying") as progress:
-        record = verify_folder(folder, progress)
+        record = verify_folder(folder, progress, digest=digest)
     display.show_verified(folder, record)
     return display.verified_data(folder, record)
 
 
-def merge(model: str, adapter: str, output: str) -> dict[str, Any]:
+def push(folder: str, repository: str, private: bool = False) -> dict[str, Any]:
+    """Verify a folder that statprune wrote, and upload it to the hub.
+
+    Uploaded are exactly the files that pruning.json names, and itself; nothing is where a promise is broken. Log in first, with
+    'hf auth login'.
+
+    Args:
+        folder: What 'statprune prune' wrote.
+        repository: USER/NAME on the hub; made where it does not exist.
+        private: Make the repository a private one.
+
+    Examples:
+        statprune push sparse USER/NAME --private
+    """
+    from statprune.hub import push as push_folder
+
+    address = push_folder(folder, repository, private=private or None, say=display.say)
+    display.show_pushed(folder, address)
+    return {"folder": folder, "repository": repository, "address": address}
+
+
+def merge(model: str, adapter: str, output: str, overwrite: bool = False, max_shard_size: str | None = None) -> dict[str, Any]:
     """Merge a LoRA adapter into a pruned model with its zeros kept, and save the result, verified.
 
     Only weights that are not zero are changed. During its training the adapter acted everywhere, so the result is not quite the
@@ -205,19 +242,22 @@ def merge(model: str, adapter: str, output: str) -> dict[str, Any]:
     Args:
         model: Folder that 'statprune prune' wrote, the one that the adapter was trained on.
         adapter: Folder that the adapter was saved to with save_pretrained (safetensors only).
-        output: Folder to write; must not exist.
+        output: Folder to write; must not exist, but for --overwrite.
+        overwrite: Replace an output that statprune wrote, when the new one is verified.
+        max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
 
     Examples:
         statprune merge sparse ADAPTER --output sparse-tuned
     """
     import statprune.checkpoint as checkpoint
-    from statprune.loading import load_model, load_tokenizer
+    from statprune.loading import load_model
     from statprune.report import PruningReport
     from statprune.training.lora import check_adapter_folder, load_adapter, merge_adapters
     from statprune.training.masks import remeasure
 
     check_adapter_folder(adapter)
-    with checkpoint.reserve(output, say=display.say) as place:
+    checkpoint.check_shard_size(max_shard_size)
+    with checkpoint.reserve(output, overwrite=overwrite, source=model, say=display.say) as place:
         with display.progress("verifying") as progress:
             record = checkpoint.verify(model, progress)
         before = PruningReport.from_dict(record)
@@ -226,9 +266,8 @@ def merge(model: str, adapter: str, output: str) -> dict[str, Any]:
         checkpoint.check_model(sparse, place)
         merged = merge_adapters(load_adapter(sparse, adapter), before)
         after = remeasure(before, merged)
-        has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
         protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
         display.say(f"saving to {place.output}, and verifying what was written")
-        checkpoint.save(merged, after, place, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
+        checkpoint.save(merged, after, place, protocol=protocol, source=model, max_shard_size=max_shard_size)
     display.show_merged(before, after, output)
     return display.merged_data(before, after, output)

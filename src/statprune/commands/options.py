@@ -59,6 +59,12 @@ class WindowOptions:
     batch_size: int = 1
     """Windows in one forward pass."""
 
+    def check(self, seqlen: int) -> None:
+        """Raise CalibrationError for windows of so many tokens that cannot be."""
+        from statprune.data import check_size
+
+        check_size(1, seqlen, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -77,6 +83,7 @@ class ModelOptions:
         """The model and its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
         from statprune.loading import load_tokenizer, open_causal
 
+        self.check(windows, **numbers)
         display.say(f"loading {self.model}")
         model, seqlen = open_causal(
             self.model, self.dtype, self.device, windows.seqlen, batch_size=windows.batch_size, **numbers
@@ -89,6 +96,7 @@ class ModelOptions:
 
         seqlen = window_length(load_config(self.model), windows.seqlen)
         check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
+        windows.check(seqlen)
         return seqlen
 
 
@@ -106,8 +114,18 @@ class CalibrationOptions(WindowOptions):
     seed: int = 0
     """Of the choice of windows."""
 
-    def windows(self, opened: Opened) -> "Tensor":
+    def check(self, seqlen: int) -> None:
+        """Raise CalibrationError for numbers of windows that cannot be."""
+        from statprune.data import check_size
+
+        check_size(self.samples, seqlen, self.seed)
+
+    def windows(self, opened: Opened, *, halves: bool = False) -> "Tensor":
         """Windows [samples, seqlen], with a progress bar; random tokens where there is no `calibration`.
+
+        Args:
+            opened: the model.
+            halves: for a search, which holds every second one out (see `calibration_windows`).
 
         Raises:
             CalibrationError: they cannot be had.
@@ -123,8 +141,15 @@ class CalibrationOptions(WindowOptions):
         with display.progress("calibration windows") as progress:
             return calibration_windows(
                 self.calibration, tokenizer=opened.tokenizer, model=opened.model,
-                samples=self.samples, seqlen=opened.seqlen, seed=self.seed, progress=progress,
+                samples=self.samples, seqlen=opened.seqlen, seed=self.seed, halves=halves, progress=progress,
             )  # fmt: skip
+
+    def places(self, opened: Opened, *, halves: bool = False) -> dict[str, str]:
+        """How a text's windows are drawn, for the record; empty where there is no text. Arguments and errors: `windows`."""
+        from statprune.data import how_drawn
+
+        drawn = how_drawn(self.calibration or ["generated"], opened.tokenizer, halves=halves)
+        return {} if drawn is None else {"places": drawn}
 
     def blank_batches(self, seqlen: int) -> "list[Tensor]":
         """Tokens in the shapes that the batches will have: enough to find the layers, before there is any data."""
