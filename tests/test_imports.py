@@ -20,7 +20,7 @@ FLOORS = """
     tuning
     engine  allocation  selection
     checkpoint
-    card  companions  hub  output  verification
+    card  companions  hub  output  page  verification
     loading
     perplexity  report  data  results  how  recipe  grammar  record
     model

@@ -6,6 +6,6 @@ Everything but `folder` is pure: a record in, HTML out. Every text of a record i
 """
 
 from statprune.page.document import render
-from statprune.page.folder import PAGE, render_folder
+from statprune.page.folder import PAGE, render_folder, write_page
 
-__all__ = ["PAGE", "render", "render_folder"]
+__all__ = ["PAGE", "render", "render_folder", "write_page"]

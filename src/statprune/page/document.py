@@ -1,5 +1,6 @@
 """The page: a record in, HTML out. What an older record does not have is left away, or said to be not known."""
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,9 +90,10 @@ def _perplexity(record: Record) -> str:
     if not values:
         return ""
     found = record["evaluation"]
+    windows = f"{_count(found.get('windows'))} windows" if found.get("windows") else "windows"
     protocol = [
-        f"on {', '.join(map(_last, found.get('text') or []))}" if found.get("text") else "",
-        f"in {found['windows']:,} windows of {found['seqlen']:,} tokens" if {"windows", "seqlen"} <= found.keys() else "",
+        f"on {_words(found['text'])}" if found.get("text") else "",
+        f"in {windows} of {_count(found['seqlen'])} tokens" if found.get("seqlen") else "",
     ]
     told = escape(" ".join(one for one in protocol if one))
     return (
@@ -306,7 +308,12 @@ def _pattern(record: Record) -> str:
 
 def _perplexities(record: Record) -> dict[str, float]:
     found = record.get("evaluation") or {}
-    return {name: found[name] for name in ("dense", "pruned") if isinstance(found.get(name), int | float)}
+    known = {name: found.get(name) for name in ("dense", "pruned")}
+    return {name: value for name, value in known.items() if isinstance(value, int | float) and 0 < value < math.inf}
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _error(site: Site) -> float | None:

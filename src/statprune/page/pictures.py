@@ -153,7 +153,7 @@ def zoom(keep: Tensor, group: int | None) -> str:
         f'<svg viewBox="0 0 {width} {height}" role=img aria-label="Which weights are kept: {rows} outputs, {columns} inputs">'
         f"<defs><pattern id=cells width={step} height=10 patternUnits=userSpaceOnUse>"
         f'<path class=gone d="{blank}"/></pattern></defs>'
-        f'<rect width={width} height={height} fill="url(#cells)"/><path class=kept d="{cells}"/></svg>'
+        f'<rect width={width} height={height} fill=url(#cells)/><path class=kept d="{cells}"/></svg>'
     )
 
 

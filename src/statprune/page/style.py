@@ -102,6 +102,8 @@ body{font-size:10pt;background:none}
 main,header,footer{max-width:none;padding-left:0;padding-right:0}header{padding-top:0}
 section{margin-top:1.5rem;padding-top:1rem}
 h2,h3{break-after:avoid}figure,.heat,.bars,.figures,pre,tr{break-inside:avoid}
-details:not([open]){display:none}
+section:has(details:not([open])){display:none}
+.figures{grid-template-columns:repeat(4,1fr)}.masks{grid-template-columns:1fr 1fr;gap:.5rem 1.5rem}.masks.one{max-width:none}
+.masks.one{grid-template-columns:1fr}section:has(.masks){break-inside:avoid}.legend{break-before:avoid}
 }"""
 ).replace("\n", "")
