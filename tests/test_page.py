@@ -23,7 +23,7 @@ from statprune.page.pictures import Around, Scale, overview, percent, zoom
 from statprune.training.masks import remeasure
 
 BATCHES = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))]
-EVALUATION = {"dense": 9.25, "pruned": 10.5, "text": ["/home/somebody/held-out.txt"], "windows": 1200, "seqlen": 512}
+PERPLEXITY = {"dense": 9.25, "pruned": 10.5, "text": ["/home/somebody/held-out.txt"], "windows": 1200, "seqlen": 512}
 LEADS_ELSEWHERE = {"src", "href", "srcset", "action", "data", "poster", "background", "xlink:href"}
 
 
@@ -65,8 +65,9 @@ class Page(HTMLParser):
 def saved(tmp_path_factory, tiny_model_folder):
     model = load_model(tiny_model_folder)
     report = statprune.prune(model, BATCHES, Recipe("cvr+energy", "2:4"))
+    report.perplexity = PERPLEXITY
     protocol = {"model": "/home/somebody/tiny", "calibration": ["/home/somebody/train.txt"], "seed": 7}
-    return save(model, report, tmp_path_factory.mktemp("out") / "sparse", protocol=protocol, evaluation=EVALUATION)
+    return save(model, report, tmp_path_factory.mktemp("out") / "sparse", protocol=protocol)
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_no_layer_at_all():
     assert "in 0 layers" in page.text
 
 
-OPTIONAL = ("evaluation", "protocol", "seconds", "memory", "versions", "base", "num_tokens", "schedule", "chosen_by",
+OPTIONAL = ("perplexity", "protocol", "seconds", "memory", "versions", "base", "num_tokens", "schedule", "chosen_by",
             "fallback_reason", "finetuning_steps", "left_out", "files", "digest")  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def test_an_older_record_lacks_something(record, missing):
 
 
 def test_what_was_written_into_the_protocol_may_be_anything(record):
-    record["evaluation"] = {"dense": None, "pruned": 0.0, "text": "a.txt", "windows": "many", "seqlen": None}
+    record["perplexity"] = {"dense": None, "pruned": 0.0, "text": "a.txt", "windows": "many", "seqlen": None}
     record["protocol"] = {"model": 5, "calibration": None, "odd": {"a": [1, 2]}}
     assert "{'a': [1, 2]}" in Page(render(record)).text
 
@@ -211,7 +212,7 @@ def test_names_are_text(record):
     record["sites"] = [site(f"a.0.{evil}", output_error=0.5), site(evil, output_error=0.1), site(f"{evil}.1.b")]
     record["left_out"] = [{"name": evil, "shape": [1, 2], "reason": evil}]
     record["protocol"] = {evil: evil, "model": evil, "calibration": [evil]}
-    record["evaluation"] = {**EVALUATION, "text": [evil]}
+    record["perplexity"] = {**PERPLEXITY, "text": [evil]}
     record["seconds"] = record["memory"] = {evil: 1}
     record["versions"], record["schedule"], record["fallback_reason"] = {evil: evil}, evil, evil
     record["recipe"]["criterion"]["name"] = evil
@@ -355,7 +356,7 @@ def test_the_command_gives_data(saved, tmp_path, record, capsys):
     assert main(["report", str(saved), "--output", str(tmp_path / "page.html"), "--json", "--quiet"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [layer["output_error"] for layer in data["layers"]] == [one["output_error"] for one in record["sites"]]
-    assert data["evaluation"] == record["evaluation"]
+    assert data["perplexity"] == record["perplexity"]
     assert (tmp_path / "page.html").read_bytes() == (saved / PAGE).read_bytes()
 
 

@@ -89,7 +89,7 @@ def _perplexity(record: Record) -> str:
     values = _perplexities(record)
     if not values:
         return ""
-    found = record["evaluation"]
+    found = record["perplexity"]
     windows = f"{_count(found.get('windows'))} windows" if found.get("windows") else "windows"
     protocol = [
         f"on {_words(found['text'])}" if found.get("text") else "",
@@ -307,7 +307,7 @@ def _pattern(record: Record) -> str:
 
 
 def _perplexities(record: Record) -> dict[str, float]:
-    found = record.get("evaluation") or {}
+    found = record.get("perplexity") or {}
     known = {name: found.get(name) for name in ("dense", "pruned")}
     return {name: value for name, value in known.items() if isinstance(value, int | float) and 0 < value < math.inf}
 
