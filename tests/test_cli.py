@@ -638,7 +638,7 @@ class TestHelp:
         entries = help_of(capsys, command).split("\n  --")
         several = [entry for entry in entries if " ...]" in entry.splitlines()[0]]
         assert all("several" in entry and f" --{entry.split()[0]} " in " ".join(entry.split()) for entry in several)
-        assert bool(several) == (command not in ("quickstart", "verify", "push", "merge"))
+        assert bool(several) == (command not in ("quickstart", "verify", "report", "push", "merge"))
 
     def test_names_what_the_registry_has(self, capsys, monkeypatch):
         def my_own(weight, moments, *, sharpness=3.5):

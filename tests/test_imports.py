@@ -20,7 +20,7 @@ FLOORS = """
     tuning
     engine  allocation  selection
     checkpoint
-    card  companions  hub  output  verification
+    card  companions  hub  output  page  verification
     loading  configuration  completeness  weight_files
     perplexity  report  data  results  zeros  how  recipe  grammar  record
     model

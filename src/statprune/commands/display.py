@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import statistics
 import threading
 import time
 import warnings
@@ -390,7 +391,7 @@ def show_report(report: "PruningReport", output: str) -> None:
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
         f"{_perplexities(report.perplexity)}"
-        f"[bold green]saved and verified:[/] {escape(output)}",
+        f"[bold green]saved and verified:[/] {escape(output)}; report.html there is to look at",
         soft_wrap=True,
     )
 
@@ -470,6 +471,42 @@ def show_verified(folder: str, record: dict[str, Any]) -> None:
 def show_pushed(folder: str, address: str) -> None:
     """The end of `statprune push`."""
     console.print(f"[bold green]verified and uploaded:[/] {escape(folder)} to {escape(address)}", soft_wrap=True)
+
+
+def show_layers(folder: str, record: dict[str, Any]) -> None:
+    """The table of `statprune report`: a row for each kind of layer."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers_data(record)["layers"]:
+        kinds.setdefault(_without_numbers([layer["name"]])[0], []).append(layer)
+    table = Table(title=escape(folder), title_justify="left", title_style="bold", header_style="bold")
+    for column in ("pruned", "layers", "zeros, %", "output error, %", "worst", "energy, %"):
+        table.add_column(column, justify="left" if column == "pruned" else "right", overflow="fold")
+    for kind, layers in kinds.items():
+        errors = [100 * layer["output_error"] for layer in layers if layer["output_error"] is not None]
+        middle, worst = (f"{statistics.median(errors):.2f}", f"{max(errors):.2f}") if errors else ("-", "-")
+        zeros, energy = (statistics.median(100 * layer[key] for layer in layers) for key in ("sparsity", "energy_ratio"))
+        table.add_row(escape(kind), str(len(layers)), f"{zeros:.2f}", middle, worst, f"{energy:.1f}")
+    console.print(table)
+    console.print("[dim]Medians over the layers of a kind.[/]", soft_wrap=True)
+
+
+def layers_data(record: dict[str, Any]) -> dict[str, Any]:
+    """`show_layers` as data, of each layer."""
+    layers = [
+        {
+            "name": site["name"], "shape": site["shape"], "sparsity": site["sparsity"],
+            "output_error": site.get("output_error"),
+            "energy_ratio": site["energy_after"] / max(1e-300, site["energy_before"]),
+        }
+        for site in record["sites"]
+    ]  # fmt: skip
+    kept = {key: record.get(key) for key in ("sparsity", "energy_ratio", "perplexity", "left_out", "seconds", "memory")}
+    return {**kept, "layers": layers}
+
+
+def show_page(path: str) -> None:
+    """The end of `statprune report`."""
+    console.print(f"[bold green]to look at:[/] {escape(path)}", soft_wrap=True)
 
 
 def verified_data(folder: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -249,6 +249,34 @@ def verify(folder: str, digest: str | None = None) -> dict[str, Any]:
     return display.verified_data(folder, record)
 
 
+def report(folder: str, output: str | None = None) -> dict[str, Any]:
+    """Show what was done to a model: its layers in a table, and report.html, the page to look at, made anew.
+
+    The page is one file that needs no network. It is made from pruning.json and the weights, and 'statprune prune' has put one
+    beside them.
+
+    Args:
+        folder: What 'statprune prune' wrote.
+        output: File to write the page to; must not exist. Default: report.html in the folder, where that is one of the files
+            that pruning.json has the digest of.
+
+    Examples:
+        statprune report sparse
+        statprune report sparse --output somewhere.html
+        statprune report sparse --json --quiet
+    """
+    from pathlib import Path
+
+    from statprune.page import write_page
+    from statprune.record import read_record
+
+    record = read_record(Path(folder))
+    display.show_layers(folder, record)
+    page = write_page(record, folder, output)
+    display.show_page(str(page))
+    return {"folder": folder, "page": str(page), **display.layers_data(record)}
+
+
 def push(folder: str, repository: str, private: bool = False) -> dict[str, Any]:
     """Verify a folder that statprune wrote, and upload it to the hub.
 

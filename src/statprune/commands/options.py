@@ -117,7 +117,7 @@ class ModelOptions:
     """Branch, tag or commit of a model of the hub. Default: its main branch."""
 
     def open(self, windows: WindowOptions, **numbers: int) -> Opened:
-        """The model, without its tokenizer; other options that must be at least 1 by name. Errors as for `check`, `load_causal`."""
+        """The model, without its tokenizer; other options that must be at least 1 by name. Errors: `check`, `load_causal`."""
         from statprune.loading import load_causal
 
         seqlen = self.check(windows, **numbers)
