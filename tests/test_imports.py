@@ -22,7 +22,7 @@ FLOORS = """
     checkpoint
     card  companions  hub  output  verification
     loading
-    perplexity  report  data  results  how  recipe  grammar  record
+    perplexity  report  data  results  zeros  how  recipe  grammar  record
     model
     methods
     markdown  plain  clock  progress  ranks  strict_yaml  errors  versions
