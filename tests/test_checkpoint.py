@@ -193,6 +193,16 @@ def test_what_takes_the_name_meanwhile_stays_and_what_was_saved_as_well(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.rescued"]
 
 
+def test_a_place_is_for_one_output_and_stands_a_cleaning_up(tmp_path, pruned):
+    place = reserve(tmp_path / "out", model=pruned[0])
+    shutil.rmtree(place.folder.parent)
+    save(*pruned, place)
+    verify(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"was given back already: reserve it again\. The weights are in "):
+        save(*pruned, place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.rescued"]
+
+
 def test_what_pruning_itself_fails_on_can_be_rescued(tmp_path, pruned):
     with reserve(tmp_path / "out") as place:
         folder = rescue(pruned[0], place, "the calibration data has ended")

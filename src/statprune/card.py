@@ -143,7 +143,8 @@ def _perplexity(evaluation: dict[str, Any] | None) -> list[str]:
     if not evaluation:
         return []
     rows = [(name, f"{evaluation[name]:.4f}") for name in ("dense", "pruned") if isinstance(evaluation.get(name), float)]
-    text = ", ".join(_last(one) for one in evaluation.get("text") or ())
+    texts = evaluation.get("text") or []
+    text = ", ".join(_last(one) for one in ([texts] if isinstance(texts, str) else texts))
     told = [f"on {text}" if text else "", f"windows of {evaluation['seqlen']} tokens" if "seqlen" in evaluation else ""]
     note = f"Measured {', in '.join(one for one in told if one)}." if any(told) else ""
     return ["## Perplexity", table(["", "perplexity"], rows), *([note] if note else [])] if rows else []

@@ -208,6 +208,7 @@ def save(
     record = {**report.to_dict(), **beyond}
     with output as place:
         try:
+            place.check_held()
             check_shard_size(max_shard_size)
             _refuse_non_finite(inner)
             _write(inner, prefix, record, place.folder, tokenizer, source, max_shard_size)

@@ -82,6 +82,13 @@ class Reserved:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    def check_held(self) -> None:
+        """Raise CheckpointError where the place was given back; make its folder again where somebody has removed it."""
+        if not self.release.alive:
+            raise CheckpointError(f"The place of the output {self.output} was given back already: reserve it again.")
+        with _explained(self.output):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     def check_room(self, num_bytes: int) -> None:
         """Raise CheckpointError where the disk has no room for so many bytes."""
         with _explained(self.output):

@@ -181,9 +181,9 @@ class CalibrationOptions(WindowOptions):
 
     def places(self, opened: Opened, *, halves: bool = False) -> dict[str, str]:
         """How a text's windows are drawn, for the record; empty where there is no text. Arguments and errors: `windows`."""
-        from statprune.data import places
+        from statprune.data import how_drawn
 
-        drawn = places(self.calibration or ["generated"], opened.tokenizer, halves=halves)
+        drawn = how_drawn(self.calibration or ["generated"], opened.tokenizer, halves=halves)
         return {} if drawn is None else {"places": drawn}
 
     def blank_batches(self, seqlen: int) -> "list[Tensor]":
