@@ -10,6 +10,7 @@ import statprune
 from statprune.errors import CalibrationError
 from statprune.model.batches import ROWS
 from statprune.model.inputs import ModelInputs, bind_batches, read_inputs
+from statprune.training.batches import draw
 from tiny_models import classifier, gpt2, llama, refused, t5, tokens
 
 ROW = [3, 4, 5, 6]
@@ -149,3 +150,29 @@ def test_what_is_inputs_already_is_taken_as_it_is():
 
     inputs = ModelInputs((torch.ones(1, 2), torch.tensor([[0, 1]])), {})
     assert read_inputs(Masked(), inputs).kwargs.keys() == {"x", "mask"}
+
+
+def test_drawing_from_a_loader_leaves_its_own_random_numbers_alone():
+    def order(is_drawn):
+        dataset = torch.utils.data.TensorDataset(torch.arange(12))
+        loader = torch.utils.data.DataLoader(dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(0))
+        first = torch.cat([batch for (batch,) in loader])
+        drawn = draw(loader, 3) if is_drawn else []
+        return len(drawn), [*first, *torch.cat([batch for (batch,) in loader])]
+
+    assert order(True)[0] == 3
+    assert order(True)[1] == order(False)[1]
+
+
+@pytest.mark.parametrize(("rank", "limit", "expected"), [(0, 9, [0, 2, 4]), (1, 9, [1, 3]), (0, 3, [0, 2]), (1, 3, [1])])
+def test_batches_are_dealt_out_in_turns_and_the_limit_is_of_all_ranks(rank, limit, expected):
+    assert draw(range(5), limit, rank=rank, num_ranks=2) == expected
+    assert len(draw(range(100), limit, rank=rank, num_ranks=2, is_dealt_out=True)) == {9: 5, 3: 2}[limit] - rank
+
+
+def test_each_rank_needs_a_batch():
+    for rank in (0, 1):
+        with pytest.raises(CalibrationError, match="1 of the 2 batches that 2 ranks need at least"):
+            draw([tokens(2, 4)], 8, rank=rank, num_ranks=2)
+    with pytest.raises(CalibrationError, match="Rank 1 of 2 has no calibration batch"):
+        draw([], 8, rank=1, num_ranks=2, is_dealt_out=True)

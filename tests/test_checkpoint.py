@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -370,7 +371,9 @@ def test_a_model_of_the_hub_has_its_companions_in_the_cache(tmp_path, pruned, mo
 
 
 def test_pages_are_made_from_the_record_and_have_a_digest(tmp_path, pruned, monkeypatch):
-    monkeypatch.setitem(PAGES, "report.html", lambda record: f"<p>{len(record['sites'])} weights of {record['base']['class']}")
+    monkeypatch.setitem(
+        PAGES, "report.html", lambda record, _: f"<p>{len(record['sites'])} weights of {record['base']['class']}"
+    )
     folder = save(*pruned, tmp_path / "out")
     assert (folder / "report.html").read_text() == "<p>7 weights of LlamaForCausalLM"
     (folder / "report.html").write_text("<p>8 weights")
@@ -380,9 +383,11 @@ def test_pages_are_made_from_the_record_and_have_a_digest(tmp_path, pruned, monk
 
 def test_a_protocol_may_hold_anything(tmp_path, pruned):
     protocol = {"source": tmp_path, "device": torch.device("cpu"), "loss": math.nan}
-    record = verify(save(*pruned, tmp_path / "out", protocol=protocol, evaluation={"dense": math.inf, "pruned": 2.0}))
+    model, report = pruned
+    report = dataclasses.replace(report, perplexity={"dense": math.inf, "pruned": 2.0})
+    record = verify(save(model, report, tmp_path / "out", protocol=protocol))
     assert record["protocol"] == {"source": str(tmp_path), "device": "cpu", "loss": None}
-    assert record["evaluation"] == {"dense": None, "pruned": 2.0}
+    assert record["perplexity"] == {"dense": None, "pruned": 2.0}
 
 
 def test_saving_shows_no_bar_and_leaves_those_of_transformers_on(tmp_path, pruned, capfd):

@@ -20,9 +20,9 @@ FLOORS = """
     tuning
     engine  allocation  selection
     checkpoint
-    card  companions  hub  output  verification
+    card  companions  hub  output  page  verification
     loading  configuration  completeness  weight_files
-    perplexity  report  data  results  how  recipe  grammar  record
+    perplexity  report  data  results  zeros  how  recipe  grammar  record
     model
     methods
     markdown  plain  clock  progress  ranks  strict_yaml  errors  versions

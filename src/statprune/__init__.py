@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from statprune.training.callback import StatisticalPruning
     from statprune.training.lora import merge_adapters
     from statprune.training.modules import CausalLM, TextData
+    from statprune.training.trainer import PruningCallback
     from statprune.tuning.outcome import Tuned
     from statprune.tuning.tune import tune
     from statprune.verification import verify
@@ -31,6 +32,7 @@ __all__ = [
     "CausalLM",
     "InputMoments",
     "Perplexity",
+    "PruningCallback",
     "PruningPlan",
     "PruningReport",
     "Recipe",
@@ -56,6 +58,7 @@ _IMPORTED_AT_USE = {
     "CausalLM": "training.modules:CausalLM",
     "InputMoments": "methods.statistics:InputMoments",
     "Perplexity": "perplexity:Perplexity",
+    "PruningCallback": "training.trainer:PruningCallback",
     "PruningPlan": "api:PruningPlan",
     "PruningReport": "report:PruningReport",
     "Recipe": "recipe:Recipe",

@@ -5,7 +5,7 @@ What is saved is what every runtime reads: dense safetensors with exact zeros, n
 
     OUTPUT/model.safetensors    the weights, zeros included
     OUTPUT/config.json ...      whatever save_pretrained and the tokenizer write, and what else lay beside the model
-    OUTPUT/README.md ...        for people, made from the record: `PAGES`
+    OUTPUT/README.md ...        for people, made from the record and the weights: `PAGES`
     OUTPUT/pruning.json         the recipe, the versions, for each weight what can be recomputed, and a digest of every file
 """
 
@@ -30,6 +30,7 @@ from statprune.errors import CheckpointError, first_line
 from statprune.hub import check_repository, push
 from statprune.model.kinds import adapter_parameters, is_transformers_model, unwrapped
 from statprune.output import Reserved, refuse_existing, warn
+from statprune.page import PAGE, render_folder
 from statprune.progress import Say
 from statprune.record import FORMAT, RECORD, file_digest, read_json, write_record
 from statprune.report import PruningReport
@@ -49,9 +50,12 @@ __all__ = [
     "verify",
 ]
 
-PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"README.md": card.render}
-"""What people read, by file name: each is made from the record, before it has the digests (`files`, `digest`) and with what it
-says beyond the report: `protocol`, `evaluation`, `base`."""
+PAGES: dict[str, Callable[[dict[str, Any], Path], str]] = {
+    "README.md": lambda record, _: card.render(record),
+    PAGE: render_folder,
+}
+"""What people read, by file name: each is made from the weights in the folder and from the record, before that has the digests
+(`files`, `digest`) and with what it says beyond the report: `protocol`, `base`."""
 
 USUAL_SHARD_SIZE = "50GB"
 """That of transformers."""
@@ -167,7 +171,6 @@ def save(
     *,
     tokenizer: Any = None,
     protocol: dict[str, Any] | None = None,
-    evaluation: dict[str, Any] | None = None,
     source: str | Path | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
@@ -186,8 +189,6 @@ def save(
         output: a folder that does not exist yet, or the place that `reserve` took for it.
         tokenizer: saved beside it.
         protocol: what the calibration was (source, samples, seqlen, seed ...), for the record.
-        evaluation: perplexities, for the record and the model card: `dense`, `pruned`, `text` (a list of names), `seqlen`,
-            `windows`; whichever are known.
         source: folder or hub name that the model came from: licence, generation configuration, chat templates and whatever else
             a user of the model needs are copied from there, and its card's licence is quoted.
         overwrite: as for `reserve`; a place that was reserved knows it already.
@@ -207,7 +208,7 @@ def save(
         check_shard_size(max_shard_size)
         output = reserve(output, model=model, overwrite=overwrite, source=source)
     inner, prefix = unwrapped(model)
-    beyond = _without_non_finite({"protocol": protocol or {}, "evaluation": evaluation})
+    beyond = _without_non_finite({"protocol": protocol or {}, "perplexity": report.perplexity})
     record = {**report.to_dict(), **beyond}
     with output as place:
         try:
@@ -313,7 +314,7 @@ def _write(
             site[key] = site[key].removeprefix(prefix).replace(_COMPILED, "")
         site["file"], site["tensor"] = _find(site["parameter"], parameter, places, folder)
     for name, render in PAGES.items():
-        (folder / name).write_text(render(record), encoding="utf-8")
+        (folder / name).write_text(render(record, folder), encoding="utf-8")
     write_record(folder, {**record, "files": {name: file_digest(folder / name) for name in names(folder)}})
 
 

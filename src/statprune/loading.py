@@ -26,30 +26,12 @@ TOKENIZER_FILES = (
 """One of these lies beside a model that has a tokenizer."""
 
 
-def open_causal(
-    model: str, dtype: str, device: str, seqlen: int | None, revision: str | None = None, **numbers: int
-) -> tuple[Any, int]:
-    """(the model, tokens in a window); numbers that cannot be are refused before any weight is read.
-
-    Args:
-        model: folder or hub name.
-        dtype: `"auto"`, or what torch calls it.
-        device: `"auto"`, or what torch calls it.
-        seqlen: tokens in a window; None for 2048, or the model's context if that is shorter.
-        revision: branch, tag or commit on the hub.
-        numbers: other options that must be at least 1, by name.
+def window_length(config: Any, seqlen: int | None) -> int:
+    """Tokens in a window for the model of this configuration: `seqlen`, or 2048 and at most the model's context.
 
     Raises:
-        CalibrationError: a number is below 1, or the windows are longer than the model's context.
-        ModelError: there is no such model or device, or it is no causal language model.
+        CalibrationError: the windows are longer than the model's context.
     """
-    length = window_length(load_config(model, revision), seqlen)
-    check_positive(seqlen=length, **numbers)
-    return load_causal(model, dtype, device, revision), length
-
-
-def window_length(config: Any, seqlen: int | None) -> int:
-    """Tokens in a window for the model of this configuration; errors as for `open_causal`."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, context) if isinstance(context, int) else DEFAULT_SEQLEN
@@ -58,18 +40,18 @@ def window_length(config: Any, seqlen: int | None) -> int:
     return seqlen
 
 
-def check_positive(**numbers: int) -> None:
-    """Raise CalibrationError for an option below 1, or beyond what counts anything."""
-    for name, number in numbers.items():
-        option = f"--{name.replace('_', '-')} {number}"
-        if number >= 1 << 31:
-            raise CalibrationError(f"{option}: expected less than {1 << 31:,}.")
-        if number < 1:
-            raise CalibrationError(f"{option}: expected at least 1.")
-
-
 def load_causal(model: str, dtype: str, device: str, revision: str | None = None) -> Any:
-    """A causal language model on its device; errors as for `open_causal`."""
+    """A causal language model on its device.
+
+    Args:
+        model: folder or hub name.
+        dtype: `"auto"`, or what torch calls it.
+        device: `"auto"`, or what torch calls it.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: there is no such model or device, or it is no causal language model.
+    """
     device = choose_device(device)
     try:
         loaded = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device, revision=revision)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from statprune.commands import display
+from statprune.errors import CalibrationError
 from statprune.model.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from statprune.recipe import Recipe, Search
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+MOST = 10_000_000
+"""Of samples, of tokens in a window, of windows in a forward pass: more is a slip of the hand, and fills the memory."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,24 @@ class Opened:
             **({"revision": commit} if commit is not None else {}),
         }  # fmt: skip
 
+    def held_out(self, text: list[str]) -> "Tensor":
+        """Windows [windows, seqlen] to measure a perplexity on; CalibrationError where the text gives none."""
+        from statprune.data import evaluation_windows
+
+        return evaluation_windows(text, tokenizer=self.tokenizer_for(text), model=self.model, seqlen=self.seqlen)
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise CalibrationError for an option below 1."""
+    for name, number in numbers.items():
+        _check(name, number, 1, MOST)
+
+
+def _check(name: str, number: int, least: int, most: int) -> None:
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most:,}"
+        raise CalibrationError(f"--{name.replace('_', '-')} {number}: expected {bound}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
@@ -65,7 +87,13 @@ class WindowOptions:
     batch_size: int = 1
     """Windows in one forward pass."""
 
-    def check(self, seqlen: int) -> None:
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
+        if self.seqlen is not None:
+            _check("seqlen", self.seqlen, 2, MOST)  # a token is predicted from those before it
+        _check("batch_size", self.batch_size, 1, MOST)
+
+    def check_size(self, seqlen: int) -> None:
         """Raise CalibrationError for windows of so many tokens that cannot be."""
         from statprune.data import check_size
 
@@ -89,24 +117,27 @@ class ModelOptions:
     """Branch, tag or commit of a model of the hub. Default: its main branch."""
 
     def open(self, windows: WindowOptions, **numbers: int) -> Opened:
-        """The model, without its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
-        from statprune.loading import open_causal
+        """The model, without its tokenizer; other options that must be at least 1 by name. Errors: `check`, `load_causal`."""
+        from statprune.loading import load_causal
 
-        self.check(windows, **numbers)
+        seqlen = self.check(windows, **numbers)
         display.say(f"loading {self.model}")
-        model, seqlen = open_causal(
-            self.model, self.dtype, self.device, windows.seqlen, self.revision, batch_size=windows.batch_size, **numbers
-        )
-        return Opened(model, self.model, self.revision, seqlen)
+        return Opened(load_causal(self.model, self.dtype, self.device, self.revision), self.model, self.revision, seqlen)
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
-        """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
-        from statprune.configuration import load_config
-        from statprune.loading import check_positive, window_length
+        """The tokens in a window, and what `open` checks before it reads weights.
 
+        Raises:
+            CalibrationError: a number that cannot be, or windows that are longer than the model's context.
+            ModelError: there is no such model.
+        """
+        from statprune.configuration import load_config
+        from statprune.loading import window_length
+
+        windows.check()
+        check_positive(**numbers)
         seqlen = window_length(load_config(self.model, self.revision), windows.seqlen)
-        check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
-        windows.check(seqlen)
+        windows.check_size(seqlen)
         return seqlen
 
 
@@ -124,8 +155,14 @@ class CalibrationOptions(WindowOptions):
     seed: int = 0
     """Of the choice of windows."""
 
-    def check(self, seqlen: int) -> None:
-        """Raise CalibrationError for numbers of windows that cannot be."""
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
+        super().check()
+        _check("samples", self.samples, 1, MOST)
+        _check("seed", self.seed, -(2**63), 2**63 - 1)
+
+    def check_size(self, seqlen: int) -> None:
+        """Raise CalibrationError for windows of so many tokens that cannot be."""
         from statprune.data import check_size
 
         check_size(self.samples, seqlen, self.seed)

@@ -1,10 +1,12 @@
 """Batches to calibrate on, out of a loader that a training may be reading, on one rank or dealt out over several."""
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Generator
 from torch.utils.data import DataLoader, DistributedSampler
 
 from statprune.errors import CalibrationError
@@ -27,7 +29,11 @@ def draw(source: Any, limit: int, *, rank: int = 0, num_ranks: int = 1, is_dealt
     """
     if is_dealt_out is None:
         is_dealt_out = has_distributed_sampler(source)
-    batches = fresh_iterator(source)
+    with _generators_kept(source):
+        return _draw(fresh_iterator(source), limit, rank, num_ranks, is_dealt_out)
+
+
+def _draw(batches: Iterator[Any], limit: int, rank: int, num_ranks: int, is_dealt_out: bool) -> list[Any]:
     if is_dealt_out:
         mine = list(itertools.islice(batches, len(range(rank, limit, num_ranks))))
         if num_ranks > 1 and not mine:
@@ -61,3 +67,19 @@ def fresh_iterator(loader: Any) -> Iterator[Any]:
         loader = copy.copy(loader)
         loader._iterator = None
     return iter(several(loader))
+
+
+@contextlib.contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """A loader with random generators of its own shuffles afterwards as if nothing had been drawn from it."""
+    parts = [loader]
+    for name in ("batch_sampler", "batch_sampler", "sampler"):  # accelerate puts a batch sampler around another one
+        parts += [part for part in (getattr(parts[-1], name, None),) if part is not None]
+    parts.append(getattr(loader, "sampler", None))
+    generators = {id(one): one for one in (getattr(part, "generator", None) for part in parts) if isinstance(one, Generator)}
+    states = [(generator, generator.get_state()) for generator in generators.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -71,7 +71,7 @@ class PruneOnce:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint: what was asked for, chosen and done. The zeros themselves are in the weights."""
-        return copy.deepcopy({"landed": self.landed, "how": self.recipe.to_dict(), "chosen": self.chosen})
+        return copy.deepcopy({"landed": self.landed, "how": _fields(self.recipe), "chosen": self.chosen})
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
