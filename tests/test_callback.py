@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import cross_entropy
@@ -345,6 +346,13 @@ def test_sharded_parameters_are_refused_by_name(then, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_any_module_is_an_output(tmp_path):
+    for name, run in (("fitted", fitted), ("validated", validated)):
+        run(classifying(output=str(tmp_path / name)), module := Classifier())
+        assert verify(tmp_path / name)["base"] == {"class": "Classifier", "library": "pytorch"}
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.0.weight"], module.head[0].weight)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "file").write_text("no folder")
     module = Classifier()
@@ -508,6 +516,17 @@ class Unmeasured(CausalLM):
 
     def on_validation_epoch_end(self):
         pass
+
+
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+def test_a_compiled_model_is_trained_pruned_and_written(then, tmp_path):
+    module = CausalLM(tiny_llama())
+    module.model = torch.compile(module.model, backend="eager")
+    callback = StatisticalPruning(calibration=loader(), output=str(tmp_path / "out"), then=then, probe=False)
+    trainer(callback, max_epochs=1).fit(module, loader(), loader())
+    assert verify(tmp_path / "out")["sparsity"] == 0.5
+    trained, restored = module.model._orig_mod, load_model(str(tmp_path / "out"))
+    assert all(torch.equal(weight, trained.get_parameter(name)) for name, weight in restored.named_parameters())
 
 
 def test_a_compiled_model_is_pruned_and_written_like_any_other(tmp_path):

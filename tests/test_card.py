@@ -34,7 +34,8 @@ def folder(tmp_path_factory, tiny_model_folder):
     (source / "README.md").write_text("---\nlicense: llama3\nlanguage: [en, de]\ntags: [theirs]\n---\n# Tiny\n")
     model = load_model(str(source))
     report = statprune.prune(model, BATCHES, Recipe("cvr+least-squares+energy", "2:4"))
-    return save(model, report, home / "sparse", source=source, protocol=PROTOCOL, evaluation=EVALUATION)
+    report.perplexity = EVALUATION
+    return save(model, report, home / "sparse", source=source, protocol=PROTOCOL)
 
 
 def test_the_card_has_the_metadata_of_the_hub(folder):
@@ -60,7 +61,7 @@ def test_the_card_says_what_was_done_how_good_it_is_and_how_to_do_it_again(folde
     assert "/home/me" not in card
     (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == Recipe("cvr+least-squares+energy", "2:4")
-    assert verify(folder)["evaluation"] == EVALUATION
+    assert verify(folder)["perplexity"] == EVALUATION
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(tmp_path, tiny_model_folder):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -380,9 +381,11 @@ def test_pages_are_made_from_the_record_and_have_a_digest(tmp_path, pruned, monk
 
 def test_a_protocol_may_hold_anything(tmp_path, pruned):
     protocol = {"source": tmp_path, "device": torch.device("cpu"), "loss": math.nan}
-    record = verify(save(*pruned, tmp_path / "out", protocol=protocol, evaluation={"dense": math.inf, "pruned": 2.0}))
+    model, report = pruned
+    report = dataclasses.replace(report, perplexity={"dense": math.inf, "pruned": 2.0})
+    record = verify(save(model, report, tmp_path / "out", protocol=protocol))
     assert record["protocol"] == {"source": str(tmp_path), "device": "cpu", "loss": None}
-    assert record["evaluation"] == {"dense": None, "pruned": 2.0}
+    assert record["perplexity"] == {"dense": None, "pruned": 2.0}
 
 
 def test_saving_shows_no_bar_and_leaves_those_of_transformers_on(tmp_path, pruned, capfd):

@@ -22,10 +22,10 @@ FLOORS = """
     checkpoint
     card  companions  hub  output  verification
     loading
-    perplexity  report  data  results  how  recipe  grammar  record
+    perplexity  report  data  results  zeros  how  recipe  grammar  record
     model
     methods
-    markdown  plain  clock  progress  ranks  errors  versions
+    markdown  plain  clock  progress  ranks  strict_yaml  errors  versions
 """
 HEIGHTS = {room: height for height, floor in enumerate(reversed(FLOORS.strip().splitlines())) for room in floor.split()}
 PACKAGE = Path(statprune.__file__).parent

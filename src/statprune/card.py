@@ -83,7 +83,7 @@ def render(record: dict[str, Any]) -> str:
         f"{f'[{name}](https://huggingface.co/{name})' if 'name' in base else 'A model'} with weights set to zero by "
         "statprune. The files are dense safetensors with exact zeros: they load like the dense model's, and are as large.",
         table(["", ""], facts, num_left=2),
-        *_perplexity(record.get("evaluation")),
+        *_perplexity(record.get("perplexity")),
         "## Reproduce",
         "The recipe, `recipe.yaml`:",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).strip()}\n```",

@@ -51,7 +51,7 @@ __all__ = [
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"README.md": card.render}
 """What people read, by file name: each is made from the record, before it has the digests (`files`, `digest`) and with what it
-says beyond the report: `protocol`, `evaluation`, `base`."""
+says beyond the report: `protocol`, `base`."""
 
 USUAL_SHARD_SIZE = "50GB"
 """That of transformers."""
@@ -167,7 +167,6 @@ def save(
     *,
     tokenizer: Any = None,
     protocol: dict[str, Any] | None = None,
-    evaluation: dict[str, Any] | None = None,
     source: str | Path | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
@@ -186,8 +185,6 @@ def save(
         output: a folder that does not exist yet, or the place that `reserve` took for it.
         tokenizer: saved beside it.
         protocol: what the calibration was (source, samples, seqlen, seed ...), for the record.
-        evaluation: perplexities, for the record and the model card: `dense`, `pruned`, `text` (a list of names), `seqlen`,
-            `windows`; whichever are known.
         source: folder or hub name that the model came from: licence, generation configuration, chat templates and whatever else
             a user of the model needs are copied from there, and its card's licence is quoted.
         overwrite: as for `reserve`; a place that was reserved knows it already.
@@ -207,7 +204,7 @@ def save(
         check_shard_size(max_shard_size)
         output = reserve(output, model=model, overwrite=overwrite, source=source)
     inner, prefix = unwrapped(model)
-    beyond = _without_non_finite({"protocol": protocol or {}, "evaluation": evaluation})
+    beyond = _without_non_finite({"protocol": protocol or {}, "perplexity": report.perplexity})
     record = {**report.to_dict(), **beyond}
     with output as place:
         try:

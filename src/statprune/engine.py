@@ -16,7 +16,7 @@ from torch import Tensor
 
 from statprune.allocation import allocate
 from statprune.clock import timed
-from statprune.errors import SiteError, StatpruneError, number_of
+from statprune.errors import NonFiniteError, SiteError, StatpruneError, number_of
 from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
@@ -103,9 +103,15 @@ def run(
 
 def _prune(pruner: WeightPruner, site: LinearSite, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
     try:
-        return pruner(weight, moments)
+        pruned = pruner(weight, moments)
     except ValueError as e:
         raise SiteError(f"{site.name}: {e}") from e
+    if not bool(torch.isfinite(pruned.weight).all()):
+        raise NonFiniteError(
+            f"{site.name}: the method makes NaN or infinity of its finite weights, which are {weight.dtype}. Take smaller "
+            "settings, a wider dtype, or leave the layer dense with `ignore`."
+        )
+    return pruned
 
 
 def _output_energies(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> Tensor:

@@ -65,10 +65,20 @@ class ExperimentError(StatpruneError, RuntimeError):
     """An experiment cannot run, or some of its cells failed."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """`" Did you mean 'cvr'?"` for the closest known name, or an empty string where nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    # Looking for what is close to a long text takes long.
+    close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) and len(name) < 100 else []
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object, longest: int = 200) -> str:
+    """A value as an error quotes it: its `repr`, cut where it is long, and a word where it has none."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists in lists
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def number_of(count: int, noun: str) -> str:

@@ -49,10 +49,11 @@ def window_length(config: Any, seqlen: int | None) -> int:
 def check_positive(**numbers: int) -> None:
     """Raise CalibrationError for an option below 1, or beyond what counts anything."""
     for name, number in numbers.items():
+        option = f"--{name.replace('_', '-')} {number}"
         if number >= 1 << 31:
-            raise CalibrationError(f"--{name} {number}: expected less than {1 << 31:,}.")
+            raise CalibrationError(f"{option}: expected less than {1 << 31:,}.")
         if number < 1:
-            raise CalibrationError(f"--{name} {number}: expected at least 1.")
+            raise CalibrationError(f"{option}: expected at least 1.")
 
 
 def load_causal(model: str, dtype: str, device: str) -> Any:

@@ -96,6 +96,9 @@ class PruningReport:
     """Optimizer steps taken after pruning, with the pruned weights held at zero."""
     chosen_by: dict[str, Any] | None = None
     """Where a search chose the recipe: that search, what was tried, and on what; else None."""
+    perplexity: dict[str, Any] | None = None
+    """Where it was measured before and after: `dense` and `pruned` (None where that is no number), on so many `windows` of
+    `seqlen` tokens of `text` (a list of names)."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":

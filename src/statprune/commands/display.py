@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
     from statprune.recipe import Recipe, Search
     from statprune.report import PruningReport
     from statprune.selection import Selection
+    from statprune.zeros import Recorded, Zeros
 
 LONGEST_SILENCE = 60.0
-"""Seconds without a line about some work, where there is no terminal."""
+"""Seconds without a line, where there is no terminal."""
 
 
 class _Console(Console):
@@ -54,12 +57,51 @@ def showing(*, as_json: bool = False, quiet: bool = False) -> Iterator[None]:
     before = console.quiet, notes.quiet
     console.quiet, notes.quiet = as_json or quiet, quiet
     try:
-        with only_own_bars(), warnings.catch_warnings():
+        with only_own_bars(), _signs_of_life(), warnings.catch_warnings():
             warnings.simplefilter("default", CalibrationWarning)
             warnings.showwarning = _show_warning
+            if quiet:
+                logging.disable(logging.WARNING)  # of transformers and the hub
             yield
     finally:
         console.quiet, notes.quiet = before
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Without a terminal, a line whenever none came for long: work such as loading and exporting has no steps to count."""
+    if notes.quiet or notes.is_terminal:
+        yield
+        return
+    ended = threading.Event()
+    _latest.text, _latest.at = "", time.monotonic()
+
+    def watch() -> None:
+        began = _latest.at
+        while not ended.wait(max(0.05, _latest.at + LONGEST_SILENCE - time.monotonic())):
+            if time.monotonic() - _latest.at >= LONGEST_SILENCE:
+                text = _latest.text
+                say(f"at work, {_clock(time.monotonic() - began)} so far{f'; the last was {text}' if text else ''}")
+                _latest.text = text
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+class _Latest:
+    """What was said last."""
+
+    text = ""
+    at = 0.0
+
+
+_latest = _Latest()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -68,6 +110,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def say(text: str) -> None:
     """A step in words."""
+    _latest.text, _latest.at = text, time.monotonic()
     notes.print(f"[dim]·[/] {escape(text)}", soft_wrap=True)
 
 
@@ -261,6 +304,44 @@ def survey_data(selection: "Selection") -> dict[str, Any]:
     }
 
 
+def show_zeros(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> None:
+    """What a sparse folder has, below `show_survey`: a row for each kind of layer, or each layer where they differ."""
+    kinds: dict[str, set[tuple[str, str]]] = {}
+    for one in zeros:
+        kinds.setdefault(_without_numbers([one.name])[0], set()).add(_share_and_pattern(one))
+    rows: dict[str, tuple[str, str]] = {}
+    counts: dict[str, int] = {}
+    for one in zeros:
+        kind = _without_numbers([one.name])[0]
+        name = kind if len(kinds[kind]) == 1 else one.name
+        rows[name] = _share_and_pattern(one)
+        counts[name] = counts.get(name, 0) + 1
+    table = Table(header_style="bold")
+    for column in ("zeros", "layers", "share", "N:M"):
+        table.add_column(column, justify="left" if column == "zeros" else "right")
+    for name, (share, pattern) in rows.items():
+        table.add_row(escape(name), str(counts[name]), share, pattern)
+    console.print(table)
+    data = zeros_data(zeros, recorded)
+    told = f"{data['zeros']:,} zeros in {data['weights']:,} weights of linear layers, {100 * data['sparsity']:.2f} %"
+    source = f"pruning.json: {recorded.recipe}" if recorded else "there is no pruning.json that says how they came there"
+    console.print(f"{told}; {escape(source)}", soft_wrap=True)
+
+
+def _share_and_pattern(one: "Zeros") -> tuple[str, str]:
+    return ("not in the files" if one.sparsity is None else f"{100 * one.sparsity:.2f} %"), one.pattern or "-"
+
+
+def zeros_data(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> dict[str, Any]:
+    """`show_zeros` as data."""
+    counted = [one for one in zeros if one.zeros is not None]
+    num_zeros, num_weights = sum(one.zeros or 0 for one in counted), sum(one.shape[0] * one.shape[1] for one in counted)
+    return {
+        "zeros": num_zeros, "weights": num_weights, "sparsity": num_zeros / max(1, num_weights),
+        "layers": [one.to_dict() for one in zeros], "recorded": None if recorded is None else recorded.recipe,
+    }  # fmt: skip
+
+
 def _show_sites(title: str, selection: "Selection") -> None:
     table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
     for column in ("prune", "out x in", "layers"):
@@ -308,8 +389,19 @@ def show_report(report: "PruningReport", output: str) -> None:
     console.print(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
+        f"{_perplexities(report.perplexity)}"
         f"[bold green]saved and verified:[/] {escape(output)}",
         soft_wrap=True,
+    )
+
+
+def _perplexities(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    dense, pruned = ("no number" if measured[key] is None else f"{measured[key]:.4f}" for key in ("dense", "pruned"))
+    return (
+        f"perplexity [bold]{pruned}[/], dense {dense}, on {measured['windows']} windows of {measured['seqlen']} tokens of "
+        f"{escape(', '.join(measured['text']))}\n"
     )
 
 

@@ -40,14 +40,14 @@ def compare(
         statprune compare MODEL --calibration c4 --text held-out.txt --methods wanda cvr+least-squares --patterns 2:4
     """
     import statprune.experiments.compare as comparison
-    from statprune.data import evaluation_windows
     from statprune.how import labelled
     from statprune.recipe import Search
 
-    opened = model.open(calibration, samples=calibration.samples)
+    opened = model.open(calibration)
     how = [labelled(method)[1] for method in methods or ()]
     windows = calibration.windows(opened, halves=any(isinstance(one, Search) for one in how))
-    held_out = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    held_out = opened.held_out(text)
+    display.say("measuring the dense model, and exporting it to a graph")
     with display.progress("comparing", each=True) as progress:
         cells = comparison.compare(
             opened.model, windows, held_out,
@@ -70,7 +70,8 @@ def tune(
     The text is cut in alternate blocks before windows are drawn, so that no token is in both halves. Many methods are pruned
     from one pass over the dense model and scored on a part of the held-out half; the best go on with settings and schedules of
     their own, on more of it; the best of those measured on all of it is chosen. wanda, cvr+energy and sparsegpt are always
-    among them, so the choice is never worse there. Nothing is pruned: the recipe is for 'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
+    among them, so the choice is never worse there. Nothing is pruned: the recipe is for
+    'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
 
     The score is on the calibration text too, so with 'generated' it is on the model's own samples.
 
@@ -87,8 +88,9 @@ def tune(
     from statprune.tuning.tune import tune as tune_model
 
     search = Search.from_dict({"minutes": minutes, **layers.given()})
-    opened = model.open(calibration, samples=calibration.samples)
+    opened = model.open(calibration)
     windows = calibration.windows(opened, halves=True)
+    display.say("exporting the model to a graph")
     with display.progress("seconds of the budget") as progress:
         tuned = tune_model(
             opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=display.say,
@@ -113,7 +115,7 @@ def benchmark(model: ModelOptions, calibration: CalibrationOptions = RANDOM_TOKE
     """
     from statprune.experiments.walk_cost import measure_walk
 
-    opened = model.open(calibration, samples=calibration.samples, rounds=rounds)
+    opened = model.open(calibration, rounds=rounds)
     windows = calibration.windows(opened)
     with display.progress("measuring", each=True) as progress:
         cost = measure_walk(opened.model, windows.split(calibration.batch_size), rounds=rounds, progress=progress)

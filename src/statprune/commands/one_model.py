@@ -1,5 +1,6 @@
 """The commands about one model: prune, evaluate, inspect, verify, push, merge."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from statprune.commands.options import (
     CalibrationOptions,
     DType,
     ModelOptions,
+    Opened,
     RecipeOptions,
     WindowOptions,
     empty_model,
@@ -18,6 +20,8 @@ from statprune.commands.options import (
 from statprune.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from statprune.model.layers import Layers
     from statprune.output import Reserved
     from statprune.recipe import Recipe, Search
@@ -28,6 +32,7 @@ def prune(
     output: str,
     recipe: RecipeOptions,
     calibration: CalibrationOptions = MODEL_SAMPLES,
+    text: list[str] | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
@@ -40,13 +45,15 @@ def prune(
 
     Args:
         output: Folder to write; must not exist, but for --overwrite.
+        text: Measure the perplexity before and after on text files (several: --text a.txt b.txt), a token file or wikitext2, as
+            'statprune evaluate' does, and keep it in the record. It should not be the calibration text.
         dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
         overwrite: Replace an output that statprune wrote, when the new one is verified.
         max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
 
     Examples:
         statprune prune MODEL --output sparse --dry-run
-        statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt
+        statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt --text held-out.txt
         statprune prune MODEL --output sparse --pattern 50% --method sparsegpt --schedule block --calibration c4
         statprune prune MODEL --output sparse --recipe tuned/recipe.yaml --pattern 4:8
         statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
@@ -58,14 +65,14 @@ def prune(
     checkpoint.check_output(output, overwrite=overwrite, source=model.model)
     checkpoint.check_shard_size(max_shard_size)
     if dry_run:
-        seqlen = model.check(calibration, samples=calibration.samples)
+        seqlen = model.check(calibration)
         empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
         selection = select(layers.groups, layers.left_out, how)
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
     with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=display.say) as place:
-        return _prune(model, place, how, calibration, max_shard_size)
+        return _prune(model, place, how, calibration, text, max_shard_size)
 
 
 def _prune(
@@ -73,6 +80,7 @@ def _prune(
     place: "Reserved",
     how: "Recipe | Search",
     calibration: CalibrationOptions,
+    text: list[str] | None,
     max_shard_size: str | None,
 ) -> dict[str, Any]:
     import statprune.checkpoint as checkpoint
@@ -83,8 +91,9 @@ def _prune(
     from statprune.recipe import Recipe, Search
     from statprune.selection import select
 
-    opened = model.open(calibration, samples=calibration.samples)
+    opened = model.open(calibration)
     checkpoint.check_model(opened.model, place)
+    held_out = opened.held_out(text) if text else None
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
         display.say("exporting the model to a graph")
@@ -92,6 +101,9 @@ def _prune(
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     drawn = calibration.places(opened, halves=isinstance(how, Search))
     windows = calibration.windows(opened, halves=isinstance(how, Search))
+    perplexity: dict[str, Any] = {}
+    if held_out is not None:
+        perplexity["dense"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the dense model")
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
     with display.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
@@ -99,6 +111,9 @@ def _prune(
         report = prune_model(
             opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
         )
+    if held_out is not None:
+        perplexity["pruned"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
+        report.perplexity = {**perplexity, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
@@ -112,6 +127,15 @@ def _prune(
         )  # fmt: skip
     display.show_report(report, str(place.output))
     return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
+
+
+def _perplexity(opened: Opened, windows: "Tensor", batch_size: int, title: str) -> float | None:
+    """Of the model as it is now; None where it is no number, which the result of a pruning is not lost for."""
+    from statprune.perplexity import evaluate as evaluate_model
+
+    with display.progress(title) as progress:
+        found = evaluate_model(opened.model, windows, batch_size=batch_size, progress=progress)
+    return found if math.isfinite(found) else None
 
 
 def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> "tuple[Any, Layers]":
@@ -145,12 +169,11 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> di
         statprune evaluate MODEL --text held-out.txt
         statprune evaluate --text a.txt b.txt MODEL --seqlen 512 --batch-size 4 --json
     """
-    from statprune.data import evaluation_windows
     from statprune.perplexity import evaluate as evaluate_model
     from statprune.versions import versions
 
     opened = model.open(windows)
-    tokens = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    tokens = opened.held_out(text)
     with display.progress("evaluating") as progress:
         perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
@@ -166,7 +189,10 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
     """What could be pruned: linear layers, the input groups that share statistics, ties, and what is left out and why.
 
     With any option of a recipe, what that recipe would prune and leave dense, and the sizes to expect. Works on a
-    configuration alone; no weights are loaded.
+    configuration alone; no model is loaded.
+
+    Of a sparse folder also the zeros of each layer, whether they are 2:4 or 4:8, and the recipe that pruning.json has for it.
+    Zeros are counted from the files, one weight at a time; 'statprune verify' recomputes what else was promised.
 
     Args:
         model: Folder or hub name of the model; config.json is enough.
@@ -175,10 +201,12 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
         statprune inspect MODEL
         statprune inspect MODEL --pattern 50% --ignore '*.down_proj' '*.0.*'
         statprune inspect MODEL --recipe recipe.yaml --json
+        statprune inspect sparse
     """
     from statprune.model.inputs import example_inputs
     from statprune.recipe import Recipe
     from statprune.selection import select
+    from statprune.zeros import count_zeros, looks_sparse, read_recorded
 
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
     empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
@@ -187,7 +215,14 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
         display.show_plan(empty, selection, how, layers.reason)
         return display.plan_data(empty, selection, how)
     display.show_survey(model, selection)
-    return display.survey_data(selection)
+    sites = [site for group in layers.groups for site in group.sites]
+    recorded = read_recorded(model)
+    if recorded is None and not looks_sparse(model, sites):
+        return display.survey_data(selection)
+    with display.progress("counting zeros") as progress:
+        zeros = count_zeros(model, sites, recorded, progress=progress)
+    display.show_zeros(zeros, recorded)
+    return {**display.survey_data(selection), **display.zeros_data(zeros, recorded)}
 
 
 def verify(folder: str, digest: str | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from statprune.commands import display
+from statprune.errors import CalibrationError
 from statprune.model.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from statprune.recipe import Recipe, Search
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+MOST = 10_000_000
+"""Of samples, of tokens in a window, of windows in a forward pass: more is a slip of the hand, and fills the memory."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ class Opened:
         """The dtype and the device, for the record."""
         return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
 
+    def held_out(self, text: list[str]) -> "Tensor":
+        """Windows [windows, seqlen] to measure a perplexity on; CalibrationError where the text gives none."""
+        from statprune.data import evaluation_windows
+
+        return evaluation_windows(text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen)
+
 
 def empty_model(path: str, dtype: DType = "auto") -> Any:
     """The model without its weights (meta device), for which a configuration is enough; ModelError where there is none."""
@@ -49,6 +59,18 @@ def empty_model(path: str, dtype: DType = "auto") -> Any:
         return build(config, **settings)
 
 
+def check_positive(**numbers: int) -> None:
+    """Raise CalibrationError for an option below 1."""
+    for name, number in numbers.items():
+        _check(name, number, 1, MOST)
+
+
+def _check(name: str, number: int, least: int, most: int) -> None:
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most:,}"
+        raise CalibrationError(f"--{name.replace('_', '-')} {number}: expected {bound}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
     """windows"""
@@ -59,7 +81,13 @@ class WindowOptions:
     batch_size: int = 1
     """Windows in one forward pass."""
 
-    def check(self, seqlen: int) -> None:
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
+        if self.seqlen is not None:
+            _check("seqlen", self.seqlen, 2, MOST)  # a token is predicted from those before it
+        _check("batch_size", self.batch_size, 1, MOST)
+
+    def check_size(self, seqlen: int) -> None:
         """Raise CalibrationError for windows of so many tokens that cannot be."""
         from statprune.data import check_size
 
@@ -92,11 +120,12 @@ class ModelOptions:
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
         """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
-        from statprune.loading import check_positive, load_config, window_length
+        from statprune.loading import load_config, window_length
 
+        windows.check()
+        check_positive(**numbers)
         seqlen = window_length(load_config(self.model), windows.seqlen)
-        check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
-        windows.check(seqlen)
+        windows.check_size(seqlen)
         return seqlen
 
 
@@ -114,8 +143,14 @@ class CalibrationOptions(WindowOptions):
     seed: int = 0
     """Of the choice of windows."""
 
-    def check(self, seqlen: int) -> None:
-        """Raise CalibrationError for numbers of windows that cannot be."""
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
+        super().check()
+        _check("samples", self.samples, 1, MOST)
+        _check("seed", self.seed, -(2**63), 2**63 - 1)
+
+    def check_size(self, seqlen: int) -> None:
+        """Raise CalibrationError for windows of so many tokens that cannot be."""
         from statprune.data import check_size
 
         check_size(self.samples, seqlen, self.seed)
@@ -146,9 +181,9 @@ class CalibrationOptions(WindowOptions):
 
     def places(self, opened: Opened, *, halves: bool = False) -> dict[str, str]:
         """How a text's windows are drawn, for the record; empty where there is no text. Arguments and errors: `windows`."""
-        from statprune.data import places
+        from statprune.data import how_drawn
 
-        drawn = places(self.calibration or ["generated"], opened.tokenizer, halves=halves)
+        drawn = how_drawn(self.calibration or ["generated"], opened.tokenizer, halves=halves)
         return {} if drawn is None else {"places": drawn}
 
     def blank_batches(self, seqlen: int) -> "list[Tensor]":

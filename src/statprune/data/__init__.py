@@ -8,7 +8,7 @@ from statprune.data.sources import (
     calibration_windows,
     evaluation_windows,
     generated_windows,
-    places,
+    how_drawn,
     token_file_windows,
 )
 from statprune.data.tokens import tokenize
@@ -25,7 +25,7 @@ __all__ = [
     "dataset_windows",
     "evaluation_windows",
     "generated_windows",
-    "places",
+    "how_drawn",
     "random_windows",
     "read_text",
     "standard_library_text",

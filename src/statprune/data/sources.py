@@ -99,7 +99,7 @@ def evaluation_windows(
     return consecutive_windows(tokenize(tokenizer, text, vocabulary, limit), seqlen)
 
 
-def places(sources: Sequence[str], tokenizer: Any, *, halves: bool = False) -> str | None:
+def how_drawn(sources: Sequence[str], tokenizer: Any, *, halves: bool = False) -> str | None:
     """How `calibration_windows` draws from a text, for the record; None where the source is none.
 
     Raises:

@@ -12,10 +12,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from statprune.methods.bounds import Between, Count, check
 
 
 class Pattern(Protocol):
@@ -76,17 +78,15 @@ def keep_highest(score: Tensor, num_kept: int) -> Tensor:
 class Unstructured:
     """Prune a fraction of the weights, wherever they stand."""
 
-    sparsity: float
-    """Fraction of the weights to prune, in [0, 1). The number pruned is rounded down, so no row is ever emptied."""
+    sparsity: Annotated[float, Between(0, 1, without=(1,))]
+    """Fraction of the weights to prune. The number pruned is rounded down, so no row is ever emptied. 0 prunes nothing, for
+    the left end of a curve."""
 
     rank_over: Literal["row", "layer"] = "row"
     """Weights compete within their output row (Wanda's choice) or within the whole layer."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(
-                f"Unstructured(sparsity={self.sparsity}): expected a fraction in [0, 1), such as 0.5 for half of the weights."
-            )
+        check("Unstructured", Unstructured, sparsity=self.sparsity)
         if self.rank_over not in ("row", "layer"):
             raise ValueError(f"Unstructured(rank_over={self.rank_over!r}): expected 'row' or 'layer'.")
 
@@ -215,15 +215,16 @@ class NM:
     Both numbers have names because projects disagree: in some, the N of N:M is what stays, in others what goes.
     """
 
-    keep: int
-    """How many weights stay in each group."""
+    keep: Annotated[int, Count(1, 1024)]
+    """How many weights stay in each group; with all of them, as in 4:4, nothing is pruned."""
 
-    of: int
+    of: Annotated[int, Count(1, 1024)]
     """How many consecutive inputs form a group."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= self.of:
-            raise ValueError(f"NM(keep={self.keep}, of={self.of}): expected 0 < keep <= of, such as NM(keep=2, of=4).")
+        check("NM", NM, keep=self.keep, of=self.of)
+        if not self.keep <= self.of:
+            raise ValueError(f"NM(keep={self.keep}, of={self.of}): expected keep <= of, such as NM(keep=2, of=4).")
 
     @property
     def sparsity(self) -> float:

@@ -54,8 +54,12 @@ class MaskPruner:
         return needs_of(self.criterion)
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
-        """Prune [..., out, in]."""
-        keep = self.pattern(self.criterion(weight, moments))
+        """Prune [..., out, in].
+
+        Raises:
+            ValueError: the criterion scores a weight with NaN or infinity, as with settings that float32 cannot hold.
+        """
+        keep = self.pattern(finite(self.criterion(weight, moments)))
         return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
 
     def fits(self, in_features: int) -> bool:
@@ -92,6 +96,20 @@ class CompensatedPruner:
 def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Callable[..., Tensor]) -> CompensatedPruner:
     """A WeightPruner from a criterion, a pattern and a compensation, in this order."""
     return CompensatedPruner(MaskPruner(criterion, pattern), compensation)
+
+
+def finite(score: Tensor) -> Tensor:
+    """The scores of a criterion, which have an order.
+
+    Raises:
+        ValueError: some are NaN or infinite, and what would be kept for them is arbitrary.
+    """
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(
+            "the criterion's scores are not all finite in float32. Are there settings (an exponent, an alpha) that are too "
+            "large for these weights and inputs? Take smaller ones, or leave the layer dense with `ignore`."
+        )
+    return score
 
 
 def needs_of(function: Callable[..., Any]) -> Statistic:

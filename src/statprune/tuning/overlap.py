@@ -68,8 +68,8 @@ def warn_of_shared(share: float) -> None:
     if share > MAX_SHARE:
         warnings.warn(
             f"{100 * share:.0f} % of the held-out tokens stand in a window to prune on too, so that scores flatter what fits "
-            "most: the windows overlap, or the text repeats itself. Draw them with calibration_windows(..., halves=True), which cuts "
-            "the text first, or from more text.",
+            "most: the windows overlap, or the text repeats itself. Draw them with calibration_windows(..., halves=True), "
+            "which cuts the text first, or from more text.",
             CalibrationWarning,
             stacklevel=4,
         )
