@@ -16,15 +16,9 @@ from torch import Tensor
 
 from statprune.allocation import allocate
 from statprune.clock import timed
-<<<<<<< HEAD
 from statprune.errors import NonFiniteError, SiteError, StatpruneError, number_of
-from statprune.methods.pruner import PrunedWeight, WeightPruner
-from statprune.methods.statistics import InputMoments
-=======
-from statprune.errors import SiteError, StatpruneError, number_of
 from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
 from statprune.methods.statistics import InputMoments, Statistic
->>>>>>> main
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.observe import ForwardContext
