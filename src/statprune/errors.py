@@ -77,7 +77,7 @@ def shown(value: object, longest: int = 200) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists in lists
-        return f"a {type(value).__name__} too large to show"
+        return f"<{type(value).__name__} too large to show>"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
