@@ -253,8 +253,8 @@ class _Conversation:
             else:
                 cause = re.sub(r"^\[\S*\] ", "", first_line(e)).partition(". ")[0]  # without a line of gloo's source
                 message = (
-                    f"rank {rank} lost another one of {size} at {_short(what)}: {cause}. If a process has ended, its own output "
-                    "says why."
+                    f"rank {rank} lost another one of {size} at {_short(what)}: {cause}. If a process has ended, its own "
+                    "output says why."
                 )
             raise RanksError(f"{self.work[-1]}: {message}") from e
 
@@ -281,8 +281,8 @@ _CONVERSATIONS: list[_Conversation] = []
 def _different_work(ranks: Sequence[int], texts: Sequence[str]) -> str:
     other = next(index for index, text in enumerate(texts) if text != texts[0])
     return (
-        f"the ranks do not do the same: rank {ranks[0]} is at {_short(texts[0])}, rank {ranks[other]} at {_short(texts[other])}. "
-        "Expected the same calls, with the same model and settings, on every rank."
+        f"the ranks do not do the same: rank {ranks[0]} is at {_short(texts[0])}, rank {ranks[other]} at "
+        f"{_short(texts[other])}. Expected the same calls, with the same model and settings, on every rank."
     )
 
 

@@ -168,8 +168,8 @@ _MIX = (0x1E3779B97F4A7C15, 0x2545F4914F6CDD1D)
 def _read_once(parameter: Tensor) -> tuple[Tensor, Tensor]:
     """Whether all is finite (bool), and a checksum of the bits (int64), both scalars on the parameter's device.
 
-    The checksum is a sum of words times odd numbers of their places, modulo 2**64. It is of integers, so that no order of adding
-    changes it; one changed word always does.
+    The checksum is a sum of words times odd numbers of their places, modulo 2**64. It is of integers, so that no order of
+    adding changes it; one changed word always does.
     """
     flat = parameter.contiguous().view(-1)
     places = torch.arange(min(_WORDS, flat.numel()), device=flat.device) * _MIX[0]
