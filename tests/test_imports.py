@@ -18,7 +18,7 @@ FLOORS = """
     training
     api
     tuning
-    engine  allocation  selection
+    engine  allocation  selection  agreement
     checkpoint
     card  companions  hub  output  page  verification
     loading  configuration  completeness  weight_files

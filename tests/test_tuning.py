@@ -323,6 +323,7 @@ def _chosen_by_a_rank(rank):
         monkeypatch.setattr("statprune.tuning.search.METHODS", ("cvr+least-squares", "wanda+energy", "ria", "cvr"))
         if rank == 1:  # whose clock does not count
             monkeypatch.setattr("statprune.tuning.search.Stopwatch.here", lambda self: 1e9)
+            monkeypatch.setattr("statprune.tuning.search.Prices.pruning", lambda self, recipe: 1e9)
         report = statprune.prune(model, windows[rank::2].split(2), "auto:minutes=1", pattern="2:4")
     return report.chosen_by["finalists"], report.recipe, model.state_dict()
 
@@ -361,7 +362,7 @@ def test_a_candidate_that_takes_longer_than_is_left_is_given_up(few, monkeypatch
 def test_one_search_exports_the_model_once_and_looks_through_its_weights_once(few, monkeypatch):
     exports, scans = [], []
     monkeypatch.setattr("statprune.model.layers.trace", lambda *args: exports.append(args) or trace(*args))
-    monkeypatch.setattr("statprune.api.check_weights", lambda model: scans.append(model))
+    monkeypatch.setattr("statprune.agreement.check_weights", lambda model: scans.append(model))
     statprune.prune(llama(num_hidden_layers=1), tokens(8, 12).split(2), Search(minutes=ENOUGH))
     assert (len(exports), len(scans)) == (1, 1)
 

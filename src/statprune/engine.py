@@ -7,7 +7,7 @@ for group, moments in layers.observe(...):      the statistics of a group's inpu
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from statprune.allocation import allocate
 from statprune.clock import timed
-from statprune.errors import NonFiniteError, SiteError, StatpruneError, number_of
+from statprune.errors import NonFiniteError, SiteError, adding, number_of
 from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
@@ -27,7 +27,7 @@ from statprune.model.sites import LinearSite
 from statprune.model.undisturbed import undisturbed
 from statprune.model.weights import Weights
 from statprune.progress import Progress, silent
-from statprune.ranks import ProcessGroup, sum_over_ranks
+from statprune.ranks import ProcessGroup, all_well, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.report import PruningReport, SiteReport
 from statprune.selection import select
@@ -65,7 +65,7 @@ def run(
     device = next((tensor.device for tensor in inputs[0].tensors()), None)
     report = PruningReport(recipe.to_dict(), schedule, num_batches=len(inputs), fallback_reason=layers.reason)
     running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
-    with undisturbed(layers.model):
+    with undisturbed(layers.model), adding(lambda: _what_landed(report, weights)):
         selection = select(layers.groups, layers.left_out, recipe)
         with timed(report.seconds, "allocate", report.memory, device):
             allocation = allocate(layers, selection, inputs, recipe, weights, progress=progress, **running)
@@ -73,27 +73,27 @@ def run(
         report.left_out = list(selection.left_out)
         own = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
         report.seconds |= {"prune": 0.0}
-        with _telling_what_landed(report, weights):
-            if weights.is_in_place and schedule in SEES_PRUNED:
-                with timed(report.seconds, "check", report.memory, device):  # else no weight changes before the last batch
-                    for _ in layers.observe(selection.groups, inputs[:1], weights=weights, **running):
-                        pass
-            with timed(report.seconds, "walk", report.memory, device):
-                for group, moments in layers.observe(
-                    selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, **running
-                ):
-                    with timed(report.seconds, "prune", report.memory, device):
-                        for site in group.sites:
-                            weight = site.view(weights.get(site.parameter).detach())
-                            pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
-                            report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
-                            if moments is not None:
-                                energies.append(_output_energies(weight, pruned, moments))
-                            weights.put(site, pruned)
-                    if moments is not None and not report.num_tokens:
-                        report.num_tokens = int(moments.num_tokens)
-                    progress(len(report.sites), len(selection.sites), group.sites[-1].name)
-                report.sites = _with_output_errors(report.sites, energies, process_group)
+        if weights.is_in_place and schedule in SEES_PRUNED:
+            with timed(report.seconds, "check", report.memory, device):  # else no weight changes before the last batch
+                for _ in layers.observe(selection.groups, inputs[:1], weights=weights, **running):
+                    pass
+        with timed(report.seconds, "walk", report.memory, device):
+            for group, moments in layers.observe(
+                selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, **running
+            ):
+                with timed(report.seconds, "prune", report.memory, device):
+                    for site in group.sites:
+                        weight = site.view(weights.get(site.parameter).detach())
+                        pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
+                        report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
+                        if moments is not None:
+                            energies.append(_output_energies(weight, pruned, moments))
+                        weights.put(site, pruned)
+                if moments is not None and not report.num_tokens:
+                    report.num_tokens = int(moments.num_tokens)
+                progress(len(report.sites), len(selection.sites), group.sites[-1].name)
+            report.sites = _with_output_errors(report.sites, energies, process_group)
+        all_well(process_group, "the end of the run")  # while a failure can still say what has landed here
     report.seconds["walk"] -= report.seconds["prune"]
     if not pruner.needs:
         del report.seconds["walk"]  # nothing was walked
@@ -126,19 +126,14 @@ def _with_output_errors(sites: list[SiteReport], energies: list[Tensor], process
     if not energies:
         return sites
     totals = torch.stack(energies)
-    sum_over_ranks([totals], process_group)
+    sum_over_ranks([totals], process_group, "the errors of the layers' outputs")
     errors = [(changed / dense) ** 0.5 if dense else math.nan for changed, dense in totals.tolist()]
     return [
         replace(site, output_error=error if math.isfinite(error) else None) for site, error in zip(sites, errors, strict=True)
     ]
 
 
-@contextlib.contextmanager
-def _telling_what_landed(report: PruningReport, weights: Weights) -> Iterator[None]:
-    """An error inside says whether the model has changed."""
-    try:
-        yield
-    except StatpruneError as e:
-        landed = number_of(len(report.sites), "weight") if weights.is_in_place and report.sites else ""
-        consequence = f"Pruned already: {landed} before it. Reload the model." if landed else "Nothing was changed."
-        raise type(e)(f"{e} {consequence}") from e
+def _what_landed(report: PruningReport, weights: Weights) -> str:
+    """Whether the model has changed, for an error."""
+    landed = number_of(len(report.sites), "weight") if weights.is_in_place and report.sites else ""
+    return f"Pruned already: {landed} before it. Reload the model." if landed else "Nothing was changed."

@@ -72,6 +72,11 @@ class Sensitivity:
 
     Costs one pass of the dense model over the calibration batches, one forward pass over `probes` batches for each layer, and
     five prunings of each layer more: at the bounds, at the target, and once on either side of it.
+
+    Probes are taken per rank: each of N ranks measures on the first `probes` of its own batches, and the losses are added up.
+    All ranks prune alike, but not as one process with the same data does, whose probes are fewer and other batches: at 50 % on
+    a tiny model, 50 of 9,216 zeros were elsewhere. Where the batches are dealt out in turns, one process with N times the
+    `probes` measures on the same ones.
     """
 
     spread: Spread = 0.1

@@ -14,6 +14,7 @@ and checkpoints see the training run that they would have seen without it.
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -173,12 +174,14 @@ class StatisticalPruning(Callback):
             )
         refuse_sharded(pl_module)
         if stage == "fit" and self.output is not None:
-            self._once.reserve(is_first=trainer.is_global_zero)
+            with self._together(trainer):
+                self._once.reserve(is_first=trainer.is_global_zero)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be pruned or saved, now that the model is configured and a checkpoint is read."""
-        self._once.refuse_target(self._target(pl_module))
-        self._once.refuse_training_zeros_away()
+        with self._together(trainer):
+            self._once.refuse_target(self._target(pl_module))
+            self._once.refuse_training_zeros_away()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate; in `validate` prune in place, in `fit` a twin. What is sparse already is only measured."""
@@ -186,6 +189,10 @@ class StatisticalPruning(Callback):
         in_place = _is_validate(trainer)
         if trainer.sanity_checking or not (self.probe or in_place):
             return
+        with self._together(trainer):
+            self._begin_measuring(trainer, pl_module, in_place)
+
+    def _begin_measuring(self, trainer: Trainer, pl_module: LightningModule, in_place: bool) -> None:
         target = self._target(pl_module)
         self._measuring = measuring = Measurement(pl_module, target, trainer)
         if self.landed is not None:
@@ -238,11 +245,12 @@ class StatisticalPruning(Callback):
         """To fine-tune: prune in place, unless that was done before, and hold the mask from here on."""
         if self.then != "finetune":
             return
-        target = self._target(pl_module)
-        if self.landed is None:
-            with isolate_rng():
-                self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
-        self._once.hold(target, trainer.optimizers)
+        with self._together(trainer):
+            target = self._target(pl_module)
+            if self.landed is None:
+                with isolate_rng():
+                    self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
+            self._once.hold(target, trainer.optimizers)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization the module may clip before it steps, so gradients are masked as they come."""
@@ -256,15 +264,16 @@ class StatisticalPruning(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate on the trained weights and prune in place; or, after fine-tuning, check that every zero is there."""
-        target = self._target(pl_module)
-        with self._once.keeping(target):
-            if self._once.masks is not None:
-                self._once.finish_holding(target, trainer.global_step)
-            else:
-                self._once.refuse_diverged(target)
-                with isolate_rng():
-                    self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
-        self._save(trainer, target)
+        with self._together(trainer):
+            target = self._target(pl_module)
+            with self._once.keeping(target):
+                if self._once.masks is not None:
+                    self._once.finish_holding(target, trainer.global_step)
+                else:
+                    self._once.refuse_diverged(target)
+                    with isolate_rng():
+                        self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
+            self._save(trainer, target)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let the optimizers and the place of the output go."""
@@ -274,15 +283,19 @@ class StatisticalPruning(Callback):
         """Let the optimizers, the graph and the place of the output go."""
         self._once.release()
 
+    def _together(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Around what can fail on one rank."""
+        # The model itself is moved to it only after `setup`.
+        return self._once.on_all_ranks(trainer.strategy.root_device)
+
     def _land(self, trainer: Trainer, target: nn.Module, batches: list[ModelInputs]) -> None:
         self._once.land(target, batches, trainer.global_step, trainer.precision_plugin.val_step_context)
         self._draw(trainer, target.get_parameter)
 
     def _save(self, trainer: Trainer, target: nn.Module) -> None:
-        """Write the output, where one is asked for; every rank waits until it is written."""
+        """Write the output, where one is asked for."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         self._once.save(target, tokenizer=tokenizer, source="Lightning callback")
-        trainer.strategy.barrier()
 
     def _draw(self, trainer: Trainer, weight_of: Callable[[str], Tensor]) -> None:
         assert self.report is not None

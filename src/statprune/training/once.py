@@ -27,6 +27,7 @@ from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.weights import refuse_sharded
 from statprune.progress import Say
+from statprune.ranks import together
 from statprune.recipe import Recipe, Search, scope_to_dict
 from statprune.report import PruningReport
 from statprune.training.masks import HeldMasks, remeasure
@@ -107,6 +108,21 @@ class PruneOnce:
                 'would train its zeros away. Use then="finetune" to train on with the zeros held. To train densely from here '
                 f"and prune again at the end, give the Trainer a new {self.call}, and load a checkpoint's weights only."
             )
+
+    @contextlib.contextmanager
+    def on_all_ranks(self, device: torch.device) -> Iterator[None]:
+        """What fails inside on one rank, such as its loader or the writing of the output, is an error on all; see `together`.
+
+        Every rank waits at the end for the others.
+
+        Args:
+            device: of this rank; what the ranks tell each other passes through it.
+
+        Raises:
+            RanksError: another rank failed; the message has its error.
+        """
+        with together(None, device, self.call):
+            yield
 
     def reserve(self, *, is_first: bool) -> None:
         """Take the place of the output, before anything runs; on the first rank, and the others look.

@@ -122,16 +122,17 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Refuse what cannot be; to fine-tune, prune in place unless that was done before, and hold the mask from here on."""
         self._release()  # of a training that ended early, of which a callback does not hear
         _refuse_sharding(args, kwargs["model"])
-        target = self._target(kwargs["model"])
-        self._read_checkpoint(state)
-        self._once.refuse_training_zeros_away()
-        self._once.reserve(is_first=state.is_world_process_zero)
-        self._once.refuse_target(target)
-        if self._once.then != "finetune":
-            return
-        if self.landed is None:
-            self._land(args, state, target, kwargs.get("train_dataloader"))
-        self._once.hold(target, [_plain(kwargs["optimizer"])])
+        with self._once.on_all_ranks(args.device):
+            target = self._target(kwargs["model"])
+            self._read_checkpoint(state)
+            self._once.refuse_training_zeros_away()
+            self._once.reserve(is_first=state.is_world_process_zero)
+            self._once.refuse_target(target)
+            if self._once.then != "finetune":
+                return
+            if self.landed is None:
+                self._land(args, state, target, kwargs.get("train_dataloader"))
+            self._once.hold(target, [_plain(kwargs["optimizer"])])
         assert self._once.masks is not None
         # As they come, so that clipping, which precedes `on_pre_optimizer_step`, sees the kept weights only.
         self._hooks = self._once.masks.mask_new_gradients()
@@ -143,14 +144,15 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Calibrate on the trained weights and prune in place; or check that every zero is there. Write the output."""
-        target = self._target(kwargs["model"])
-        with self._once.keeping(target):
-            if self._once.masks is not None:
-                self._once.finish_holding(target, state.global_step)
-            else:
-                self._once.refuse_diverged(target)
-                self._land(args, state, target, kwargs.get("train_dataloader"))
-        self._once.save(target, tokenizer=kwargs.get("processing_class"), source="transformers Trainer callback")
+        with self._once.on_all_ranks(args.device):
+            target = self._target(kwargs["model"])
+            with self._once.keeping(target):
+                if self._once.masks is not None:
+                    self._once.finish_holding(target, state.global_step)
+                else:
+                    self._once.refuse_diverged(target)
+                    self._land(args, state, target, kwargs.get("train_dataloader"))
+            self._once.save(target, tokenizer=kwargs.get("processing_class"), source="transformers Trainer callback")
         self._release()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

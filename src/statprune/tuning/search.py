@@ -143,7 +143,7 @@ class SearchRun:
         at_once = min(len(recipes), twins_at_once(self.layers, recipes[0]))
         one_pass, scoring = self.prices.statistics("one-shot"), self.prices.scoring(windows)
         costs = [
-            0.0 if trial else one_pass / at_once + self.prices.pruning(recipe) + scoring
+            self.watch.agreed(0.0 if trial else one_pass / at_once + self.prices.pruning(recipe) + scoring)
             for trial, recipe in zip(known, recipes, strict=True)
         ]
         seconds = share * self.watch.left()
@@ -233,8 +233,8 @@ class SearchRun:
 
     def _prune(self, recipe: Recipe, *, is_limited: bool) -> tuple[Scorer, float, float]:
         """A twin to score, and the seconds of statistics and of pruning."""
-        scoring = self.prices.scoring(self._windows(self.num_scoring))
-        price = self.prices.statistics(recipe.schedule) + self.prices.pruning(recipe) + scoring
+        scoring = self.watch.agreed(self.prices.scoring(self._windows(self.num_scoring)))
+        price = self.watch.agreed(self.prices.statistics(recipe.schedule) + self.prices.pruning(recipe) + scoring)
         if is_limited and price > self.watch.left():
             raise _OutOfTime
 
