@@ -28,11 +28,14 @@ class Between:
     without: tuple[float, ...] = ()
     """Numbers in it that are left out, such as an end."""
 
+    or_none: bool = False
+    """Whether None will do."""
+
     def holds(self, value: object) -> bool:
-        """Whether a number is within, or all numbers of a list. None, where a setting may have none, always is."""
+        """Whether a number is within, or all numbers of a list."""
         if isinstance(value, tuple | list):
             return all(self._has(one) for one in value)
-        return value is None or self._has(value)
+        return (value is None and self.or_none) or self._has(value)
 
     def _has(self, value: object) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

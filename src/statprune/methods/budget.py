@@ -28,7 +28,7 @@ _BISECTIONS = 200
 
 
 Spread = Annotated[float, Between(0, 1)]
-BudgetSparsity = Annotated[float | None, Between(0, 1, without=(0, 1))]
+BudgetSparsity = Annotated[float | None, Between(0, 1, without=(0, 1), or_none=True)]
 
 
 @dataclass(frozen=True)

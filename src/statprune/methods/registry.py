@@ -74,7 +74,8 @@ def kind_of(known: Callable[..., Any], setting: str) -> type | None:
     """The type of a setting's values, by its default or else by its annotation; None where neither tells."""
     parameter = _parameters(known)[setting]
     if parameter.default is None or parameter.default is parameter.empty:
-        return parameter.annotation if parameter.annotation in (bool, int, float, str) else None
+        annotation = getattr(parameter.annotation, "__origin__", parameter.annotation)  # Annotated with its bounds
+        return annotation if annotation in (bool, int, float, str) else None
     return type(parameter.default)
 
 
