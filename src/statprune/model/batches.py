@@ -141,7 +141,8 @@ def _by_position(model: nn.Module, values: Sequence[Any], index: int) -> Argumen
                     f"comes after the first {required} cannot be told. Give a dict, such as "
                     f"{{{parameters[0].name!r}: ..., {parameter.name!r}: ...}}."
                 )
-            if "mask" not in parameter.name and parameter.default is None and isinstance(value, Tensor) and not index:
+            may_be_input = parameter.default is None and "mask" not in parameter.name and parameter.name not in LABELS
+            if may_be_input and isinstance(value, Tensor) and not index:
                 warnings.warn(
                     f"The calibration batches are tuples of {len(values)}: what comes after the first {required} was taken for "
                     f"targets, though forward has a {parameter.name!r} there. If that is what it is, give a dict, such as "
