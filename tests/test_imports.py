@@ -21,7 +21,7 @@ FLOORS = """
     engine  allocation  selection
     checkpoint
     card  companions  hub  output  page  verification
-    loading
+    loading  configuration  completeness  weight_files
     perplexity  report  data  results  zeros  how  recipe  grammar  record
     model
     methods
