@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 import statprune
-from statprune.errors import CalibrationError
+from statprune.errors import CalibrationError, CalibrationWarning
 from statprune.model.batches import ROWS
 from statprune.model.inputs import ModelInputs, bind_batches, read_inputs
 from statprune.training.batches import draw
@@ -71,6 +71,20 @@ def test_other_models_and_their_first_arguments():
     named = read_inputs(Losing(), {"x": x, "scale": 2.0, "labels": y, "bias": x, "text": ["a"]})
     assert named.kwargs.keys() == {"x", "scale", "bias"}
     assert read_inputs(torch.compile(Losing(), backend="eager"), (x, 2.0, y)).kwargs.keys() == {"x", "scale"}
+
+
+def test_an_input_that_may_be_taken_for_a_target_is_told():
+    class WithContext(nn.Module):
+        def forward(self, ids, context=None):
+            return ids
+
+    pairs = [(torch.tensor([ROW]), torch.zeros(1, 2, 8))] * 2
+    with pytest.warns(
+        CalibrationWarning, match="what comes after the first 1 .* forward has a 'context' there.*give a dict"
+    ) as told:
+        bound = bind_batches(WithContext(), pairs)
+    assert len(told) == 1
+    assert all(same(inputs, ids=[ROW]) for inputs in bound)
 
 
 def test_an_encoder_decoder_makes_its_decoder_inputs_of_labels_in_rows_too():

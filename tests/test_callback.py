@@ -518,6 +518,17 @@ class Unmeasured(CausalLM):
         pass
 
 
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+def test_a_compiled_model_is_trained_pruned_and_written(then, tmp_path):
+    module = CausalLM(tiny_llama())
+    module.model = torch.compile(module.model, backend="eager")
+    callback = StatisticalPruning(calibration=loader(), output=str(tmp_path / "out"), then=then, probe=False)
+    trainer(callback, max_epochs=1).fit(module, loader(), loader())
+    assert verify(tmp_path / "out")["sparsity"] == 0.5
+    trained, restored = module.model._orig_mod, load_model(str(tmp_path / "out"))
+    assert all(torch.equal(weight, trained.get_parameter(name)) for name, weight in restored.named_parameters())
+
+
 def test_a_compiled_model_is_pruned_and_written_like_any_other(tmp_path):
     module, plain = Unmeasured(tiny_llama()), tiny_llama()
     model, module.model = module.model, torch.compile(module.model, backend="eager")

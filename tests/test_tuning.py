@@ -232,7 +232,7 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, "ten", True])
 def test_minutes_that_are_none_are_refused(minutes):
-    with refused(model := llama(), RecipeError, r"Search\(minutes=.*expected a number above 0"):
+    with refused(model := llama(), RecipeError, r"Search\(minutes=.*expected a number from 0"):
         statprune.tune(model, tokens(4, 8).split(1), minutes=minutes)
 
 
@@ -252,7 +252,7 @@ def test_a_pattern_that_does_not_fit_or_exist_is_refused_before_anything_is_meas
     monkeypatch.setattr("statprune.tuning.search.Scorer", lambda *a, **k: pytest.fail("scored"))
     with refused(model := llama(), SiteError, "3:5 does not divide its width"):
         statprune.tune(model, tokens(4, 8).split(2), pattern="3:5")
-    with refused(model, RecipeError, "fraction in"):
+    with refused(model, RecipeError, "expected a number from 0 to 1"):
         statprune.tune(model, tokens(4, 8).split(2), pattern="120%")
     with refused(model, SiteError, "matches no weight"):
         statprune.tune(model, tokens(4, 8).split(2), targets=["*.mpl.*"])

@@ -75,8 +75,7 @@ def _unless(tag: str, construct: Callable[[YamlLoader, Any], _Read]) -> Callable
         try:
             return construct(loader, node)
         except (ValueError, OverflowError, LookupError, AttributeError) as e:  # a tag such as !!timestamp on any text, too
-            shown = str(node.value)[:40]
-            raise yaml.constructor.ConstructorError(None, None, f"{shown!r} is no {tag}: {e}", node.start_mark) from e
+            raise yaml.constructor.ConstructorError(None, None, f"{str(node.value)[:40]!r} is no {tag}", node.start_mark) from e
 
     return constructed
 

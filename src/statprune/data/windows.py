@@ -7,8 +7,8 @@ from torch import Tensor
 
 from statprune.errors import CalibrationError, CalibrationWarning, number_of
 
-MAX_TOKENS = 1 << 34
-"""Of all windows together; 128 GiB."""
+MAX_TOKENS = 1 << 30
+"""Of all windows together; 8 GiB."""
 
 MAX_BLOCKS = 64
 WINDOWS_PER_BLOCK = 8

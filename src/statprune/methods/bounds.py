@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from statprune.errors import shown
+
 
 @dataclass(frozen=True)
 class Between:
@@ -77,12 +79,13 @@ def check(name: str, known: Callable[..., Any], **values: Any) -> None:
     for setting, bounds in bounds_in(known).items():
         if setting in values and not bounds.holds(values[setting]):
             value = values[setting]
-            shown = list(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{name}({setting}={shown}): expected {bounds}.")
+            raise ValueError(
+                f"{name}({setting}={shown(list(value) if isinstance(value, tuple) else value)}): expected {bounds}."
+            )
 
 
-def is_finite(value: object) -> bool:
-    """Whether a setting's value holds no NaN and no infinity; what is no number does not."""
+def is_finite(value: object, depth: int = 8) -> bool:
+    """Whether a setting's value holds no NaN and no infinity; what is no number does not. Lists in lists count down to 0."""
     if isinstance(value, tuple | list):
-        return all(is_finite(one) for one in value)
+        return depth > 0 and all(is_finite(one, depth - 1) for one in value)
     return not isinstance(value, float) or math.isfinite(value)

@@ -11,6 +11,7 @@ Several batches are any iterable of these. A bare tensor [rows, ...] is cut alon
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from statprune.errors import CalibrationError, first_line
+from statprune.errors import CalibrationError, CalibrationWarning, first_line
 from statprune.model.kinds import is_transformers_model, unwrapped
 
 LABELS = ("labels", "label", "label_ids", "future_values", "return_loss")
@@ -59,6 +60,7 @@ def read_batch(model: nn.Module, batch: Any, index: int = 0) -> Arguments:
     Raises:
         CalibrationError: another kind; no input in it that `forward` has; a name that looks misspelled; rows of unequal
             lengths; a mask by position, where it cannot be told from labels.
+        CalibrationWarning: values were left out of a tuple that may be arguments of `forward` and not targets.
     """
     model = unwrapped(model)[0]
     if isinstance(batch, Mapping):
@@ -138,6 +140,14 @@ def _by_position(model: nn.Module, values: Sequence[Any], index: int) -> Argumen
                     f"Calibration batch {index} is a tuple of {len(values)}, and whether its {parameter.name} or a target "
                     f"comes after the first {required} cannot be told. Give a dict, such as "
                     f"{{{parameters[0].name!r}: ..., {parameter.name!r}: ...}}."
+                )
+            if "mask" not in parameter.name and parameter.default is None and isinstance(value, Tensor) and not index:
+                warnings.warn(
+                    f"The calibration batches are tuples of {len(values)}: what comes after the first {required} was taken for "
+                    f"targets, though forward has a {parameter.name!r} there. If that is what it is, give a dict, such as "
+                    f"{{{parameters[0].name!r}: ..., {parameter.name!r}: ...}}.",
+                    CalibrationWarning,
+                    stacklevel=2,
                 )
         values = values[:required]
     if values and is_transformers_model(model) and isinstance(first := values[0], Tensor):
