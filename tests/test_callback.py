@@ -331,7 +331,7 @@ def test_strategies_that_shard_are_refused_by_name(kind, then):
 def test_sharded_parameters_are_refused_by_name(then, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        module, single = Classifier(), SimpleNamespace(strategy=None)
+        module, single = Classifier(), SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
         classifying(then).setup(single, module, "fit")
         layer = module.head[2]
         layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), init_device_mesh("cpu", (1,))))
