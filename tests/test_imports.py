@@ -18,7 +18,7 @@ FLOORS = """
     training
     api
     tuning
-    engine  allocation  selection
+    engine  allocation  selection  agreement
     checkpoint
     loading
     perplexity  report  data  results  how  recipe  grammar

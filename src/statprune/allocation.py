@@ -181,7 +181,7 @@ class _Sensitivities:
     def increases(self, process_group: ProcessGroup) -> Tensor:
         """[sites], float64: the loss that each layer's pruning makes, over all ranks (see `_Probe`)."""
         totals = torch.stack(self.losses)
-        sum_over_ranks([totals], process_group)
+        sum_over_ranks([totals], process_group, "the losses of the probes")
         totals = totals.cpu()
         if not bool(totals[0, 1] > 0):
             raise CalibrationError(

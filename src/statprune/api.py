@@ -6,21 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from statprune.agreement import check_layers, check_start, device_of
 from statprune.clock import timed
 from statprune.engine import run
-from statprune.errors import TracingError
+from statprune.errors import RanksError, TracingError, adding
 from statprune.how import How, read_how
 from statprune.model.inputs import ModelInputs, bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.sites import TracedModel
-from statprune.model.weights import InPlace, Twin, check_weights, write_
+from statprune.model.weights import InPlace, Twin, write_
 from statprune.progress import Progress, Say, silent, unsaid
-from statprune.ranks import ProcessGroup, meet
+from statprune.ranks import ProcessGroup, together
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 
@@ -142,29 +142,31 @@ def _carry_out(
     say: Say,
     forward_context: ForwardContext,
 ) -> PruningPlan:
-    chosen = read_how(how, pattern=pattern)
-    if isinstance(chosen, Search):
-        # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
-        from statprune.tuning.halves import check_has_perplexity
+    with together(process_group, device_of(model), call):
+        with adding(lambda: "Nothing was changed.", RanksError):
+            chosen = read_how(how, pattern=pattern)
+            if isinstance(chosen, Search):
+                # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
+                from statprune.tuning.halves import check_has_perplexity
 
-        check_has_perplexity(model)
-    inputs = bind_batches(model, batches)
-    check_weights(model)
-    meet(process_group, next((tensor.device for tensor in inputs[0].tensors()), torch.device("cpu")), call)
-    seconds: dict[str, float] = {}
-    with timed(seconds, "trace"):
-        layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
-    if layers.reason is not None:
-        warnings.warn(layers.reason, stacklevel=3)
-    recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
-    weights = landing(model)
-    report = run(
-        layers, inputs, recipe, weights, process_group=process_group, progress=progress, forward_context=forward_context
-    )
-    if record is not None:
-        seconds = {"tune": record["seconds"], **seconds}
-    report.seconds, report.chosen_by = {**seconds, **report.seconds}, record
-    return PruningPlan(weights.pruned if isinstance(weights, Twin) else {}, report, layers)
+                check_has_perplexity(model)
+            inputs = bind_batches(model, batches)
+            check_start(model, chosen, inputs, process_group)
+            seconds: dict[str, float] = {}
+            with timed(seconds, "trace"):
+                layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
+            check_layers(layers, process_group)
+            if layers.reason is not None:
+                warnings.warn(layers.reason, stacklevel=3)
+            recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
+        weights = landing(model)
+        report = run(
+            layers, inputs, recipe, weights, process_group=process_group, progress=progress, forward_context=forward_context
+        )
+        if record is not None:
+            seconds = {"tune": record["seconds"], **seconds}
+        report.seconds, report.chosen_by = {**seconds, **report.seconds}, record
+        return PruningPlan(weights.pruned if isinstance(weights, Twin) else {}, report, layers)
 
 
 def _recipe(

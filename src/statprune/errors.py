@@ -5,8 +5,9 @@ caller who has never heard of statprune would expect. A message names the thing,
 expected, and the way out.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class StatpruneError(Exception):
@@ -59,6 +60,17 @@ class RanksError(StatpruneError, RuntimeError):
 
 class ExperimentError(StatpruneError, RuntimeError):
     """An experiment cannot run, or some of its cells failed."""
+
+
+@contextlib.contextmanager
+def adding(consequence: Callable[[], str], kind: type[StatpruneError] = StatpruneError) -> Iterator[None]:
+    """An error of this kind inside says also what follows from it, unless it says so already."""
+    try:
+        yield
+    except kind as e:
+        if (said := consequence()) in str(e):
+            raise
+        raise type(e)(f"{e} {said}") from e
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ def complete(group: InputGroup, moments: InputMoments, process_group: ProcessGro
     Raises:
         NonFiniteError: NaN or infinity entered the group.
     """
-    sum_over_ranks(moments.totals(), process_group)
+    sum_over_ranks(moments.totals(), process_group, f"the statistics of {group.name}")
     if not moments.is_finite():
         raise NonFiniteError(
             f"NaN or infinity in the input of {group.name}, the first layer where it shows. Look at what comes just before "

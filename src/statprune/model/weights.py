@@ -6,7 +6,7 @@
 Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -135,6 +135,67 @@ def check_weights(model: nn.Module) -> None:
         SiteError: it is on the meta device, was made in inference mode, or is sharded.
         NonFiniteError: NaN or infinity.
     """
+    for name, parameter in _readable(model):
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise _not_finite(name)
+
+
+def check_and_sum_weights(model: nn.Module) -> list[str]:
+    """`check_weights`, and a line for each parameter that differs where its name, shape, dtype or any bit does.
+
+    Every weight is read once, and the lines do not depend on the device.
+    """
+    read = [(name, parameter, *_read_once(parameter.detach())) for name, parameter in _readable(model)]
+    for name, _, is_finite, _ in read:
+        if not is_finite:
+            raise _not_finite(name)
+    sums = torch.stack([total.cpu() for _, _, _, total in read]).tolist() if read else []
+    return [
+        f"{name} {list(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')} {total % 2**64:016x}"
+        for (name, parameter, _, _), total in zip(read, sums, strict=True)
+    ]
+
+
+_WORDS = 1 << 18
+"""Of 8 bytes, that are read at a time: they stay in a cache between the two looks."""
+
+_HALF = (1 << 32) - 1
+_MIX = (0x1E3779B97F4A7C15, 0x2545F4914F6CDD1D)
+"""Large odd numbers."""
+
+
+@torch.no_grad()
+def _read_once(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether all is finite (bool), and a checksum of the bits (int64), both scalars on the parameter's device.
+
+    The checksum is a sum of words times odd numbers of their places, modulo 2**64. It is of integers, so that no order of
+    adding changes it; one changed word always does.
+    """
+    flat = parameter.contiguous().view(-1)
+    places = torch.arange(min(_WORDS, flat.numel()), device=flat.device) * _MIX[0]
+    places = ((places >> 29) ^ places) * _MIX[1] | 1
+    is_finite = torch.ones((), dtype=torch.bool, device=flat.device)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for chunk in flat.split(_WORDS * 8 // flat.element_size()):
+        if chunk.is_floating_point():
+            is_finite &= torch.isfinite(chunk).all()
+        words = _words(chunk)
+        mixed = (words >> 32).bitwise_and_(_HALF).bitwise_xor_(words)  # a sign in the highest bit would count modulo 2 alone
+        total = total * _MIX[1] + mixed.mul_(places[: len(words)]).sum()
+    return is_finite, total
+
+
+def _words(chunk: Tensor) -> Tensor:
+    """[n] of any dtype as int64 words, with zeros after the last byte."""
+    spare = -chunk.numel() * chunk.element_size() % 8
+    if not spare and chunk.storage_offset() * chunk.element_size() % 8 == 0:
+        return chunk.view(torch.int64)
+    padded = torch.zeros(chunk.numel() * chunk.element_size() + spare, dtype=torch.uint8, device=chunk.device)
+    padded[: len(padded) - spare] = chunk.view(torch.uint8)
+    return padded.view(torch.int64)
+
+
+def _readable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     refuse_sharded(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -144,10 +205,11 @@ def check_weights(model: nn.Module) -> None:
                 f"The parameter {name} was made in torch.inference_mode, where torch lets nobody write to it from outside. "
                 "Build or load the model outside of it."
             )
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise NonFiniteError(
-                f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole? Nothing was changed."
-            )
+        yield name, parameter
+
+
+def _not_finite(name: str) -> NonFiniteError:
+    return NonFiniteError(f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole? Nothing was changed.")
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from statprune.model.kinds import is_causal
 from statprune.model.observe import ForwardContext
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
-from statprune.ranks import ProcessGroup
+from statprune.ranks import ProcessGroup, collective
 
 INPUTS = ("input_ids", "attention_mask")
 
@@ -73,6 +73,7 @@ class Scorer:
         process_group: ProcessGroup = None,
     ) -> None:
         self.model, self.batches, self.weights, self.forward_context = model, batches, dict(weights), forward_context
+        self.process_group = process_group
         self.metric = Perplexity(process_group=process_group).to(next(model.parameters()).device)
         self.done = 0
 
@@ -85,7 +86,8 @@ class Scorer:
                     logits = functional_call(self.model, self.weights, (), dict(batch)).logits
                 self.metric.update_next_token(logits, batch["input_ids"], batch.get("attention_mask"))
         self.done = max(self.done, num_batches)
-        return float(self.metric.compute())
+        with collective(self.process_group, f"the perplexity of {num_batches} batches"):
+            return float(self.metric.compute())
 
 
 def _windows(batch: ModelInputs) -> list[dict[str, Tensor]]:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statprune.agreement import check_layers, check_start, device_of
 from statprune.errors import ResultsError, TracingError
 from statprune.model.inputs import ModelInputs, bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.sites import TracedModel
-from statprune.model.weights import check_weights
 from statprune.progress import Progress, Say, silent, unsaid
-from statprune.ranks import ProcessGroup, is_distributed, meet
+from statprune.ranks import ProcessGroup, is_distributed, together
 from statprune.recipe import OnIndivisible, Search
 from statprune.tuning.halves import check_has_perplexity, halve
 from statprune.tuning.outcome import Tuned
@@ -74,16 +74,17 @@ def tune(
         TracingError: the model cannot be exported.
         ResultsError: the output holds something else, or trials that do not compare with these.
     """
-    search = Search(pattern, minutes, targets, ignore, on_indivisible)  # type: ignore[arg-type]
-    check_has_perplexity(model)
-    inputs = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
-    check_weights(model)
-    meet(process_group, next(model.parameters()).device, "statprune.tune")
-    layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
-    return search_recipe(
-        layers, inputs, search,
-        output=output, process_group=process_group, progress=progress, say=say, forward_context=forward_context,
-    )  # fmt: skip
+    with together(process_group, device_of(model), "statprune.tune"):
+        search = Search(pattern, minutes, targets, ignore, on_indivisible)  # type: ignore[arg-type]
+        check_has_perplexity(model)
+        inputs = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
+        check_start(model, search, inputs, process_group)
+        layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
+        check_layers(layers, process_group)
+        return search_recipe(
+            layers, inputs, search,
+            output=output, process_group=process_group, progress=progress, say=say, forward_context=forward_context,
+        )  # fmt: skip
 
 
 def search_recipe(

@@ -1,0 +1,85 @@
+"""What the ranks of a run compare before they begin: different models or recipes would give results that nobody asked for."""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from statprune.model.inputs import ModelInputs
+from statprune.model.layers import Layers
+from statprune.model.weights import check_and_sum_weights, check_weights
+from statprune.ranks import Common, ProcessGroup, agree, is_distributed
+from statprune.recipe import Recipe, Search
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Of a model's first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def check_start(model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelInputs], process_group: ProcessGroup) -> None:
+    """Check the model's weights; several ranks, inside of `together`, compare them, what is to be done and the kind of inputs.
+
+    The sizes and the number of batches may differ, and so may buffers, such as a batch norm's averages under DDP.
+
+    Args:
+        model: with whole weights.
+        how: what is to be done.
+        inputs: this rank's calibration data.
+        process_group: the ranks that work together.
+
+    Raises:
+        SiteError, NonFiniteError: as `check_weights`.
+        RanksError: something differs between the ranks; names it. Nothing is changed.
+    """
+    if not is_distributed(process_group):
+        check_weights(model)
+        return
+    recipe = [
+        f"{key} {json.dumps(value, sort_keys=True)}" for key, value in {"kind": type(how).__name__, **how.to_dict()}.items()
+    ]
+    agree(
+        process_group,
+        [
+            Common("recipes", recipe, "Expected the same one on every rank. Nothing was changed."),
+            Common(
+                "weights",
+                check_and_sum_weights(model),
+                "Load the same checkpoint on every rank, or send the first rank's around before: for p in model.parameters(): "
+                "torch.distributed.broadcast(p.data, 0). Nothing was changed.",
+            ),
+            Common(
+                "batches",
+                _kind(inputs[0]),
+                "Expected the same inputs with the same dtypes on every rank; sizes may differ. Nothing was changed.",
+            ),
+        ],
+    )
+
+
+def check_layers(layers: Layers, process_group: ProcessGroup) -> None:
+    """Compare what the ranks have found in the model, inside of `together`.
+
+    Raises:
+        RanksError: one runs the model along its graph and another cannot, or not all batches reach the same layers.
+    """
+    if is_distributed(process_group):
+        runs = "by module hooks" if layers.traced is None else "along the graph"
+        found = [
+            f"{site.name} {list(site.shape)}, in the group of {group.name}" for group in layers.groups for site in group.sites
+        ]
+        way_out = (
+            "Give every rank batches of the same kind, with the same sizes or as many different ones. Nothing was changed."
+        )
+        agree(process_group, [Common("ways to run the model", [runs], way_out), Common("layers", found, way_out)])
+
+
+def _kind(inputs: ModelInputs) -> list[str]:
+    leaves, _ = tree_flatten_with_path((inputs.args, inputs.kwargs))
+    return [
+        f"input{keystr(path[1:])} "
+        + (f"{leaf.dtype} of {leaf.ndim} dimensions".removeprefix("torch.") if isinstance(leaf, Tensor) else repr(leaf))
+        for path, leaf in leaves
+    ]
