@@ -259,15 +259,24 @@ def test_an_exact_number_goes_whole_and_in_slices(rows, columns, percent, width,
         ({"allocation": "wol"}, "Recipe(allocation='wol') does not exist. Did you mean 'owl'? Known: uniform, owl, sens"),
         ({"allocation": "owl:sprd=1"}, "Its settings are threshold, spread, sparsity."),
         ({"allocation": "uniform:spread=0.1"}, "The allocation 'uniform' has no setting 'spread'."),
-        ({"allocation": "owl:spread=2"}, "owl(spread=2): expected a number in [0, 1]"),
-        ({"allocation": "owl:spread=-0.1"}, "owl(spread=-0.1): expected a number in [0, 1]"),
-        ({"allocation": "owl:threshold=0"}, "owl(threshold=0): expected more than 0"),
-        ({"allocation": "sensitivity:probes=0"}, "sensitivity(probes=0): expected a whole number of batches, at least 1"),
+        ({"allocation": "owl:spread=2"}, "'owl' has spread=2: expected a number from 0 to 1"),
+        ({"allocation": "owl:spread=-0.1"}, "'owl' has spread=-0.1: expected a number from 0 to 1"),
+        ({"allocation": "owl:threshold=0"}, "'owl' has threshold=0: expected a number from 0.001 to"),
+        ({"allocation": "sensitivity:probes=0"}, "'sensitivity' has probes=0: expected a whole number from 1 to 10,000"),
         ({"allocation": "sensitivity:probes=1.5"}, "The allocation 'sensitivity' has probes=1.5: expected a whole number"),
         ({"allocation": "sensitivity:spread=much"}, "The allocation 'sensitivity' has spread='much': expected a number"),
-        ({"allocation": "owl:sparsity=1.5", "pattern": "2:4"}, "owl(sparsity=1.5): expected a fraction in (0, 1)"),
-        ({"allocation": "owl:sparsity=1", "pattern": "2:4"}, "owl(sparsity=1): expected a fraction in (0, 1)"),
-        ({"allocation": "sensitivity:sparsity=0", "pattern": "2:4"}, "sensitivity(sparsity=0): expected a fraction in (0, 1)"),
+        (
+            {"allocation": "owl:sparsity=1.5", "pattern": "2:4"},
+            "'owl' has sparsity=1.5: expected a number from 0 to 1, but not 0 or 1",
+        ),
+        (
+            {"allocation": "owl:sparsity=1", "pattern": "2:4"},
+            "'owl' has sparsity=1: expected a number from 0 to 1, but not 0 or 1",
+        ),
+        (
+            {"allocation": "sensitivity:sparsity=0", "pattern": "2:4"},
+            "'sensitivity' has sparsity=0: expected a number from 0 to 1, but not 0 or 1",
+        ),
         ({"allocation": "owl", "pattern": "2:4"}, "with 2:4 every layer that is pruned is equally sparse, and the allocation"),
         ({"allocation": "sensitivity:sparsity=0.6", "pattern": "2:4"}, "up to 0.5, such as 'sensitivity:sparsity=0.1'"),
         ({"allocation": "owl:sparsity=0.4", "pattern": "50%"}, "the pattern says it already"),
@@ -279,7 +288,7 @@ def test_an_allocation_that_makes_no_sense_is_refused(data, message):
 
 
 def test_half_a_batch_is_no_probe():
-    with pytest.raises(ValueError, match=r"sensitivity\(probes=1.5\): expected a whole number of batches, at least 1"):
+    with pytest.raises(ValueError, match=r"sensitivity\(probes=1.5\): expected a whole number from 1 to 10,000"):
         Sensitivity(probes=1.5)
 
 

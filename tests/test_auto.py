@@ -6,12 +6,14 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 import statprune
+import statprune.data
 from statprune import CausalLM, Recipe, Search, StatisticalPruning
 from statprune.checkpoint import verify
 from statprune.commands.cli import main
 from statprune.errors import ExperimentError, ModelError
 from statprune.experiments.compare import compare
 from statprune.experiments.definition import Experiment
+from statprune.loading import load_tokenizer
 from statprune.training.modules import WindowDataset
 from statprune.tuning.candidates import BASELINES
 from statprune.tuning.search import SearchRun
@@ -163,6 +165,37 @@ def test_the_command_tune_says_what_was_tried_and_its_recipe_prunes(capsys, tmp_
     assert "holds results that do not compare with this run: pattern" in err
 
 
+@pytest.mark.parametrize("command", ["tune", "prune", "compare"])
+def test_the_commands_that_search_cut_the_text_before_they_draw(capsys, tmp_path, tiny_model_folder, monkeypatch, command):
+    text, drawn = tmp_path / "text.txt", []
+    text.write_text(" ".join(f"{number:05}" for number in range(1000)))
+    draw = statprune.data.calibration_windows
+    monkeypatch.setattr("statprune.data.calibration_windows", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    given = {
+        "tune": ("--output", tmp_path / "out", "--minutes", 1e-6),
+        "prune": ("--output", tmp_path / "out", "--method", "auto:minutes=0.000001"),
+        "compare": ("--text", text, "--methods", "auto:minutes=0.000001", "--patterns", "2:4"),
+    }[command]
+    status, _, err = run(capsys, command, tiny_model_folder, "--calibration", text, *SMALL, *given)
+    assert status == 0, err
+    assert "overlap" not in err
+    words = load_tokenizer(tiny_model_folder)
+    (windows,) = drawn
+    halves = [{word for one in half for word in words.decode(one).split()[1:-1]} for half in (windows[::2], windows[1::2])]
+    assert halves[0]
+    assert not halves[0] & halves[1]
+    if command == "prune":
+        assert "alternate blocks" in verify(tmp_path / "out")["protocol"]["places"]
+
+
+def test_windows_that_cover_more_than_the_text_are_a_line(capsys, tmp_path, tiny_model_folder, text):
+    options = ("--seqlen", 48, "--samples", 60, "--batch-size", 20, "--calibration", text, "--minutes", 1e-6)
+    status, _, err = run(capsys, "tune", tiny_model_folder, "--output", tmp_path / "out", *options)
+    assert status == 0, err
+    assert "which 60 windows of 48 cover" in err
+    assert "times on average: windows overlap" in err
+
+
 @pytest.mark.parametrize("option", ["--criterion", "--method"])
 def test_the_command_prune_takes_auto(capsys, tmp_path, tiny_model_folder, option):
     status, out, err = run(capsys, "prune", tiny_model_folder, option, "auto:minutes=1", "--output", tmp_path / "out", *SMALL)
@@ -182,6 +215,11 @@ def test_the_command_refuses_what_cannot_be_tuned(capsys, tmp_path, tiny_model_f
         (("--minutes", 0), "Search(minutes=0.0): expected a number above 0"),
         (("--samples", 1, "--seqlen", 16), "a single window: expected at least 2"),
         (("--pattern", "2:3", "--seqlen", 16), "does not divide its width of 16"),
+        (("--seqlen", 1), "--seqlen 1: expected at least 2"),
+        (("--seed", 2**64), f"--seed {2**64}: expected a number of 64 bits"),
+        (("--samples", 10**20), f"--samples {10**20}: expected less than"),
+        (("--samples", 2**31 - 1), "expected at most 17,179,869,184 tokens together"),
+        (("--batch-size", 10**20), f"--batch-size {10**20}: expected less than"),
     ):
         status, _, err = run(capsys, "tune", tiny_model_folder, *options, *given)
         assert (status, message in err) == (1, True), err

@@ -28,24 +28,24 @@ class TestBatches:
         with refused(model, CalibrationError, "A generator that was already used up has none either"):
             statprune.prune(model, generator)
 
-    @pytest.mark.parametrize("batches", [torch.randn(2, 8), {"input": torch.randn(2, 8)}, "text", None, 3])
+    @pytest.mark.parametrize("batches", [torch.arange(8), {"input": torch.randn(2, 8)}, "text", None, 3])
     def test_one_batch_in_place_of_several(self, batches):
         model = classifier()
-        match = rf"batches are a {type(batches).__name__}: expected several.*Wrap a single batch in a list"
+        match = rf"batches are a {type(batches).__name__}.*: expected several.*Wrap a single batch in a list"
         with refused(model, CalibrationError, match):
             statprune.prune(model, batches)
 
     @pytest.mark.parametrize("batch", ["some text", 3, None, {1, 2}])
     def test_a_batch_of_an_unknown_kind(self, batch):
         model = classifier()
-        match = rf"batch 1 is a {type(batch).__name__}: expected a tensor of tokens, a dict of tensors, or a tuple"
+        match = rf"batch 1 is a {type(batch).__name__}: expected a tensor of tokens, a dict of tensors, rows of"
         with refused(model, CalibrationError, match):
             statprune.prune(model, [torch.randn(2, 8), batch])
 
-    def test_lists_of_token_ids_that_nobody_made_a_tensor_of(self):
+    def test_a_batch_without_a_tensor(self):
         model = small_llama()
         with refused(model, CalibrationError, r"batch 0 has no tensor in it: .*'input_ids'.*Convert lists and arrays"):
-            statprune.prune(model, [{"input_ids": [[3, 4, 5]]}])
+            statprune.prune(model, [{"input_ids": "some text"}])
 
     def test_inputs_that_forward_does_not_take(self):
         model = classifier()
@@ -169,7 +169,7 @@ class TestActivations:
     def overflowing(self):
         model = classifier()
         with torch.no_grad():
-            model[0].weight.fill_(1e38)
+            model[0].weight.fill_(1e37)  # with inputs of 20, scores are in the range of float32, and sums of 4 are not
         return model
 
     @pytest.mark.parametrize("schedule", ["walk", "one-shot"])
@@ -189,12 +189,12 @@ class TestActivations:
     def test_a_plan_changes_nothing_wherever_infinity_shows(self):
         model = self.overflowing()
         with refused(model, NonFiniteError, r"input of 2, .*Nothing was changed"):
-            statprune.plan(model, [torch.zeros(2, 8), torch.full((2, 8), 100.0)])
+            statprune.plan(model, [torch.zeros(2, 8), torch.full((2, 8), 20.0)], "wanda")
 
     def test_a_walk_that_meets_infinity_only_in_a_later_batch_says_what_is_pruned_already(self):
         model = self.overflowing()
         with pytest.raises(NonFiniteError, match=r"input of 2, .* Pruned already: 1 weight before it. Reload the model"):
-            statprune.prune(model, [torch.zeros(2, 8), torch.full((2, 8), 100.0)])
+            statprune.prune(model, [torch.zeros(2, 8), torch.full((2, 8), 20.0)], "wanda")
 
     def test_nan_in_padding_is_no_matter(self):
         class Masked(nn.Module):

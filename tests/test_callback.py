@@ -1,26 +1,33 @@
+import itertools
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import statprune
 from statprune import CausalLM, Perplexity, Recipe, Search, StatisticalPruning, TextData
 from statprune.checkpoint import verify
-from statprune.errors import CalibrationError, CheckpointError, MaskError, SiteError
+from statprune.errors import CalibrationError, CheckpointError, MaskError, NonFiniteError, SiteError
 from statprune.loading import load_model
 from statprune.model import layers
 from statprune.report import PruningReport
+from statprune.training import figures
 from statprune.training.modules import WindowDataset
 
 TOKENS = torch.randint(0, 64, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -153,9 +160,15 @@ def test_a_checkpoint_can_be_chosen_by_pruned_perplexity_and_has_no_keys_of_ours
     assert not any((weight == 0).all() for name, weight in saved["state_dict"].items() if "proj" in name)
 
 
-def test_two_callbacks_have_two_states():
-    keys = {StatisticalPruning(Recipe(pattern=pattern)).state_key for pattern in ("2:4", "50%")}
-    assert len(keys) == 2
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+def test_two_callbacks_have_two_states_and_take_their_own_from_a_checkpoint(tmp_path):
+    fit = trainer(StatisticalPruning(Recipe(pattern="2:4")), StatisticalPruning(Recipe(pattern="50%")), max_epochs=1)
+    fit.fit(Classifier(), classifier_data(), classifier_data())
+    assert len({callback.state_key for callback in fit.callbacks if isinstance(callback, StatisticalPruning)}) == 2
+    fit.save_checkpoint(tmp_path / "both.ckpt")
+    again = [StatisticalPruning(Recipe(pattern=pattern)) for pattern in ("50%", "2:4")]
+    trainer(*again).validate(Classifier(), classifier_data(), ckpt_path=tmp_path / "both.ckpt", verbose=False)
+    assert [callback.landed["recipe"]["pattern"]["name"] for callback in again] == ["unstructured", "nm"]
 
 
 class Classifier(LightningModule):
@@ -333,13 +346,68 @@ def test_sharded_parameters_are_refused_by_name(then, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_any_module_is_an_output(tmp_path):
+    for name, run in (("fitted", fitted), ("validated", validated)):
+        run(classifying(output=str(tmp_path / name)), module := Classifier())
+        assert verify(tmp_path / name)["base"] == {"class": "Classifier", "library": "pytorch"}
+        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["head.0.weight"], module.head[0].weight)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_trained(tmp_path):
-    module, output = Classifier(), str(tmp_path / "out")
+    (tmp_path / "file").write_text("no folder")
+    module = Classifier()
+    before = weights_of(module)
+    for run, then in itertools.product((fitted, validated), ("stop", "finetune")):
+        if (run, then) == (validated, "finetune"):
+            continue  # writes nothing
+        with pytest.raises(CheckpointError, match=r"file/out' cannot be written"):
+            run(classifying(then, output=str(tmp_path / "file" / "out")), module)
+    assert unchanged(module, before)
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_trained(tmp_path):
+    module = Classifier()
+    module.head[2].register_buffer("scale", torch.ones(2).to_sparse())
     before = weights_of(module)
     for run in (fitted, validated):
-        with pytest.raises(CheckpointError, match="Classifier is no transformers model"):
-            run(classifying(output=output), module)
+        with pytest.raises(CheckpointError, match=r"head\.2\.scale is no dense tensor"):
+            run(classifying(output=str(tmp_path / "out")), module)
     assert unchanged(module, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+def test_any_module_is_written_as_safetensors_that_keep_what_is_promised(then, tmp_path):
+    module, output = Classifier(), tmp_path / "out"
+    fitted(classifying(then, output=str(output)), module)
+    assert verify(output)["sparsity"] == 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    restored = Classifier()
+    safetensors.torch.load_model(restored, output / "model.safetensors")
+    assert unchanged(restored, weights_of(module))
+
+
+def test_what_was_trained_is_kept_where_the_end_of_the_training_fails(tmp_path):
+    """Calibration data with NaN in it: seen when the training has ended."""
+    module = Classifier()
+    bad = StatisticalPruning(Recipe(pattern="50%"), calibration=[torch.full((4, 8), torch.nan)], output=str(tmp_path / "out"),
+                             probe=False)  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity in the input .* The trained weights are in .*out\.rescued"):
+        fitted(bad, module)
+    kept = safetensors.torch.load_file(tmp_path / "out.rescued" / "model.safetensors")
+    assert all(torch.equal(kept[name], weight) for name, weight in module.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.rescued"]
+
+
+def test_an_error_of_somebody_else_s_keeps_the_weights_too_and_says_so(tmp_path):
+    def fails():
+        raise KeyError("somebody else's")
+        yield
+
+    with pytest.raises(KeyError) as caught:
+        fitted(StatisticalPruning(calibration=fails(), output=str(tmp_path / "out"), probe=False), Classifier())
+    assert "The trained weights are in" in caught.value.__notes__[-1]
+    assert (tmp_path / "out.rescued" / "model.safetensors").is_file()
 
 
 def test_a_classifier_that_somebody_else_wrote():
@@ -406,7 +474,7 @@ def test_a_module_says_how_its_batches_become_inputs():
     module = Odd()
     callback = StatisticalPruning(Recipe(pattern="50%"), calibration=classifier_data())
     inputs = callback._calibration_inputs(trainer(), module, module)
-    assert inputs[0]["scale"] == 2
+    assert inputs[0].kwargs["scale"] == 2
 
 
 def test_calibration_data_is_never_the_validation_data_by_itself():
@@ -560,6 +628,75 @@ def test_a_pattern_that_yaml_takes_for_a_number_is_explained(init_args, tmp_path
         callback_from_yaml(init_args, tmp_path, monkeypatch)
 
 
+# Loggers.
+
+
+class OnlyMetrics(Logger):
+    """As somebody's own logger may be: numbers and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    name = version = "only"
+
+    def log_hyperparams(self, params, *args, **kwargs): ...
+
+    def log_metrics(self, metrics, step=None):
+        assert all(isinstance(value, int | float) for value in metrics.values())
+        self.seen.update(metrics)
+
+
+LOGGED = {"dense_perplexity", "pruned_perplexity", "pruned_output_error", "pruned_sparsity", "pruned_energy_ratio"}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+def test_what_is_logged_reaches_every_logger_and_tensorboard_also_gets_pictures(then, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logged = LOGGED if then == "stop" else {"pruned_perplexity", "pruned_sparsity", "pruned_energy_ratio"}
+    own, csv, board = OnlyMetrics(), CSVLogger(tmp_path), TensorBoardLogger(tmp_path)
+    module = Classifier()
+    fit = trainer(classifying(then), max_epochs=2, logger=[own, csv, board], log_every_n_steps=1, num_sanity_val_steps=1)
+    fit.fit(module, classifier_data(), classifier_data())
+    assert own.seen.keys() >= logged
+    assert logged <= set((Path(csv.log_dir) / "metrics.csv").read_text().splitlines()[0].split(","))
+    board.experiment.flush()
+    events = accumulator.EventAccumulator(board.log_dir, {"images": 0, "histograms": 0})
+    events.Reload()
+    assert logged <= set(events.Tags()["scalars"])
+    probes = {"stop": [4, 8, 8], "finetune": [0]}[then]  # each probe, and what has landed
+    assert [event.step for event in events.Images("pruned_layers")] == probes
+    assert set(events.Tags()["histograms"]) == {"pruned_kept_weights/features.0", "pruned_kept_weights/head.0"}
+    last = events.Histograms("pruned_kept_weights/head.0")[-1].histogram_value
+    assert last.num == 256, "half of 16 x 32"
+
+
+def test_histograms_are_of_a_bounded_sample_by_kind_of_layer(monkeypatch):
+    model = CausalLM(tiny_llama()).model
+    report = statprune.prune(model, loader(), "wanda")
+    kept = figures.kept_weights(report, model.get_parameter)
+    assert kept.keys() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {kind: len(values) for kind, values in kept.items()}["up_proj"] == 16 * 32 // 2
+    monkeypatch.setattr(figures, "MOST_VALUES", 700)
+    assert sum(len(values) for values in figures.kept_weights(report, model.get_parameter).values()) <= 700
+    monkeypatch.setattr(figures, "MOST_KINDS", 3)
+    assert figures.kept_weights(report, model.get_parameter).keys() == {"all layers"}
+
+
+def test_without_matplotlib_there_is_no_figure(monkeypatch):
+    model = CausalLM(tiny_llama()).model
+    report = statprune.prune(model, loader(), "wanda")
+    figure = figures.layer_figure(report)
+    assert [len(axis.patches) for axis in figure.axes] == [7, 7]
+    assert figure.axes[0].patches[0].get_height() == 50
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert figures.layer_figure(report) is None
+
+
+# Several ranks.
+
+
 def _weights_and_metrics(rank, devices):
     module = CausalLM(tiny_llama())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
@@ -582,3 +719,42 @@ def test_two_ddp_ranks_prune_alike_and_as_one_process_with_all_the_data(two_rank
         assert torch.equal(first[name] == 0, weight == 0), name
     for name in ("dense_perplexity", "pruned_perplexity", "pruned_output_error", "pruned_sparsity"):
         assert metrics[name] == pytest.approx(metrics_of_one[name], rel=1e-5), name
+
+
+class Calibrated(CausalLM):
+    def calibration_dataloader(self):
+        return DataLoader(WindowDataset(TOKENS), batch_size=4)
+
+
+def _validated_on_ranks(rank, devices, sampler, limit):
+    module = Calibrated(tiny_llama())
+    given = {}
+    if sampler:
+        samples = DistributedSampler(TOKENS, num_replicas=devices, rank=rank, shuffle=False)
+        given = {"calibration": DataLoader(WindowDataset(TOKENS), batch_size=2, sampler=samples)}
+    callback = StatisticalPruning(Recipe(pattern="2:4"), calibration_batches=limit, **given)
+    run = trainer(callback, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    run.validate(module, DataLoader(WindowDataset(TOKENS), batch_size=4), verbose=False)
+    metrics = {name: value.item() for name, value in run.callback_metrics.items()}
+    return module.state_dict(), callback.report.num_tokens, callback.report.num_batches, metrics
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+@pytest.mark.parametrize(("sampler", "limit", "num_tokens"), [(False, 128, 384), (False, 3, 192), (True, 128, 384)])
+def test_two_ranks_share_the_calibration_batches_and_count_every_token_once(two_ranks, sampler, limit, num_tokens):
+    (first, tokens, batches, metrics), (second, same, _, _) = two_ranks(_validated_on_ranks, 2, sampler, limit)
+    one, tokens_of_one, batches_of_one, metrics_of_one = _validated_on_ranks(0, 1, False, limit)
+    assert tokens == same == tokens_of_one == num_tokens
+    assert batches < batches_of_one or sampler
+    for name, weight in one.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], weight, atol=1e-6), name
+        assert torch.equal(first[name] == 0, weight == 0), name
+    assert metrics["pruned_perplexity"] == pytest.approx(metrics_of_one["pruned_perplexity"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_a_rank_without_a_calibration_batch_is_an_error_on_all(two_ranks):
+    for outcome in two_ranks.outcomes(_validated_on_ranks, 2, False, 1):
+        assert isinstance(outcome, CalibrationError)
+        assert "1 of the 2 batches that 2 ranks need" in str(outcome)

@@ -13,12 +13,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import statprune.zeros
 from statprune import Recipe, Search
 from statprune.checkpoint import verify
 from statprune.commands import COMMANDS, display
 from statprune.commands.cli import main, parse
 from statprune.errors import RecipeError
 from statprune.loading import load_model, load_tokenizer
+from statprune.methods import catalog, registry
+from statprune.methods.budget import ALLOCATIONS
+from statprune.methods.patterns import PATTERNS
 from statprune.perplexity import evaluate
 
 TEXT = "to be or not to be, that is the question\n" * 40
@@ -84,7 +88,7 @@ class TestPrune:
         record = json.loads((pruned.folder / "pruning.json").read_text())
         assert record["protocol"] == {
             "model": record["protocol"]["model"], "calibration": [pruned.text], "samples": 20, "seqlen": 16, "seed": 0,
-            "batch_size": 2, "dtype": "float32", "device": "cpu",
+            "places": "random tokens of the text", "batch_size": 2, "dtype": "float32", "device": "cpu",
         }  # fmt: skip
         assert record["recipe"]["allocation"] == {"name": "owl", "threshold": 5.0, "spread": 0.1, "sparsity": None}
         assert {site["sparsity"] for site in record["sites"]} == {0.5}  # of one block
@@ -153,6 +157,109 @@ class TestPrune:
         assert (len(record["sites"]), record["sparsity"]) == (7, 0.5)
 
 
+class TestPerplexityBeforeAndAfter:
+    def test_is_measured_shown_and_recorded(self, capsys, tmp_path, tiny_model_folder, text):
+        status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--text", text, "--pattern", "75%")
+        assert status == 0, err
+        found = verify(tmp_path / "out")["perplexity"]
+        assert f"perplexity {found['pruned']:.4f}, dense {found['dense']:.4f}, on {found['windows']} windows of 16" in out
+        assert (found["seqlen"], found["text"]) == (16, [text])
+        for folder, name in ((tiny_model_folder, "dense"), (tmp_path / "out", "pruned")):
+            result = json.loads(run(capsys, "evaluate", folder, "--text", text, "--seqlen", 16, "--json")[1])
+            assert found[name] == pytest.approx(result["perplexity"])
+            assert found["windows"] == result["windows"]
+        assert found["dense"] != found["pruned"]
+        assert f"| pruned | {found['pruned']:.4f} |" in (tmp_path / "out" / "README.md").read_text()
+
+    def test_the_text_is_read_before_anything_is_pruned(self, capsys, tmp_path, tiny_model_folder):
+        (tmp_path / "short.txt").write_text("to be")
+        status, _, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--text", tmp_path / "short.txt")
+        assert status == 1
+        assert "less than one window of 16" in err
+        assert "pruning" not in err
+        assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+    def test_one_that_is_no_number_is_recorded_as_none_and_loses_nothing(
+        self, capsys, tmp_path, tiny_model_folder, text, monkeypatch
+    ):
+        values = iter([12.5, float("inf")])
+        monkeypatch.setattr("statprune.perplexity.evaluate", lambda *_, **__: next(values))
+        status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--text", text)
+        assert status == 0, err
+        assert "perplexity no number, dense 12.5000" in out
+        found = verify(tmp_path / "out")["perplexity"]
+        assert (found["dense"], found["pruned"]) == (12.5, None)
+
+
+class TestZerosOfASparseFolder:
+    def test_are_counted_by_layer_with_the_recorded_recipe(self, capsys, tmp_path, tiny_model_folder, text):
+        options = ["--calibration", text, "--pattern", "1:4", "--method", "wanda", "--ignore", "*.down_proj"]
+        assert prune(capsys, tiny_model_folder, tmp_path / "out", *options)[0] == 0
+        status, out, err = run(capsys, "inspect", tmp_path / "out")
+        assert status == 0, err
+        assert "│ model.layers.*.mlp.up_proj │ 1 │ 75.00 % │ 1:4 │" in out
+        assert "│ model.layers.*.mlp.down_proj │ 1 │ 0.00 % │ - │" in out
+        assert "1,344 zeros in 7,104 weights of linear layers, 18.92 %; pruning.json: wanda at 1:4, schedule walk" in out
+        data = json.loads(run(capsys, "inspect", tmp_path / "out", "--json")[1])
+        layers = {layer["name"]: layer for layer in data["layers"]}
+        assert layers["model.layers.0.mlp.up_proj"] == {
+            "name": "model.layers.0.mlp.up_proj", "shape": [32, 16], "zeros": 384, "pattern": "1:4", "sparsity": 0.75,
+        }  # fmt: skip
+        assert (data["zeros"], data["weights"], data["recorded"]) == (
+            1344,
+            7104,
+            "wanda at 1:4, schedule walk, allocation uniform",
+        )
+
+    @pytest.mark.parametrize(
+        ("zero_at", "pattern"), [(slice(0, None, 2), "2:4"), (slice(0, 8), None), ([0, 1, 2, 3, 8, 9, 10, 11], "4:8")]
+    )
+    def test_need_no_record(self, capsys, tmp_path, tiny_model_folder, zero_at, pattern):
+        folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+        tensors = load_file(folder / "model.safetensors")
+        for name in tensors:
+            if name.endswith("_proj.weight"):
+                tensors[name][:, zero_at] = 0.0
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        status, out, err = run(capsys, "inspect", folder)
+        assert status == 0, err
+        assert f"model.layers.*.mlp.up_proj │ 1 │ 50.00 % │ {pattern or '-'} │" in out
+        assert "there is no pruning.json" in out
+
+    def test_layers_that_differ_have_rows_of_their_own(self, capsys):
+        from statprune.zeros import Zeros
+
+        zeros = [Zeros(f"layers.{index}.up", (4, 4), index, None) for index in (0, 8)]
+        zeros += [Zeros(f"layers.{index}.down", (4, 4), 8, "2:4") for index in (0, 8)]
+        display.show_zeros([*zeros, Zeros("gone", (4, 4), None, None)], None)
+        rows = [
+            [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line
+        ]
+        assert rows == [
+            ["layers.0.up", "1", "0.00 %", "-"],
+            ["layers.8.up", "1", "50.00 %", "-"],
+            ["layers.*.down", "2", "50.00 %", "2:4"],
+            ["gone", "1", "not in the files", "-"],
+        ]
+
+    def test_are_not_looked_for_in_a_dense_folder(self, capsys, tiny_model_folder, monkeypatch):
+        asked = []
+        own = statprune.zeros.count_zeros
+        monkeypatch.setattr(
+            statprune.zeros, "count_zeros", lambda folder, sites: asked.append(len(sites)) or own(folder, sites)
+        )
+        status, out, err = run(capsys, "inspect", tiny_model_folder)
+        assert (status, asked) == (0, [3]), err
+        assert out.endswith("share one set of statistics.")
+
+    def test_a_file_that_cannot_be_read_is_named(self, capsys, tmp_path, tiny_model_folder):
+        folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+        (folder / "model.safetensors").write_bytes(b"no")
+        status, _, err = run(capsys, "inspect", folder)
+        assert status == 1
+        assert "model.safetensors cannot be read" in err
+
+
 def look_at_values(monkeypatch):
     """Control flow that depends on values, which no graph can hold."""
     from transformers.models.llama.modeling_llama import LlamaMLP
@@ -199,8 +306,7 @@ class TestDryRun:
 
 def read(words):
     """The recipe or search that these options ask for."""
-    _, given = parse(shlex.split(f"prune MODEL --output out {words}"))
-    return given["recipe"].read()
+    return parse(shlex.split(f"prune MODEL --output out {words}")).given["recipe"].read()
 
 
 class TestRecipeOptions:
@@ -266,7 +372,7 @@ class TestModelAnywhere:
         ],
     )
     def test_of_one_option_with_several_words(self, words):
-        function, given = parse(["evaluate", *words.split()])
+        function, given, _ = parse(["evaluate", *words.split()])
         assert function is COMMANDS["evaluate"]
         assert (given["model"].model, given["text"], given["windows"].seqlen) == ("MODEL", ["a.txt", "b.txt"], 64)
 
@@ -432,6 +538,27 @@ def test_inspect_knows_no_families(capsys, tmp_path, model_type, settings):
     assert len(json.loads(out)["groups"]) >= 3
 
 
+def test_with_json_there_is_one_object_and_with_quiet_nothing(capsys, tmp_path, pruned, tiny_model_folder, text):
+    measured = ["--calibration", text, "--text", text, "--seqlen", "16", "--samples", "4"]
+    commands = [
+        ["verify", pruned.folder], ["evaluate", tiny_model_folder, "--text", text, "--seqlen", "16"],
+        ["prune", tiny_model_folder, "--output", tmp_path / "a", *measured],
+        ["prune", tiny_model_folder, "--output", tmp_path / "b", "--seqlen", "16", "--dry-run"],
+        ["compare", tiny_model_folder, *measured, "--methods", "wanda", "--patterns", "2:4"],
+        ["benchmark", tiny_model_folder, "--seqlen", "16", "--samples", "2", "--rounds", "1"],
+    ]  # fmt: skip
+    for words in commands:
+        assert main([*map(str, words), "--json", "--quiet"]) == 0
+        printed = capsys.readouterr()
+        assert isinstance(json.loads(printed.out), dict)
+        assert printed.err == ""
+    assert json.loads((tmp_path / "a" / "pruning.json").read_text())["sparsity"] == 0.5
+    assert not (tmp_path / "b").exists()
+    assert main(["evaluate", tiny_model_folder, "--text", text, "--seqlen", "16", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
 def test_verify_fails_with_the_first_broken_promise(capsys, tmp_path, pruned):
     folder = shutil.copytree(pruned.folder, tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
@@ -498,7 +625,7 @@ class TestHelp:
             assert " ".join(paragraph.split()) in flat
         _, heading, examples = shown.partition("\nexamples:\n")
         assert heading
-        commands = [line.strip() for line in examples.partition("\n\n")[0].splitlines()]
+        commands = [line.strip() for line in examples.partition("\n\n")[0].replace("\\\n", "").splitlines()]
         assert any(line.startswith(f"statprune {command}") for line in commands)
         for line in commands:
             program, *words = shlex.split(line)
@@ -511,7 +638,7 @@ class TestHelp:
         entries = help_of(capsys, command).split("\n  --")
         several = [entry for entry in entries if " ...]" in entry.splitlines()[0]]
         assert all("several" in entry and f" --{entry.split()[0]} " in " ".join(entry.split()) for entry in several)
-        assert bool(several) == (command not in ("quickstart", "verify", "merge"))
+        assert bool(several) == (command not in ("quickstart", "verify", "push", "merge"))
 
     def test_names_what_the_registry_has(self, capsys, monkeypatch):
         def my_own(weight, moments, *, sharpness=3.5):
@@ -520,14 +647,17 @@ class TestHelp:
             And more.
             """
 
-        from statprune.commands import cli
-
-        known = cli.known_criteria()
-        monkeypatch.setattr(cli, "known_criteria", lambda: {**known, "my-own": my_own})
-        shown = " ".join(help_of(capsys, "prune").split())
+        known = registry.known_criteria()
+        monkeypatch.setattr(catalog, "entry_points", lambda group: [object()])  # of whatever name
+        monkeypatch.setattr(registry, "known_criteria", lambda: {**known, "my-own": my_own})
+        catalog.catalog.cache_clear()
+        try:
+            shown = " ".join(help_of(capsys, "prune").split())
+        finally:
+            catalog.catalog.cache_clear()
         assert "sparsegpt, my-own" in shown
         assert "my-own Keeps what I like. settings: sharpness=3.5" in shown
-        for name in [*known, *cli.known_compensations(), *cli.ALLOCATIONS, *cli.PATTERNS]:
+        for name in [*known, *registry.known_compensations(), *ALLOCATIONS, *PATTERNS]:
             assert f" {name} " in shown, name
 
     def test_of_statprune_teaches_what_to_try_first(self, capsys):
@@ -557,6 +687,15 @@ class TestProgress:
             f"· measuring: {done} of 25" for done in range(1, 26)
         ]
 
+    def test_is_a_line_each_minute_too(self, capsys, monkeypatch):
+        seconds = iter(range(0, 10000, 25))
+        monkeypatch.setattr(display.time, "perf_counter", lambda: float(next(seconds)))
+        with display.progress("walking") as progress:
+            for done in range(1, 41):
+                progress(done, 400, "")
+        lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+        assert lines == [f"· walking: {done} of 400" for done in range(3, 41, 3)] + ["· walking: 40 of 400"]
+
     def test_preparations_do_not_count_for_what_is_left(self, capsys, monkeypatch):
         seconds = iter([0.0, 100.0, 102.0, 104.0])  # the first step ends after 100 s, the others take 2
         monkeypatch.setattr(display.time, "perf_counter", lambda: next(seconds))
@@ -576,7 +715,7 @@ class TestProgress:
     @pytest.fixture
     def terminal(self, monkeypatch):
         shown = io.StringIO()
-        monkeypatch.setattr(display, "errors", Console(file=shown, force_terminal=True, width=100))
+        monkeypatch.setattr(display, "notes", Console(file=shown, force_terminal=True, width=100))
         return shown
 
     def test_on_a_terminal_is_a_bar_that_appears_with_the_first_step(self, terminal):

@@ -292,14 +292,14 @@ def test_columns_without_variance_have_finite_scores_in_cvr(weight):
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        (functools.partial(cvr, alpha=-0.1), r"cvr\(alpha=-0.1\): expected alpha >= 0"),
+        (functools.partial(cvr, alpha=-0.1), r"cvr\(alpha=-0.1\): expected a number from 0 to 4"),
         (functools.partial(cvr, alpha=float("nan")), r"cvr\(alpha=nan\)"),
-        (functools.partial(cvr, exponent=-0.25), r"cvr\(exponent=-0.25\): expected exponent >= 0"),
+        (functools.partial(cvr, exponent=-0.25), r"cvr\(exponent=-0.25\): expected a number from 0 to 2"),
         (functools.partial(cvr, exponent=float("nan")), r"cvr\(exponent=nan\)"),
-        (functools.partial(cvr, eps=0.0), r"cvr\(eps=0.0\): expected eps > 0"),
-        (functools.partial(ria, exponent=-1.0), r"ria\(exponent=-1.0\): expected exponent >= 0"),
+        (functools.partial(cvr, eps=0.0), r"cvr\(eps=0.0\): expected a number from 1e-12 to 1,000"),
+        (functools.partial(ria, exponent=-1.0), r"ria\(exponent=-1.0\): expected a number from 0 to 4"),
         (functools.partial(ria, exponent=float("nan")), r"ria\(exponent=nan\)"),
-        (functools.partial(optimal_brain, damping=0.0), r"optimal-brain\(damping=0.0\): expected more than 0"),
+        (functools.partial(optimal_brain, damping=0.0), r"optimal-brain\(damping=0.0\): expected a number from 1e-30 to 100"),
     ],
 )
 def test_settings_out_of_range_are_refused(criterion, message):

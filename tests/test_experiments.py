@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from statprune.experiments.walk_cost import measure_walk
 from statprune.loading import load_model, load_tokenizer
 from statprune.model import layers
 from statprune.perplexity import evaluate
-from statprune.results import Result, ResultsFile, digest
+from statprune.results import Result, ResultsFile, alone_in, digest
 from test_zero_shot import write_task
 
 WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
@@ -193,6 +194,59 @@ class TestResultsFile:
         (tmp_path / CELLS).write_text('{"format": 1, "prot')
         assert self.open(tmp_path / CELLS).get("") is None
 
+    def test_what_a_crash_of_the_machine_leaves_at_the_end_is_passed_over_with_a_word(self, tmp_path):
+        path, file, said = tmp_path / CELLS, self.open(tmp_path / CELLS), []
+        first, second = (Result("perplexity", "m", "x", seed=seed, values={"perplexity": 1.0}) for seed in (0, 1))
+        file.add(first)
+        whole = path.read_bytes()
+        for tail in (b"\0" * 100, b'{"measure": "perp' + b"\0" * 50, b'{"measure": "perp\0\0\n', b"\0\n\0"):
+            path.write_bytes(whole + tail)
+            file = ResultsFile(path, self.PROTOCOL, self.VERSIONS, said.append)
+            assert "broken off in writing, passed over" in said.pop()
+            assert not said
+            assert path.read_bytes() == whole
+            file.add(second)
+            assert self.open(path).results() == [first, second]
+
+    def test_a_broken_line_in_the_middle_is_passed_over_with_a_word(self, tmp_path):
+        path, file, said = tmp_path / CELLS, self.open(tmp_path / CELLS), []
+        first, second, third = (Result("perplexity", "m", "x", seed=seed, values={"perplexity": 1.0}) for seed in (0, 1, 2))
+        for one in (first, second, third):
+            file.add(one)
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([lines[0], lines[1], lines[2][:30], lines[3], lines[3]]))
+        file = ResultsFile(path, self.PROTOCOL, self.VERSIONS, said.append)
+        assert "1 line broken off in writing" in said[0]
+        assert file.results() == [first, third]
+
+    @pytest.mark.parametrize("after", [0, 1])
+    def test_a_write_that_fails_leaves_no_part_of_a_line(self, tmp_path, monkeypatch, after):
+        path, file = tmp_path / CELLS, self.open(tmp_path / CELLS)
+        cells = [Result("perplexity", "m", "x", seed=seed, values={"perplexity": 1.0}) for seed in range(after + 1)]
+        for cell in cells[:after]:
+            file.add(cell)
+        before = path.read_bytes() if after else b""
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)  # when the bytes are in the file already
+            with pytest.raises(ResultsError, match=r"cannot be written: .*No space left.*run again"):
+                file.add(cells[-1])
+        assert path.read_bytes() == before
+        file.add(cells[-1])
+        assert self.open(path).results() == cells
+
+    def test_what_is_no_number_is_valid_json(self, tmp_path):
+        values = {"perplexity": 2.0, "other": math.nan, "another": math.inf}
+        one = Result("perplexity", "m", "x", values=values)
+        self.open(tmp_path / CELLS).add(one)
+        text = (tmp_path / CELLS).read_text()
+        assert "NaN" not in text
+        assert "Infinity" not in text
+        assert self.open(tmp_path / CELLS).get(one.key).values == {"perplexity": 2.0}
+
     def test_a_failed_cell_is_not_finished(self, tmp_path):
         failed = Result("perplexity", "m", "x", error="why")
         file = self.open(tmp_path / CELLS)
@@ -218,6 +272,46 @@ class TestResultsFile:
         (tmp_path / CELLS).write_text(content)
         with pytest.raises(ResultsError, match="is not a file of results"):
             self.open(tmp_path / CELLS)
+
+
+HOLD = """
+import sys
+from statprune.results import alone_in
+with alone_in(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+class TestAloneIn:
+    def test_a_second_run_is_told_who_is_at_work_and_a_killed_one_leaves_no_lock(self, tmp_path):
+        folder = tmp_path / "a" / "b"
+        command = [sys.executable, "-c", HOLD, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "held\n"
+            told = rf"b: another run is at work there \(process {other.pid} on .*, since 20.*choose another --output"
+            with pytest.raises(ResultsError, match=told), alone_in(folder):
+                pytest.fail("two at once")
+            other.kill()
+        with alone_in(folder):
+            assert folder.is_dir()
+        assert list(folder.iterdir()) == []
+
+    def test_a_folder_in_which_nothing_was_written_goes_again(self, tmp_path):
+        with alone_in(tmp_path / "a" / "b"):
+            pass
+        with alone_in(tmp_path / "c"):
+            (tmp_path / "c" / "result").write_text("1")
+        assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+    def test_a_folder_that_cannot_be_is_refused(self, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ResultsError, match="cannot be written to"), alone_in(tmp_path / "file"):
+            pytest.fail("in a file")
+
+    def test_experiments_take_turns(self, tmp_path, settings):
+        with alone_in(tmp_path / "out"), pytest.raises(ResultsError, match="another run is at work"):
+            run([Experiment.load("perplexity", settings)], tmp_path / "out")
 
 
 class TestDigest:
@@ -558,3 +652,62 @@ def test_what_auto_chose_is_written_down(settings, tmp_path):
     assert chosen.pop("auto:minutes=0.0001") in {"wanda (block)", "cvr+energy (block)", "sparsegpt (block)"}
     assert set(chosen.values()) == {None}
     assert "What auto chose: 2:4, seed 0: " in outcome.tables["correction"]
+
+
+@pytest.fixture
+def spoilt_folder(tmp_path, tiny_model_folder):
+    """A model with NaN in a weight, as a training may leave it."""
+    model = load_model(tiny_model_folder)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "spoilt")
+    load_tokenizer(tiny_model_folder).save_pretrained(tmp_path / "spoilt")
+    return str(tmp_path / "spoilt")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "tune"])
+def test_nan_in_a_weight_is_named_in_valid_json(capsys, tmp_path, spoilt_folder, text, command):
+    options = {
+        "evaluate": ["--text", text],
+        "compare": ["--text", text, "--calibration", text, "--samples", "2"],
+        "tune": ["--calibration", text, "--samples", "4", "--output", str(tmp_path / "tuned")],
+    }[command]
+    assert main([command, spoilt_folder, *options, "--seqlen", "16", "--json"]) == 1
+    data = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "up_proj.weight" in data["error"]
+
+
+def test_an_experiment_with_nan_fails_and_names_the_weight(tmp_path, settings, spoilt_folder):
+    outcome = run([Experiment.load("perplexity", {**settings, "model": [spoilt_folder]})], tmp_path / "out")
+    assert outcome.tables == {}
+    assert outcome.contents == ""
+    assert "up_proj.weight" in outcome.failures[0]
+    assert "NaN," not in (tmp_path / "out" / CELLS).read_text()
+
+
+def test_a_method_that_spoils_the_model_is_a_cell_and_the_comparison_goes_on(tmp_path, settings, text, monkeypatch):
+    model, tokenizer = load_model(settings["model"][0]), load_tokenizer(settings["model"][0])
+    windows = calibration_windows([text], tokenizer=tokenizer, model=model, samples=2, seqlen=16)
+
+    def spoiling(*arguments, **others):
+        twin = plan(*arguments, **others)
+        if twin.report.recipe["method"] == "magnitude":
+            next(iter(twin.weights.values())).fill_(math.nan)
+        return twin
+
+    monkeypatch.setattr("statprune.experiments.compare.plan", spoiling)
+    dense, bad, good = compare(model, windows, windows, methods=["magnitude", "wanda"], patterns=["50%"])
+    assert (dense.error, good.error) == (None, None)
+    assert math.isnan(bad.perplexity)
+    assert "NaN or infinity in model.layers.0" in bad.error
+    table = markdown_table([dense, bad, good])
+    assert f"**{good.perplexity:.2f}**" in table
+    assert "| nan |" in table
+
+
+def test_a_search_in_an_experiment_gets_halves_of_the_text(tmp_path, settings, monkeypatch):
+    drawn, draw = [], running.calibration_windows
+    monkeypatch.setattr(running, "calibration_windows", lambda *a, **k: drawn.append(k["halves"]) or draw(*a, **k))
+    given = {**settings, "methods": ["wanda", "auto:minutes=0.000001"], "samples": 4}
+    assert run([Experiment.load("perplexity", given)], tmp_path / "out").failures == []
+    assert drawn == [False, True]

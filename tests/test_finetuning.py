@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from statprune import CausalLM, Recipe, StatisticalPruning
 from statprune.checkpoint import verify
-from statprune.errors import CheckpointError, MaskError, RecipeError
+from statprune.errors import CheckpointError, MaskError, NonFiniteError, RecipeError
 from statprune.loading import load_model
 from statprune.report import PruningReport, SiteReport
 from statprune.training.masks import HeldMasks, remeasure
@@ -349,6 +350,81 @@ def test_every_checkpoint_has_the_zeros_and_resuming_from_any_holds_the_same_mas
     torch.save(saved, tmp_path / "regrown.ckpt")
     with pytest.raises(MaskError, match=r"up_proj has 0 zeros, but 256 were recorded"):
         trainer(finetuning(), max_epochs=2).fit(CausalLM(tiny_llama()), loader(), loader(), ckpt_path=tmp_path / "regrown.ckpt")
+
+
+def refusing(callback, path, match):
+    module = CausalLM(tiny_llama(seed=5), learning_rate=1e-2)
+    with pytest.raises(MaskError, match=match):
+        trainer(callback, max_epochs=2).fit(module, loader(), loader(), ckpt_path=path)
+    assert callback.landed is None
+
+
+def test_resuming_with_another_recipe_is_refused_and_names_both(tmp_path):
+    fit = trainer(finetuning(), max_epochs=1)
+    fit.fit(CausalLM(tiny_llama(), learning_rate=1e-2), loader(), loader())
+    fit.save_checkpoint(path := tmp_path / "sparse.ckpt")
+    for recipe, told in (
+        (Recipe("wanda", "50%"), r"pattern '2:4' then and '50%' now"),
+        (Recipe("cvr:alpha=0.3", "2:4"), r"method 'wanda' then and 'cvr:alpha=0\.3' now"),
+        ("auto:minutes=1", r"method 'wanda' then and 'auto:minutes=1' now"),
+    ):
+        for then in ("finetune", "stop"):
+            other = StatisticalPruning(recipe, calibration=loader(), then=then)
+            refusing(other, path, f"is pruned already, by another recipe: .*{told}.*Resume with the recipe that")
+    other = StatisticalPruning(Recipe("wanda", "50%"), module="model", calibration=loader(), then="finetune")
+    refusing(other, path, "pattern '2:4' then and '50%' now")
+    with pytest.raises(MaskError, match="pruned already, by another recipe"):
+        trainer(StatisticalPruning(calibration=loader())).validate(
+            CausalLM(tiny_llama()), loader(), ckpt_path=path, verbose=False
+        )
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_its_mask(tmp_path):
+    """Its key spells the recipe out with other settings than this version does, and its state holds less."""
+    first = finetuning()
+    fit = trainer(first, max_epochs=1)
+    fit.fit(CausalLM(tiny_llama(), learning_rate=1e-2), loader(), loader())
+    fit.save_checkpoint(path := tmp_path / "sparse.ckpt")
+    saved = torch.load(path, weights_only=True)
+    old = RECIPE.to_dict()
+    del old["allocation"]
+    saved["callbacks"] = {"StatisticalPruning" + str({"recipe": old, "module": None}): {"landed": first.state_dict()["landed"]}}
+    torch.save(saved, path)
+    resumed, module = finetuning(), CausalLM(tiny_llama(seed=5), learning_rate=1e-2)
+    trainer(resumed, Watch(), max_epochs=2).fit(module, loader(), loader(), ckpt_path=path)
+    assert resumed.report.finetuning_steps == 6
+    assert all(torch.equal(now, zeros(fit.lightning_module)[name]) for name, now in zeros(module).items())
+    refusing(StatisticalPruning(calibration=loader(), then="finetune"), path, "by another recipe: method 'wanda' then")
+
+
+def test_what_a_search_chose_is_in_the_checkpoint():
+    chosen = {"recipe": Recipe("wanda").to_dict(), "chosen_by": {"search": {}, "seconds": 1.0}}
+    first, second = (StatisticalPruning("auto:minutes=1", then="finetune") for _ in range(2))
+    first._once.chosen = chosen
+    second.load_state_dict(first.state_dict())
+    module = CausalLM(tiny_llama(), learning_rate=1e-2)
+    second.calibration = loader()
+    trainer(second, max_epochs=1).fit(module, loader(), loader())  # a search would take a minute
+    assert second.report.recipe == chosen["recipe"]
+    assert second.report.chosen_by == chosen["chosen_by"]
+
+
+@pytest.mark.parametrize("then", ["stop", "finetune"])
+def test_a_training_that_diverges_is_named_and_its_weights_are_kept(then, tmp_path):
+    class Diverges(CausalLM):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                self.model.lm_head.weight.data[0, 0] = torch.nan
+
+    callback = StatisticalPruning(RECIPE, calibration=loader(), then=then, output=str(tmp_path / "out"), probe=False)
+    module = Diverges(tiny_llama(), learning_rate=1e-2)
+    match = r"the training left NaN or infinity in the parameter lm_head\.weight\..*trained weights are in .*out\.rescued"
+    with pytest.raises(NonFiniteError, match=match):
+        trainer(callback, max_epochs=1).fit(module, loader(), loader())
+    kept = load_file(tmp_path / "out.rescued" / "model.safetensors")
+    assert torch.isnan(kept["lm_head.weight"][0, 0])
+    assert torch.equal(kept["model.norm.weight"], module.model.model.norm.weight)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_average_that_begins_after_the_pruning_keeps_the_zeros_and_one_from_before_is_an_error(tmp_path):

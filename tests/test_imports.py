@@ -20,11 +20,12 @@ FLOORS = """
     tuning
     engine  allocation  selection  agreement
     checkpoint
+    card  companions  hub  output  verification
     loading
-    perplexity  report  data  results  how  recipe  grammar
+    perplexity  report  data  results  zeros  how  recipe  grammar  record
     model
     methods
-    markdown  clock  progress  ranks  errors
+    markdown  plain  clock  progress  ranks  strict_yaml  errors  versions
 """
 HEIGHTS = {room: height for height, floor in enumerate(reversed(FLOORS.strip().splitlines())) for room in floor.split()}
 PACKAGE = Path(statprune.__file__).parent

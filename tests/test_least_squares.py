@@ -241,10 +241,10 @@ def test_without_a_gram_it_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": -1}, "expected 0 steps or more"),
-        ({"iterations": 0}, "at least one iteration"),
-        ({"tolerance": 1.0}, "expected a fraction in"),
-        ({"damping": -0.1}, "expected a fraction, 0 or more"),
+        ({"steps": -1}, "expected a whole number from 0 to 1,000"),
+        ({"iterations": 0}, "expected a whole number from 1 to 1,000"),
+        ({"tolerance": 1.0}, "expected a number from 0 to 1, but not 1"),
+        ({"damping": -0.1}, "expected a number from 0 to 100"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

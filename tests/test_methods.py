@@ -33,9 +33,9 @@ CRITERION_SETTINGS = {
     "wanda": {},
     "ria": {"exponent": exponents},
     "z-pruner": {},
-    "cvr": {"alpha": exponents, "exponent": exponents, "eps": positive},
-    "optimal-brain": {"damping": positive},
-    "sparsegpt": {"block_size": st.integers(1, 4096), "damping": st.one_of(st.floats(1e-6, 1e6), st.integers(1, 9))},
+    "cvr": {"alpha": exponents, "exponent": st.floats(0, 2), "eps": st.floats(1e-12, 1e3)},
+    "optimal-brain": {"damping": st.floats(1e-30, 100)},
+    "sparsegpt": {"block_size": st.integers(1, 4096), "damping": st.one_of(st.floats(1e-6, 100), st.integers(1, 9))},
 }
 ENERGY_SETTINGS = {
     "column": st.booleans(),
@@ -149,11 +149,11 @@ def test_a_recipe_is_called_by_what_is_not_a_default(method, shortest):
         ("wanda:fast", "'fast' is no switch. Expected NAME=VALUE. The settings of wanda are none."),
         ("cvr:alpha=1,", "'' is no switch."),
         ("cvr:alpha=1,,eps=1", "'' is no switch."),
-        ("cvr:alpha=[1", "In 'cvr:alpha=[1', '[1' is no value: while parsing a flow sequence"),
+        ("cvr:alpha=[1", "In 'cvr:alpha=[1', '[1' is no value: expected ',' or ']'"),
         ("cvr:alpha=much", "The criterion 'cvr' has alpha='much': expected a number"),
         ("cvr:alpha=", "The criterion 'cvr' has alpha=None: expected a number"),
-        ("cvr:alpha=-1", "cvr(alpha=-1): expected alpha >= 0"),
-        ("sparsegpt:damping=0", "sparsegpt(damping=0): expected more than 0"),
+        ("cvr:alpha=-1", "'cvr' has alpha=-1: expected a number from 0 to 4"),
+        ("sparsegpt:damping=0", "'sparsegpt' has damping=0: expected a number from 1e-30 to 100"),
         ("cvr+energy:clamp=[2, 0.5]", "energy(clamp=[2, 0.5]): expected [low, high]"),
         ("cvr+energy:clamp=2", "The compensation 'energy' has clamp=2: expected a list"),
         *((method, f"The method {method!r} is not understood: expected CRITERION or CRITERION+COMPENSATION, each with settings "
@@ -197,7 +197,7 @@ def test_a_setting_takes_numbers_of_its_kind(method, expected):
 
 @pytest.mark.parametrize("name", ["energy", "activation-energy"])
 def test_an_error_names_the_compensation_that_was_asked_for(name):
-    with pytest.raises(RecipeError, match=rf" {name}\(eps=0\): expected eps > 0"):
+    with pytest.raises(RecipeError, match=rf"'{name}' has eps=0: expected a number from 1e-30 to 1,000"):
         Recipe(f"wanda+{name}:eps=0")
 
 

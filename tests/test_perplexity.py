@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from statprune import Perplexity
-from statprune.errors import CalibrationError
+from statprune.errors import CalibrationError, NonFiniteError
 from statprune.perplexity import TOKENS_PER_CHUNK, evaluate
 from tiny_models import llama, tokens
 
@@ -153,6 +153,30 @@ def test_evaluate_builds_no_key_value_cache_and_leaves_the_setting_as_it_was():
 def test_evaluate_refuses_what_has_no_next_token():
     with pytest.raises(CalibrationError, match="at least 2 tokens"):
         evaluate(Echo(), torch.zeros(3, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("token", [-1, 48, 2**31])
+def test_evaluate_refuses_tokens_that_the_model_does_not_have(token):
+    windows = tokens(3, 8)
+    windows[1, 2] = token
+    with pytest.raises(CalibrationError, match=rf"tokens from .*{token}.*: the model's vocabulary has 48"):
+        evaluate(llama(), windows)
+    with pytest.raises(CalibrationError, match=r"dtype torch.float32.*expected tokens, whole numbers"):
+        evaluate(llama(), windows.float())
+
+
+def test_a_perplexity_that_is_no_number_names_the_weight():
+    model, windows = llama(), tokens(3, 8)
+    name = "model.layers.1.mlp.down_proj.weight"
+    spoilt = {name: model.get_parameter(name).clone().fill_(math.inf)}
+    with pytest.raises(NonFiniteError, match=rf"The perplexity is nan: NaN or infinity in {name}"):
+        evaluate(model, windows, weights=spoilt)
+    assert math.isfinite(evaluate(model, windows))
+    with torch.no_grad():
+        model.get_parameter(name).fill_(1e38)
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").fill_(1e38)
+    with pytest.raises(NonFiniteError, match="all weights are finite, so the model's activations overflow in float32"):
+        evaluate(model, windows)
 
 
 def test_a_metric_that_was_reset_in_inference_mode_measures_on_outside_of_it():

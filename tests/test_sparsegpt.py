@@ -442,8 +442,8 @@ def test_without_a_gram_it_says_what_it_needs(moments):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_size": 0}, r"sparsegpt\(block_size=0\): expected at least 1"),
-        ({"damping": 0.0}, r"sparsegpt\(damping=0.0\): expected more than 0"),
+        ({"block_size": 0}, r"sparsegpt\(block_size=0\): expected a whole number from 1 to 65,536"),
+        ({"damping": 0.0}, r"sparsegpt\(damping=0.0\): expected a number from 1e-30 to 100"),
         ({"damping": float("nan")}, r"sparsegpt\(damping=nan\)"),
     ],
 )

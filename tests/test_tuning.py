@@ -6,15 +6,26 @@ import pytest
 import torch
 
 import statprune
-from statprune.errors import CalibrationError, ModelError, RecipeError, ResultsError, SiteError, TracingError
+from statprune.data import random_windows
+from statprune.errors import (
+    CalibrationError,
+    CalibrationWarning,
+    ModelError,
+    RecipeError,
+    ResultsError,
+    SiteError,
+    TracingError,
+)
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
 from statprune.model.trace import trace
 from statprune.perplexity import evaluate
 from statprune.recipe import Recipe, Search
+from statprune.results import alone_in
 from statprune.tuning import twins as shared
 from statprune.tuning.candidates import BASELINES, METHODS, allocations, variations
 from statprune.tuning.clock import Stopwatch
+from statprune.tuning.overlap import shared_share
 from statprune.tuning.search import SearchRun
 from statprune.tuning.trials import Trials
 from statprune.tuning.twins import plan_together
@@ -201,7 +212,7 @@ def test_the_files_say_what_was_tried_and_the_recipe_can_be_used(few, tmp_path):
         ({"pattern": "1:4"}, "pattern was '2:4' and is '1:4'"),
         ({"ignore": ["*.down_proj"]}, "ignore was"),
         ({"model": gpt2}, "model was"),
-        ({"windows": torch.arange(3, 43).repeat(8, 1)[:, :12]}, "calibration was"),
+        ({"windows": torch.randint(3, 48, (8, 12), generator=torch.Generator().manual_seed(5))}, "calibration was"),
     ],
 )
 def test_a_folder_with_trials_of_something_else_is_refused(few, tmp_path, settings, named):
@@ -350,6 +361,50 @@ def test_a_candidate_that_takes_longer_than_is_left_is_given_up(few, monkeypatch
 def test_one_search_exports_the_model_once_and_looks_through_its_weights_once(few, monkeypatch):
     exports, scans = [], []
     monkeypatch.setattr("statprune.model.layers.trace", lambda *args: exports.append(args) or trace(*args))
-    monkeypatch.setattr("statprune.api.check_weights", lambda model: scans.append(model))
+    monkeypatch.setattr("statprune.agreement.check_weights", lambda model: scans.append(model))
     statprune.prune(llama(num_hidden_layers=1), tokens(8, 12).split(2), Search(minutes=ENOUGH))
     assert (len(exports), len(scans)) == (1, 1)
+
+
+def share(first, second, **others):
+    return shared_share([{"input_ids": first, **others}], [{"input_ids": second, **others}])
+
+
+def test_held_out_tokens_that_stand_in_pruning_windows_are_counted():
+    text = torch.randint(3, 30_000, (4000,))
+    ahead, behind, apart = (text[start : start + 100][None] for start in (0, 60, 500))
+    assert share(ahead, behind) == share(behind, ahead) == 0.4
+    assert share(ahead, ahead) == 1.0
+    assert share(ahead, apart) == 0.0
+    assert share(ahead, torch.cat([apart, behind])) == 0.2
+    assert share(text[:100][None], text[80:180][None]) == 0.0  # fewer tokens than a run
+    assert share(torch.arange(8)[None], torch.arange(8)[None]) == 1.0
+    assert shared_share([{"input_ids": text[None, :8]}], [{"input_ids": ahead}]) == 0.0
+
+
+def test_padding_is_not_shared():
+    text = torch.randint(3, 30_000, (2, 100))
+    mask = torch.ones_like(text)
+    mask[:, 60:] = 0
+    padded = text * mask
+    assert share(padded[:1], padded[1:]) > 0
+    assert share(padded[:1], padded[1:], attention_mask=mask[:1]) == 0
+
+
+def test_windows_that_overlap_are_told_with_the_way_out_and_those_of_halves_are_none():
+    torch.manual_seed(3)
+    text = tokens(1, 500)[0]
+    drawn = [random_windows(text, 16, 30, 0, halves=halves) for halves in (False, True)]
+    with pytest.warns(CalibrationWarning, match=r"\d\d % of the held-out tokens .*calibration_windows\(..., halves=True\)"):
+        tuned = statprune.tune(llama(), drawn[0], minutes=NONE)
+    assert tuned.record()["held_out_shared"] > 0.3
+    assert statprune.tune(llama(), drawn[1], minutes=NONE).record()["held_out_shared"] == 0
+    with pytest.warns(CalibrationWarning, match="held-out tokens"):
+        statprune.prune(llama(), drawn[0].split(4), Search(minutes=NONE))
+
+
+def test_two_runs_take_turns_in_a_folder(tmp_path, few):
+    with alone_in(tmp_path / "out"), pytest.raises(ResultsError, match="another run is at work there"):
+        tune(output=tmp_path / "out", minutes=NONE)
+    tune(output=tmp_path / "out", minutes=NONE)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"trials.jsonl", "tried.csv", "tried.md", "recipe.yaml"}

@@ -9,28 +9,30 @@ What flows, which is also the order to read in (a map of the rooms is in README.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from statprune.api import PruningPlan, plan, prune
-from statprune.errors import StatpruneError
-from statprune.methods.patterns import NM, Unstructured
-from statprune.methods.statistics import InputMoments
-from statprune.recipe import Recipe, Search
-from statprune.report import PruningReport
-
 if TYPE_CHECKING:
-    from statprune.checkpoint import save, verify
+    from statprune.api import PruningPlan, plan, prune
+    from statprune.checkpoint import save
+    from statprune.errors import StatpruneError
     from statprune.loading import load_model as load
+    from statprune.methods.patterns import NM, Unstructured
+    from statprune.methods.statistics import InputMoments
     from statprune.perplexity import Perplexity, evaluate
+    from statprune.recipe import Recipe, Search
+    from statprune.report import PruningReport
     from statprune.training.callback import StatisticalPruning
     from statprune.training.lora import merge_adapters
     from statprune.training.modules import CausalLM, TextData
+    from statprune.training.trainer import PruningCallback
     from statprune.tuning.outcome import Tuned
     from statprune.tuning.tune import tune
+    from statprune.verification import verify
 
 __all__ = [
     "NM",
     "CausalLM",
     "InputMoments",
     "Perplexity",
+    "PruningCallback",
     "PruningPlan",
     "PruningReport",
     "Recipe",
@@ -50,26 +52,37 @@ __all__ = [
     "verify",
 ]
 
-# Lightning and torchmetrics take seconds to import, and `prune` needs neither.
+# Torch, Lightning and torchmetrics take seconds to import, and the command line needs none of them to explain itself.
 _IMPORTED_AT_USE = {
-    "CausalLM": ("training.modules", "CausalLM"),
-    "Perplexity": ("perplexity", "Perplexity"),
-    "StatisticalPruning": ("training.callback", "StatisticalPruning"),
-    "TextData": ("training.modules", "TextData"),
-    "Tuned": ("tuning.outcome", "Tuned"),
-    "evaluate": ("perplexity", "evaluate"),
-    "load": ("loading", "load_model"),
-    "merge_adapters": ("training.lora", "merge_adapters"),
-    "save": ("checkpoint", "save"),
-    "tune": ("tuning.tune", "tune"),
-    "verify": ("checkpoint", "verify"),
+    "NM": "methods.patterns:NM",
+    "CausalLM": "training.modules:CausalLM",
+    "InputMoments": "methods.statistics:InputMoments",
+    "Perplexity": "perplexity:Perplexity",
+    "PruningCallback": "training.trainer:PruningCallback",
+    "PruningPlan": "api:PruningPlan",
+    "PruningReport": "report:PruningReport",
+    "Recipe": "recipe:Recipe",
+    "Search": "recipe:Search",
+    "StatisticalPruning": "training.callback:StatisticalPruning",
+    "StatpruneError": "errors:StatpruneError",
+    "TextData": "training.modules:TextData",
+    "Tuned": "tuning.outcome:Tuned",
+    "Unstructured": "methods.patterns:Unstructured",
+    "evaluate": "perplexity:evaluate",
+    "load": "loading:load_model",
+    "merge_adapters": "training.lora:merge_adapters",
+    "plan": "api:plan",
+    "prune": "api:prune",
+    "save": "checkpoint:save",
+    "tune": "tuning.tune:tune",
+    "verify": "verification:verify",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _IMPORTED_AT_USE:
         raise AttributeError(f"module 'statprune' has no attribute {name!r}")
-    module, attribute = _IMPORTED_AT_USE[name]
+    module, _, attribute = _IMPORTED_AT_USE[name].partition(":")
     return getattr(import_module(f"statprune.{module}"), attribute)
 
 

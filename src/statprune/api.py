@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from statprune.agreement import check_layers, check_start, device_of
-from statprune.clock import timed
+from statprune.clock import peak_memory, timed
 from statprune.engine import run
 from statprune.errors import RanksError, TracingError, adding
 from statprune.how import How, read_how
@@ -83,8 +83,10 @@ def prune(
 
     Args:
         model: any `nn.Module`; it is calibrated in eval mode and keeps the modes, the device and the dtype it has.
-        batches: calibration data: token tensors [batch, length], dicts of tensors (an `attention_mask` marks padding with 0),
-            or tuples of the arguments of `forward`. Shapes may differ from batch to batch.
+        batches: calibration data: an iterable of token tensors [batch, length], dicts of tensors (an `attention_mask` marks
+            padding with 0; names that `forward` does not have are left out), rows of `datasets`, or tuples, of which the
+            arguments that `forward` requires are taken, so `(x, y)` gives x. Shapes may differ from batch to batch. A tensor
+            [windows, length] is cut into batches.
         how: a `Recipe`, a method's short name (`"cvr+energy"`), a mapping of a recipe's keys, or a `Search` (`"auto"`), which
             chooses a recipe by trying candidates on these batches, one half to prune on and the other to score on; it is then
             carried out with all of them. None: the paper's method at 2:4.
@@ -142,7 +144,8 @@ def _carry_out(
     say: Say,
     forward_context: ForwardContext,
 ) -> PruningPlan:
-    with together(process_group, device_of(model), call):
+    device = device_of(model)
+    with together(process_group, device, call):
         with adding(lambda: "Nothing was changed.", RanksError):
             chosen = read_how(how, pattern=pattern)
             if isinstance(chosen, Search):
@@ -153,19 +156,23 @@ def _carry_out(
             inputs = bind_batches(model, batches)
             check_start(model, chosen, inputs, process_group)
             seconds: dict[str, float] = {}
-            with timed(seconds, "trace"):
+            memory: dict[str, int] = {}
+            with timed(seconds, "trace", memory, device):
                 layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
             check_layers(layers, process_group)
             if layers.reason is not None:
                 warnings.warn(layers.reason, stacklevel=3)
             recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
+            tuned_peak = peak_memory(device)
         weights = landing(model)
         report = run(
             layers, inputs, recipe, weights, process_group=process_group, progress=progress, forward_context=forward_context
         )
         if record is not None:
             seconds = {"tune": record["seconds"], **seconds}
+            memory |= {"tune": tuned_peak} if tuned_peak is not None else {}
         report.seconds, report.chosen_by = {**seconds, **report.seconds}, record
+        report.memory = {**memory, **report.memory}
         return PruningPlan(weights.pruned if isinstance(weights, Twin) else {}, report, layers)
 
 

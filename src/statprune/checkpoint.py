@@ -1,169 +1,390 @@
-"""A sparse model on disk: saved with a record of what was done, and the record verified later.
+"""A sparse model on disk: its place is taken before work begins, and it is saved with a record of what was done.
 
 What is saved is what every runtime reads: dense safetensors with exact zeros, no `quantization_config`, no
 `sparsity_config`. What we know beyond that goes into a side file:
 
     OUTPUT/model.safetensors    the weights, zeros included
-    OUTPUT/config.json ...      whatever save_pretrained and the tokenizer write
-    OUTPUT/pruning.json         the recipe, the versions, and for each weight what can be recomputed from the file
+    OUTPUT/config.json ...      whatever save_pretrained and the tokenizer write, and what else lay beside the model
+    OUTPUT/README.md ...        for people, made from the record: `PAGES`
+    OUTPUT/pruning.json         the recipe, the versions, for each weight what can be recomputed, and a digest of every file
 """
 
+import contextlib
 import json
 import math
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
-from statprune.errors import CheckpointError
-from statprune.grammar import split
-from statprune.loading import file_digest, file_digests
-from statprune.methods.patterns import PATTERNS, SITE_PATTERNS, Pattern
-from statprune.methods.pruner import energy_sq
-from statprune.progress import Progress, silent
+from statprune import card
+from statprune.companions import copy_companions, source_folder
+from statprune.errors import CheckpointError, first_line
+from statprune.hub import check_repository, push
+from statprune.model.kinds import adapter_parameters, is_transformers_model, unwrapped
+from statprune.output import Reserved, refuse_existing, warn
+from statprune.progress import Say
+from statprune.record import FORMAT, RECORD, file_digest, read_json, write_record
 from statprune.report import PruningReport
+from statprune.verification import names, verify
 
-RECORD = "pruning.json"
-FORMAT = 1
-ENERGY_TOLERANCE = 1e-6
-"""Relative. Energies are float64 sums; another device or number of threads adds them in another order."""
+__all__ = [
+    "RECORD",
+    "Reserved",
+    "check_model",
+    "check_output",
+    "check_shard_size",
+    "push",
+    "refuse_existing",
+    "rescue",
+    "reserve",
+    "save",
+    "verify",
+]
+
+PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"README.md": card.render}
+"""What people read, by file name: each is made from the record, before it has the digests (`files`, `digest`) and with what it
+says beyond the report: `protocol`, `base`."""
+
+USUAL_SHARD_SIZE = "50GB"
+"""That of transformers."""
+
+_COMPILED = "_orig_mod."
+"""What `torch.compile` of a part of a model puts into the names of its parameters."""
 
 
-def refuse_existing(output: str | Path) -> None:
-    """Raise CheckpointError where something stands in the place of the output already."""
-    if Path(output).exists():
-        raise CheckpointError(f"The output {output} exists. Choose another name, or remove it first; nothing is overwritten.")
+def check_output(output: str | Path, *, overwrite: bool = False, source: str | Path | None = None) -> None:
+    """Raise CheckpointError where something stands in the place of an output that may not be replaced; as for `reserve`."""
+    refuse_existing(output, is_replaceable=_replaceable(source) if overwrite else None)
+
+
+def reserve(
+    output: str | Path,
+    *,
+    model: nn.Module | None = None,
+    overwrite: bool = False,
+    source: str | Path | None = None,
+    say: Say = warn,
+) -> Reserved:
+    """Take the place of an output before work begins, so that nothing has been computed in vain when it cannot be written.
+
+    The hidden folder that the output is written into is made at once, and what a killed process left of that output before is
+    removed. Give the result to `save` in the place of the output, and `release()` it where there will be no output after all
+    (it is a context manager, which does; `save` does as well).
+
+        with statprune.checkpoint.reserve("sparse", model=model) as place:
+            report = statprune.prune(model, batches)
+            statprune.save(model, report, place)
+
+    A callback reserves in `setup`, without the model where it is built later, calls `check_model(model, place)` in
+    `on_fit_start`, saves in `on_train_end` (or calls `rescue` where pruning fails there), and releases in `teardown` and
+    `on_exception`. Of several ranks one reserves.
+
+    Args:
+        output: a folder that does not exist yet.
+        model: what will be saved, where it is known already; see `check_model`.
+        overwrite: whether a folder that statprune wrote may stand there; it is replaced when the new one is verified.
+        source: the model's folder, which is never replaced.
+        say: called with what was removed, in words.
+
+    Raises:
+        CheckpointError: something stands in its place, it cannot be written there, or as for `check_model`.
+    """
+    place = Reserved(output, is_replaceable=_replaceable(source) if overwrite else None, say=say)
+    try:
+        if model is not None:
+            check_model(model, place)
+    except BaseException:
+        place.release()
+        raise
+    return place
+
+
+def check_model(model: nn.Module, place: Reserved) -> None:
+    """Refuse, before work begins, a model that could not be saved at this place in the end.
+
+    Raises:
+        CheckpointError: its state holds something else than plain tensors (quantized, sharded, on the meta device), it has
+            adapters, or the disk has no room for its weights.
+    """
+    inner, _ = unwrapped(model)
+    name = type(inner).__name__
+    if getattr(inner, "_hf_peft_config_loaded", False) or adapter_parameters(inner):
+        raise CheckpointError(
+            f"{name} has adapters, and a pruned model is saved without. Merge them first (`merge_and_unload` of peft), or save "
+            "it yourself with `save_pretrained`."
+        )
+    seen: dict[tuple[torch.device, int], int] = {}
+    for key, value in inner.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name}: {key} is a {type(value).__name__} and no tensor, and safetensors hold only those.")
+        if is_lazy(value):
+            continue  # gets its shape in the first batch
+        if value.is_meta or value.layout != torch.strided or isinstance(value, DTensor):
+            kind = "on the meta device" if value.is_meta else "no dense tensor that this process holds whole"
+            raise CheckpointError(f"{name}: {key} is {kind}, so it cannot be saved. Load the model whole, on one device.")
+        try:
+            pointer = value.untyped_storage().data_ptr()
+            safetensors.torch.save({key: torch.zeros(1, dtype=value.dtype)})
+        except (KeyError, RuntimeError, NotImplementedError, ValueError, SafetensorError) as e:
+            raise CheckpointError(f"{name}: safetensors cannot hold {key}, a {value.dtype}: {first_line(e)}") from e
+        if value.numel() and not pointer:
+            raise CheckpointError(
+                f"{name}: {key} is a {type(value).__name__} without a memory of its own, as quantized weights are. Prune the "
+                "model that it was made from."
+            )
+        seen[value.device, pointer] = max(seen.get((value.device, pointer), 0), value.numel() * value.element_size())
+    place.check_room(sum(seen.values()))
+
+
+def check_shard_size(max_shard_size: int | str | None) -> None:
+    """Raise CheckpointError for a size of files that is none, such as `"5 apples"`; None is transformers' own."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    problem = ""
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=USUAL_SHARD_SIZE if max_shard_size is None else max_shard_size)
+    except (ValueError, TypeError, ArithmeticError) as e:
+        problem = f" ({first_line(e)})"
+    is_positive = max_shard_size is None or float(str(max_shard_size).rstrip("TGMKBtgmkb") or 0) > 0 if not problem else False
+    if not is_positive:
+        raise CheckpointError(
+            f"max_shard_size={max_shard_size!r}: expected a size above 0 in bytes, or a text such as '5GB' or '500MB'{problem}."
+        )
 
 
 def save(
     model: nn.Module,
     report: PruningReport,
-    output: str | Path,
+    output: str | Path | Reserved,
     *,
     tokenizer: Any = None,
     protocol: dict[str, Any] | None = None,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    push_to_hub: str | None = None,
 ) -> Path:
-    """Write a pruned transformers model, verify what was written, and only then give it its name.
+    """Write a pruned model, verify what was written, and only then give it its name.
 
-    Everything is written into a hidden folder beside the output, so that an interrupted save leaves nothing that looks
-    finished.
+    A transformers model is written by `save_pretrained`, and `from_pretrained` reads it. The state of any other module is
+    written as `model.safetensors`; `safetensors.torch.load_model(module, file)` reads it, tied weights included. Everything is
+    written into a hidden folder beside the output, so that an interrupted save leaves nothing that looks finished. Where saving
+    fails, what was computed is not lost: the weights are put elsewhere, and the error says where.
 
     Args:
-        model: a `PreTrainedModel`.
+        model: any `nn.Module`; in `torch.compile` or DistributedDataParallel, what is inside.
         report: what `prune` returned for it.
-        output: a folder that does not exist yet.
+        output: a folder that does not exist yet, or the place that `reserve` took for it.
         tokenizer: saved beside it.
         protocol: what the calibration was (source, samples, seqlen, seed ...), for the record.
+        source: folder or hub name that the model came from: licence, generation configuration, chat templates and whatever else
+            a user of the model needs are copied from there, and its card's licence is quoted.
+        overwrite: as for `reserve`; a place that was reserved knows it already.
+        max_shard_size: of one file of weights, in bytes or such as `"5GB"`. None: 50 GB, as transformers has it.
+        push_to_hub: name of a repository on the hub, `"USER/NAME"`, that it is then uploaded to; see `push`.
+
+    Returns:
+        The output.
 
     Raises:
-        CheckpointError: the output exists, or what was written does not keep a promise.
+        CheckpointError: the output exists or cannot be written; a weight is NaN or infinite; what was written does not keep a
+            promise; or the upload failed, and then the output is there.
     """
-    output = Path(output)
-    refuse_existing(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        model.save_pretrained(partial)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        record = {"format": FORMAT, **report.to_dict(), "protocol": protocol or {}, "files": file_digests(partial)}
-        places = _places(partial)
-        for site in record["sites"]:
-            site["file"], site["tensor"] = _find(site["parameter"], model.get_parameter(site["parameter"]), places, partial)
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        verify(partial)
-        refuse_existing(output)
-        os.rename(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return output
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    if not isinstance(output, Reserved):
+        check_shard_size(max_shard_size)
+        output = reserve(output, model=model, overwrite=overwrite, source=source)
+    inner, prefix = unwrapped(model)
+    beyond = _without_non_finite({"protocol": protocol or {}, "perplexity": report.perplexity})
+    record = {**report.to_dict(), **beyond}
+    with output as place:
+        try:
+            place.check_held()
+            check_shard_size(max_shard_size)
+            _refuse_non_finite(inner)
+            _write(inner, prefix, record, place.folder, tokenizer, source, max_shard_size)
+            verify(place.folder)
+        except Exception as e:
+            raise _rescued(inner, record, place, e) from e
+        try:
+            place.publish()
+        except CheckpointError as e:
+            raise CheckpointError(f"{e} What was to be saved is whole and verified, in {place.keep()}: rename it.") from e
+    if push_to_hub is not None:
+        push(place.output, push_to_hub)
+    return place.output
 
 
-def verify(folder: str | Path, progress: Progress = silent) -> dict[str, Any]:
-    """Recompute every promise of a folder's `pruning.json` from the files on disk, and return the record.
-
-    Recomputed for each weight: it exists, its shape, number of zeros, energy, and that the pattern holds (at most N
-    non-zeros in each M, or at least the promised zeros in each ranking group; where an allocation gave the weight a pattern
-    of its own, that one); then the total sparsity, the energy ratio and the digest of each file. No model is built.
+def rescue(model: nn.Module, place: Reserved, reason: object, *, report: PruningReport | None = None) -> Path | None:
+    """Put a model's weights somewhere else, as safetensors, since there will be no output: work that was done is not lost.
 
     Args:
-        folder: what `save` wrote.
-        progress: called after each weight, with its layer's name.
+        model: any `nn.Module`.
+        place: of the output. The weights get a folder beside it, `OUTPUT.rescued`, or one in the system's temporary folder.
+        reason: why, for `pruning.json`; `verify` says it, and refuses.
+        report: what was done, for `pruning.json`.
 
-    Raises:
-        CheckpointError: the first promise that is broken.
+    Returns:
+        The folder; None where the weights could be written nowhere.
     """
-    folder = Path(folder)
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    inner, _ = unwrapped(model)
+    return _rescue(inner, report.to_dict() if report is not None else {}, place, reason)
+
+
+def _rescue(inner: nn.Module, record: Mapping[str, Any], place: Reserved, reason: object) -> Path | None:
+    def write(folder: Path) -> None:
+        try:
+            _write_weights(inner, folder, None)
+        except (OSError, SafetensorError):
+            raise  # the disk's
+        except Exception:
+            # Whatever save_pretrained stumbles over: the values alone.
+            state = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
+            safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        with contextlib.suppress(TypeError, OSError):
+            finite = _without_non_finite({"format": FORMAT, "unfinished": str(reason), **record})
+            (folder / RECORD).write_text(json.dumps(finite, indent=1, default=str) + "\n", encoding="utf-8")
+
+    return place.rescue(write)
+
+
+def _rescued(inner: nn.Module, record: Mapping[str, Any], place: Reserved, error: Exception) -> CheckpointError:
+    """The error to raise where saving failed, when the weights are safe."""
+    reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {first_line(error)}"
+    reason = reason.rstrip(".").replace(str(place.folder), str(place.output))
+    folder = _rescue(inner, record, place, reason)
+    if folder is None:
+        kept = "The weights could be written nowhere else either; the model object still holds them."
+    else:
+        kept = f"The weights are in {folder} (safetensors, not verified), with what was done in {RECORD}: nothing is lost."
+    return CheckpointError(f"The output {place.output} could not be saved: {reason}. {kept}")
+
+
+def _refuse_non_finite(model: nn.Module) -> None:
+    """NaN and infinity in a parameter, and NaN in a buffer, where infinity may be meant (a mask)."""
+    bad = {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            has_nan = bool(torch.isnan(value).any())
+            if has_nan or name in parameters:
+                bad[name] = "NaN" if has_nan else "infinity"
+    if bad:
+        (first, what), more = next(iter(bad.items())), len(bad) - 1
+        others = f" and in {more} other{'s' if more > 1 else ''}" if more else ""
         raise CheckpointError(
-            f"{folder} has no readable {RECORD}: {e}. Only folders that statprune wrote can be verified."
-        ) from e
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / RECORD} is not of format {FORMAT}, the only one this version of statprune knows.")
+            f"{what} in {first}{others}: the model predicts nothing any more. Did the training diverge? A lower "
+            "learning rate or clipped gradients help"
+        )
+
+
+def _write(
+    inner: nn.Module,
+    prefix: str,
+    record: dict[str, Any],
+    folder: Path,
+    tokenizer: Any,
+    source: str | Path | None,
+    max_shard_size: int | str | None,
+) -> None:
+    _write_weights(inner, folder, max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    beside = source_folder(source, getattr(getattr(inner, "config", None), "_commit_hash", None))
+    if beside is not None:
+        copy_companions(beside, folder, with_tokenizer=tokenizer is None)
+    record = {"format": FORMAT, **record, "base": card.base_of(inner, source, beside)}
+    places = _places(folder)
+    for site in record["sites"]:
+        parameter = inner.get_parameter(site["parameter"].removeprefix(prefix))
+        for key in ("name", "parameter"):
+            site[key] = site[key].removeprefix(prefix).replace(_COMPILED, "")
+        site["file"], site["tensor"] = _find(site["parameter"], parameter, places, folder)
+    for name, render in PAGES.items():
+        (folder / name).write_text(render(record), encoding="utf-8")
+    write_record(folder, {**record, "files": {name: file_digest(folder / name) for name in names(folder)}})
+
+
+def _write_weights(inner: nn.Module, folder: Path, max_shard_size: int | str | None) -> None:
+    """The weights, and for a transformers model its configuration."""
+    from huggingface_hub import save_torch_state_dict
+
+    size = USUAL_SHARD_SIZE if max_shard_size is None else max_shard_size
+    state = {name.replace(_COMPILED, ""): value for name, value in inner.state_dict().items()}
+    if not is_transformers_model(inner):
+        save_torch_state_dict(state, folder, max_shard_size=size)
+        return
+    is_compiled_in_part = state.keys() != inner.state_dict().keys()
+    with _no_bars():
+        inner.save_pretrained(  # type: ignore[operator]
+            folder, max_shard_size=size, **({"state_dict": state} if is_compiled_in_part else {})
+        )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bar of the files that it writes; the hub's bars are as they were."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
+    from transformers.utils import logging
+
+    was_shown, were_disabled = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.disable_progress_bar()
     try:
-        usual_pattern = _pattern(record["recipe"]["pattern"])  # and not the recipe, whose method may not be installed here
-        zeros, weights, energies = 0, 0, [0.0, 0.0]
-        for index, site in enumerate(record["sites"]):
-            weight = _read(folder, site)
-            if list(weight.shape) != list(site["shape"]):
-                raise _broken(folder, site["name"], "shape [out, in]", site["shape"], list(weight.shape))
-            num_zeros = int((weight == 0).sum())
-            if num_zeros != site["num_zeros"] or num_zeros < site["num_pruned"]:
-                raise _broken(folder, site["name"], "number of zeros", site["num_zeros"], num_zeros)
-            pattern = _pattern(site["pattern"]) if site.get("pattern") else usual_pattern
-            if not pattern.holds(weight):
-                raise _broken(folder, site["name"], "pattern", str(pattern), "a group with too few zeros")
-            if not _close(num_zeros / weight.numel(), site.get("sparsity", num_zeros / weight.numel())):
-                raise _broken(folder, site["name"], "sparsity", site["sparsity"], num_zeros / weight.numel())
-            if not _close(energy_sq(weight), site["energy_after"]):
-                raise _broken(folder, site["name"], "energy", site["energy_after"], energy_sq(weight))
-            zeros, weights = zeros + num_zeros, weights + weight.numel()
-            energies = [energies[0] + site["energy_before"], energies[1] + energy_sq(weight)]
-            progress(index + 1, len(record["sites"]), site["name"])
-        for name, promised, found in (
-            ("sparsity", record["sparsity"], zeros / max(1, weights)),
-            ("energy ratio", record["energy_ratio"], energies[1] / max(1e-300, energies[0])),
-        ):
-            if not _close(found, promised):
-                raise _broken(folder, "all weights together", name, promised, found)
-        for file, digest in record["files"].items():
-            if (found_digest := file_digest(folder / file)) != digest:
-                raise _broken(folder, file, "SHA-256", digest, found_digest)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise CheckpointError(f"{folder / RECORD} is damaged: {type(e).__name__}: {e}.") from e
-    return record
+        yield
+    finally:
+        if was_shown:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that an environment variable has switched the hub's off
+                logging.enable_progress_bar()
+        if were_disabled:
+            disable_progress_bars()
 
 
-def _pattern(record: dict[str, Any]) -> Pattern:
-    name, settings = split(record)
-    known: dict[str, Callable[..., Pattern]] = {**PATTERNS, **SITE_PATTERNS}
-    return known[name](**settings)
+def _replaceable(source: str | Path | None) -> Callable[[Path], None]:
+    """What `Reserved` asks before it replaces a folder: it holds what statprune wrote and nothing else, and not the model."""
+
+    def check(output: Path) -> None:
+        if source is not None and Path(source).exists():
+            model = Path(source).resolve()
+            if model == output.resolve() or output.resolve() in model.parents:
+                raise CheckpointError(
+                    f"The output {output} is the model itself, or holds it, and is not overwritten. Choose another name."
+                )
+        try:
+            record = read_json(output / RECORD)
+            known = record["files"].keys() if record["format"] == FORMAT and "recipe" in record else None
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            known = None
+        if known is None:
+            raise CheckpointError(
+                f"The output {output} exists and has no {RECORD} of format {FORMAT}, so it is not overwritten: only a folder "
+                "that statprune wrote is. Choose another name, or remove it first."
+            )
+        if others := sorted(set(names(output)) - known):
+            raise CheckpointError(
+                f"The output {output} exists and holds {', '.join(others[:3])}, which statprune did not write, so it is not "
+                "overwritten. Choose another name, or put that elsewhere first."
+            )
+
+    return check
 
 
-def _broken(folder: Path, name: str, what: str, promised: object, found: object) -> CheckpointError:
-    return CheckpointError(f"{folder}: {name}: {what} promised {promised}, found {found}.")
-
-
-def _close(found: float, promised: float) -> bool:
-    return math.isclose(found, promised, rel_tol=ENERGY_TOLERANCE)
-
-
-def _read(folder: Path, site: dict[str, Any]) -> Tensor:
-    """A site's weight as [out, in]."""
-    try:
-        with safe_open(folder / site["file"], framework="pt") as file:
-            stored: Tensor = file.get_tensor(site["tensor"])
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: {site['name']}: promised in {site['file']} as {site['tensor']}, but: {e}.") from e
-    return stored.t() if site["stored"] == "in_out" else stored
+def _without_non_finite(data: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(data, dict):
+        return {key: _without_non_finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_non_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _places(folder: Path) -> dict[str, str]:

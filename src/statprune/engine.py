@@ -6,16 +6,19 @@ for group, moments in layers.observe(...):      the statistics of a group's inpu
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from statprune.allocation import allocate
 from statprune.clock import timed
-from statprune.errors import SiteError, adding, number_of
-from statprune.methods.pruner import PrunedWeight, WeightPruner
-from statprune.methods.statistics import InputMoments
+from statprune.errors import NonFiniteError, SiteError, adding, number_of
+from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
+from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.observe import ForwardContext
@@ -24,7 +27,7 @@ from statprune.model.sites import LinearSite
 from statprune.model.undisturbed import undisturbed
 from statprune.model.weights import Weights
 from statprune.progress import Progress, silent
-from statprune.ranks import ProcessGroup, all_well
+from statprune.ranks import ProcessGroup, all_well, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.report import PruningReport, SiteReport
 from statprune.selection import select
@@ -57,45 +60,77 @@ def run(
     """
     pruner = recipe.pruner()
     schedule = layers.schedule(recipe.schedule, pruner.needs)
+    needs = pruner.needs | Statistic.SAMPLE if pruner.needs else Statistic.NONE  # a sample alone is not worth a walk
+    energies: list[Tensor] = []
+    device = next((tensor.device for tensor in inputs[0].tensors()), None)
     report = PruningReport(recipe.to_dict(), schedule, num_batches=len(inputs), fallback_reason=layers.reason)
     running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
     with undisturbed(layers.model), adding(lambda: _what_landed(report, weights)):
         selection = select(layers.groups, layers.left_out, recipe)
-        with timed(report.seconds, "allocate"):
+        with timed(report.seconds, "allocate", report.memory, device):
             allocation = allocate(layers, selection, inputs, recipe, weights, progress=progress, **running)
         selection = allocation.selection
         report.left_out = list(selection.left_out)
         own = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
         report.seconds |= {"prune": 0.0}
         if weights.is_in_place and schedule in SEES_PRUNED:
-            with timed(report.seconds, "check"):  # else no weight changes before the last batch
+            with timed(report.seconds, "check", report.memory, device):  # else no weight changes before the last batch
                 for _ in layers.observe(selection.groups, inputs[:1], weights=weights, **running):
                     pass
-        with timed(report.seconds, "walk"):
+        with timed(report.seconds, "walk", report.memory, device):
             for group, moments in layers.observe(
-                selection.groups, inputs, schedule=recipe.schedule, needs=pruner.needs, weights=weights, **running
+                selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, **running
             ):
-                with timed(report.seconds, "prune"):
+                with timed(report.seconds, "prune", report.memory, device):
                     for site in group.sites:
                         weight = site.view(weights.get(site.parameter).detach())
                         pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
                         report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
+                        if moments is not None:
+                            energies.append(_output_energies(weight, pruned, moments))
                         weights.put(site, pruned)
                 if moments is not None and not report.num_tokens:
                     report.num_tokens = int(moments.num_tokens)
                 progress(len(report.sites), len(selection.sites), group.sites[-1].name)
+            report.sites = _with_output_errors(report.sites, energies, process_group)
         all_well(process_group, "the end of the run")  # while a failure can still say what has landed here
     report.seconds["walk"] -= report.seconds["prune"]
     if not pruner.needs:
         del report.seconds["walk"]  # nothing was walked
+        report.memory.pop("walk", None)
     return report
 
 
 def _prune(pruner: WeightPruner, site: LinearSite, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
     try:
-        return pruner(weight, moments)
+        pruned = pruner(weight, moments)
     except ValueError as e:
         raise SiteError(f"{site.name}: {e}") from e
+    if not bool(torch.isfinite(pruned.weight).all()):
+        raise NonFiniteError(
+            f"{site.name}: the method makes NaN or infinity of its finite weights, which are {weight.dtype}. Take smaller "
+            "settings, a wider dtype, or leave the layer dense with `ignore`."
+        )
+    return pruned
+
+
+def _output_energies(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> Tensor:
+    """[2], float64; zeros where no token came."""
+    if moments.sample is None or moments.sample.rows is None:
+        return torch.zeros(2, dtype=torch.float64, device=weight.device)
+    return output_energies(weight, pruned.weight, moments.sample.rows)
+
+
+def _with_output_errors(sites: list[SiteReport], energies: list[Tensor], process_group: ProcessGroup) -> list[SiteReport]:
+    """The same with their output errors over all ranks, where there are energies."""
+    if not energies:
+        return sites
+    totals = torch.stack(energies)
+    sum_over_ranks([totals], process_group, "the output errors")
+    errors = [(changed / dense) ** 0.5 if dense else math.nan for changed, dense in totals.tolist()]
+    return [
+        replace(site, output_error=error if math.isfinite(error) else None) for site, error in zip(sites, errors, strict=True)
+    ]
 
 
 def _what_landed(report: PruningReport, weights: Weights) -> str:

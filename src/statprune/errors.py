@@ -22,6 +22,10 @@ class CalibrationError(StatpruneError, ValueError):
     """The calibration or evaluation data cannot be used with this model."""
 
 
+class CalibrationWarning(UserWarning):
+    """The calibration data can be used, and is worth less than it seems."""
+
+
 class NonFiniteError(StatpruneError, ValueError):
     """NaN or infinity in weights, inputs or activations."""
 
@@ -73,10 +77,20 @@ def adding(consequence: Callable[[], str], kind: type[StatpruneError] = Statprun
         raise type(e)(f"{e} {said}") from e
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """`" Did you mean 'cvr'?"` for the closest known name, or an empty string where nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    # Looking for what is close to a long text takes long.
+    close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) and len(name) < 100 else []
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object, longest: int = 200) -> str:
+    """A value as an error quotes it: its `repr`, cut where it is long, and a word where it has none."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists in lists
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def number_of(count: int, noun: str) -> str:

@@ -21,9 +21,11 @@ from typing import Any
 
 import yaml
 
-from statprune.errors import RecipeError, first_line, nearest
+from statprune.errors import RecipeError, nearest, shown
+from statprune.methods.bounds import bounds_in, is_finite
 from statprune.methods.patterns import PATTERNS, SHORTHAND_HELP, ModelPattern, parse_shorthand
 from statprune.methods.registry import NAME, kind_of, known_compensations, known_criteria, settings_of, usual_ranking
+from statprune.strict_yaml import YamlDumper, load, problem
 
 Part = str | Mapping[str, Any]
 """A name, with settings or without (`"cvr:alpha=0.25"`), or a mapping with `name` and the settings."""
@@ -32,16 +34,10 @@ Whole = dict[str, Any]
 """A part as a mapping with its `name` and every setting."""
 
 
-class YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-8 is a number; YAML 1.1 asks for a dot, 1.0e-8, and reads the rest as text."""
+LONGEST = 10_000
+"""Characters in a part's text, and settings in its mapping."""
 
-
-class YamlDumper(yaml.SafeDumper):
-    """Quotes the text that YamlLoader would take for a number."""
-
-
-for _kind in (YamlLoader, YamlDumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+MOST_COMPENSATIONS = 16
 
 
 def read_method(method: object) -> tuple[Whole, list[Whole]]:
@@ -51,12 +47,13 @@ def read_method(method: object) -> tuple[Whole, list[Whole]]:
         RecipeError: it is not of the form `CRITERION[:SETTINGS][+COMPENSATION[:SETTINGS]]...`, or a name or setting does not
             exist.
     """
+    check_length("method", method)
     # A plus inside of a number (1e+3) separates nothing.
     parts = re.split(r"\+(?=[A-Za-z])", method) if isinstance(method, str) else []
     if not parts or not all(re.fullmatch(rf"{NAME}(:.+)?", part, re.DOTALL) for part in parts):
         raise RecipeError(
-            f"The method {method!r} is not understood: expected CRITERION or CRITERION+COMPENSATION, each with settings or "
-            "without, such as 'wanda', 'cvr+energy' or 'cvr:alpha=0.25+energy:column'."
+            f"The method {shown(method)} is not understood: expected CRITERION or CRITERION+COMPENSATION, each with settings "
+            "or without, such as 'wanda', 'cvr+energy' or 'cvr:alpha=0.25+energy:column'."
         )
     return complete_parts(parts[0], parts[1:])
 
@@ -69,6 +66,8 @@ def complete_parts(criterion: Part, compensation: Part | Sequence[Part]) -> tupl
     """
     several = isinstance(compensation, Sequence) and not isinstance(compensation, str)
     given = list(compensation) if several else [compensation]
+    if len(given) > MOST_COMPENSATIONS:
+        raise RecipeError(f"A method with {len(given):,} compensations: expected at most {MOST_COMPENSATIONS}.")
     completed = [complete("compensation", part, known_compensations()) for part in given]
     return complete("criterion", criterion, known_criteria()), [part for part in completed if part["name"] != "none"]
 
@@ -86,30 +85,31 @@ def read_pattern(part: object) -> Whole:
     """
     if isinstance(part, int | float):
         raise RecipeError(
-            f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}. In YAML, quote it: an unquoted 2:4 is a number to YAML."
+            f"Recipe(pattern={shown(part)}): expected {SHORTHAND_HELP}. In YAML, quote it: an unquoted 2:4 is a number to YAML."
         )
     given = part
     if isinstance(part, str):
+        check_length("pattern", part)
         if part in PATTERNS:
-            raise RecipeError(f"Recipe(pattern={part!r}) needs numbers: {SHORTHAND_HELP}.")
+            raise RecipeError(f"Recipe(pattern={shown(part)}) needs numbers: {SHORTHAND_HELP}.")
         numbers, settings = _split_pattern(part)
         try:
             pattern = parse_shorthand(numbers)
         except ValueError as e:
-            raise RecipeError(f"Recipe(pattern={part!r}): {e}") from e
+            raise RecipeError(f"Recipe(pattern={shown(part)}): {e}") from e
         if pattern is None:
-            raise RecipeError(f"Recipe(pattern={part!r}): expected {SHORTHAND_HELP}, or a mapping with a 'name'.")
+            raise RecipeError(f"Recipe(pattern={shown(part)}): expected {SHORTHAND_HELP}, or a mapping with a 'name'.")
         name = _name_of(pattern)
         values = {key: getattr(pattern, key) for key in _NUMBERS[name]}
         others = _read("pattern", f"{name}:{settings}", PATTERNS)
         if twice := [key for key in values if key in others]:
-            raise RecipeError(f"Recipe(pattern={part!r}): {numbers!r} says {' and '.join(twice)} already. Leave them out.")
+            raise RecipeError(f"Recipe(pattern={shown(part)}): {numbers!r} says {' and '.join(twice)} already. Leave them out.")
         given = {**others, **values}
     whole = complete("pattern", given, PATTERNS)
     try:
         PATTERNS[whole["name"]](**split(whole)[1])
     except (ValueError, TypeError) as e:
-        raise RecipeError(f"Recipe(pattern={part!r}): {e}") from e
+        raise RecipeError(f"Recipe(pattern={shown(part)}): {e}") from e
     is_open = isinstance(given, Mapping) and "rank_over" not in given
     return {key: value for key, value in whole.items() if not (is_open and key == "rank_over")}
 
@@ -136,34 +136,47 @@ def split(part: Whole) -> tuple[str, dict[str, Any]]:
     return part["name"], {key: value for key, value in part.items() if key != "name"}
 
 
+def check_length(key: str, text: object) -> None:
+    """Raise RecipeError for a text that is longer than any part's, before it is looked into."""
+    if isinstance(text, str) and len(text) > LONGEST:
+        raise RecipeError(f"Recipe({key}=...) has {len(text):,} characters: expected at most {LONGEST:,}.")
+
+
 def one_of(key: str, value: object, known: Mapping[str, Any] | tuple[str, ...]) -> None:
     """Raise RecipeError, with the nearest known name, where the value is none of them."""
     if value not in known:
-        raise RecipeError(f"Recipe({key}={value!r}) does not exist.{nearest(str(value), known)} Known: {', '.join(known)}.")
+        raise RecipeError(f"Recipe({key}={shown(value)}) does not exist.{nearest(value, known)} Known: {', '.join(known)}.")
 
 
 def complete(key: str, part: object, known: Mapping[str, Callable[..., Any]]) -> Whole:
     """A part with its name checked and every setting spelled out, defaults included.
 
     Raises:
-        RecipeError: no such name or setting, a setting is missing, or a value is of another kind than the setting.
+        RecipeError: no such name or setting, a setting is missing, or a value is of another kind than the setting, not finite
+            or outside of the bounds that the setting declares.
     """
     given = _read(key, part, known) if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else {}
     if not isinstance(given.get("name"), str):
-        raise RecipeError(f"Recipe({key}={part!r}): expected a name or a mapping with a 'name'. Known: {', '.join(known)}.")
+        raise RecipeError(
+            f"Recipe({key}={shown(part)}): expected a name or a mapping with a 'name'. Known: {', '.join(known)}."
+        )
     name = given["name"]
     one_of(key, name, known)
     defaults = settings_of(known[name])
     for setting in given:
         if setting != "name" and setting not in defaults:
             raise RecipeError(
-                f"The {key} {name!r} has no setting {setting!r}.{nearest(str(setting), defaults)} "
+                f"The {key} {name!r} has no setting {shown(setting)}.{nearest(setting, defaults)} "
                 f"Its settings are {', '.join(defaults) or 'none'}."
             )
     for setting in defaults.keys() & given.keys():
         kind = kind_of(known[name], setting)
-        if (expected := _mismatch(given[setting], kind)) is not None:
-            raise RecipeError(f"The {key} {name!r} has {setting}={given[setting]!r}: expected {expected}.")
+        bounds = bounds_in(known[name]).get(setting)
+        expected = _mismatch(given[setting], kind)
+        if expected is None and bounds is not None and not bounds.holds(given[setting]):
+            expected = str(bounds)
+        if expected is not None:
+            raise RecipeError(f"The {key} {name!r} has {setting}={shown(given[setting])}: expected {expected}.")
     whole = {"name": name, **{setting: given.get(setting, default) for setting, default in defaults.items()}}
     if missing := [setting for setting, value in whole.items() if value is inspect.Parameter.empty]:
         raise RecipeError(f"The {key} {name!r} needs {', '.join(missing)}.")
@@ -211,16 +224,14 @@ def _mismatch(value: object, kind: type | None) -> str | None:
         return None if isinstance(value, bool) else "true or false"
     if isinstance(value, bool) and (kind is None or kind in (int, float)):
         return "a number, not true or false"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
+    if not is_finite(value):
+        return "finite numbers" if isinstance(value, tuple | list) else "a finite number"
     if kind is int and not isinstance(value, int):
         return "a whole number"
     if kind is float and not isinstance(value, int | float):
         return "a number"
     if kind in (tuple, list) and not isinstance(value, tuple | list):
         return "a list"
-    if isinstance(value, tuple | list) and any(isinstance(one, float) and not math.isfinite(one) for one in value):
-        return "finite numbers"
     if kind is str and not isinstance(value, str):
         return "a text"
     return None
@@ -228,6 +239,7 @@ def _mismatch(value: object, kind: type | None) -> str | None:
 
 def _read(key: str, text: str, known: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """`NAME:SETTING=VALUE,...` as a mapping."""
+    check_length(key, text)
     name, _, rest = text.partition(":")
     one_of(key, name, known)
     defaults = settings_of(known[name])
@@ -239,7 +251,7 @@ def _read(key: str, text: str, known: Mapping[str, Callable[..., Any]]) -> dict[
         if setting == "name" and equals:
             raise RecipeError(f"The {key} {name!r} has no setting 'name'. Its settings are {', '.join(defaults) or 'none'}.")
         if setting in seen:
-            raise RecipeError(f"Recipe({key}={text!r}): {setting!r} is given twice.")
+            raise RecipeError(f"Recipe({key}={shown(text)}): {setting!r} is given twice.")
         seen.add(setting)
         if equals:
             given[setting] = _value(text, value)
@@ -248,7 +260,7 @@ def _read(key: str, text: str, known: Mapping[str, Callable[..., Any]]) -> dict[
             given = {**dict.fromkeys(switches, False), **given, setting: True}
         else:
             raise RecipeError(
-                f"Recipe({key}={text!r}): {setting!r} is no switch.{nearest(setting, switches)} Expected NAME=VALUE"
+                f"Recipe({key}={shown(text)}): {setting!r} is no switch.{nearest(setting, switches)} Expected NAME=VALUE"
                 + (f", or one of {', '.join(switches)}." if switches else ".")
                 + f" The settings of {name} are {', '.join(defaults) or 'none'}."
             )
@@ -257,9 +269,9 @@ def _read(key: str, text: str, known: Mapping[str, Callable[..., Any]]) -> dict[
 
 def _value(text: str, value: str) -> Any:
     try:
-        return yaml.load(value, Loader=YamlLoader)
+        return load(value)
     except yaml.YAMLError as e:
-        raise RecipeError(f"In {text!r}, {value!r} is no value: {first_line(e)}.") from e
+        raise RecipeError(f"In {shown(text)}, {shown(value)} is no value: {problem(e)}.") from e
 
 
 def _text(value: Any) -> str:

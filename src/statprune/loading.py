@@ -6,14 +6,14 @@ What cannot be is refused before a weight is read.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from statprune.errors import CalibrationError, CheckpointError, ModelError, first_line
+from statprune.errors import CalibrationError, ModelError, first_line
+from statprune.record import file_digest
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_SEQLEN = 2048
 
 
@@ -22,7 +22,7 @@ def open_causal(model: str, dtype: str, device: str, seqlen: int | None, **numbe
 
     Args:
         model: folder or hub name.
-        dtype: a name of `DType`.
+        dtype: `"auto"`, or what torch calls it.
         device: `"auto"`, or what torch calls it.
         seqlen: tokens in a window; None for 2048, or the model's context if that is shorter.
         numbers: other options that must be at least 1, by name.
@@ -47,10 +47,13 @@ def window_length(config: Any, seqlen: int | None) -> int:
 
 
 def check_positive(**numbers: int) -> None:
-    """Raise CalibrationError for an option below 1."""
+    """Raise CalibrationError for an option below 1, or beyond what counts anything."""
     for name, number in numbers.items():
+        option = f"--{name.replace('_', '-')} {number}"
+        if number >= 1 << 31:
+            raise CalibrationError(f"{option}: expected less than {1 << 31:,}.")
         if number < 1:
-            raise CalibrationError(f"--{name} {number}: expected at least 1.")
+            raise CalibrationError(f"{option}: expected at least 1.")
 
 
 def load_causal(model: str, dtype: str, device: str) -> Any:
@@ -163,16 +166,3 @@ def fingerprint(path: str, config: Any) -> str:
 def file_digests(folder: Path) -> dict[str, str]:
     """The SHA-256 digest of each of the folder's weight files, by file name; errors as for `file_digest`."""
     return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 as 64 hexadecimal digits.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e}.") from e

@@ -1,5 +1,6 @@
 """Perplexity, as a torchmetrics Metric that stays right on long runs, low precision and bad models."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from statprune.errors import CalibrationError
+from statprune.errors import CalibrationError, NonFiniteError
+from statprune.model.kinds import vocabulary_and_context
 from statprune.model.undisturbed import eval_mode, without_cache
+from statprune.model.weights import named_tensors
 from statprune.progress import Progress, silent
 
 TOKENS_PER_CHUNK = 1024
@@ -100,10 +103,10 @@ def evaluate(
         progress: called after each batch, in windows.
 
     Raises:
-        CalibrationError: there is no window, or windows of one token.
+        CalibrationError: there is no window, or windows of one token; tokens that are none, or beyond the vocabulary.
+        NonFiniteError: the perplexity is NaN or infinite; names the weight that is, if one is.
     """
-    if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
-        raise CalibrationError(f"evaluate(windows of shape {tuple(windows.shape)}): expected [windows, at least 2 tokens].")
+    _check_windows(model, windows)
     device = next(model.parameters()).device
     metric = Perplexity().to(device)
     with eval_mode(model), without_cache(model):
@@ -111,4 +114,32 @@ def evaluate(
             tokens = windows[start : start + batch_size].to(device).long()
             metric.update_next_token(functional_call(model, dict(weights or {}), (tokens,)).logits, tokens)
             progress(min(start + batch_size, len(windows)), len(windows), "windows")
-    return float(metric.compute())
+    perplexity = float(metric.compute())
+    if not math.isfinite(perplexity):
+        raise NonFiniteError(f"The perplexity is {perplexity}: {_cause(model, weights or {})}")
+    return perplexity
+
+
+def _check_windows(model: nn.Module, windows: Tensor) -> None:
+    if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2 or windows.is_floating_point():
+        raise CalibrationError(
+            f"evaluate(windows of shape {tuple(windows.shape)} and dtype {windows.dtype}): expected tokens, whole numbers, "
+            "[windows, at least 2 tokens]."
+        )
+    vocabulary, _ = vocabulary_and_context(model)
+    lowest, highest = int(windows.min()), int(windows.max())
+    if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
+        raise CalibrationError(
+            f"evaluate(windows with tokens from {lowest} to {highest}): the model's vocabulary has {vocabulary}. Was the text "
+            "tokenized with another model's tokenizer?"
+        )
+
+
+def _cause(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Why a perplexity is not finite, as far as the weights tell."""
+    for name, tensor in {**named_tensors(model), **weights}.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return f"NaN or infinity in {name}. Was the checkpoint saved whole?"
+    dtype = next(model.parameters()).dtype
+    advice = " Compute in float32 or bfloat16." if dtype is torch.float16 else ""
+    return f"all weights are finite, so the model's activations overflow in {str(dtype).removeprefix('torch.')}.{advice}"

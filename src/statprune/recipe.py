@@ -8,16 +8,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
 
-from statprune.errors import RecipeError, nearest
+from statprune.errors import RecipeError, nearest, shown
 from statprune.grammar import (
     Whole,
-    YamlDumper,
-    YamlLoader,
     complete,
     complete_parts,
     complete_pattern,
@@ -29,17 +27,24 @@ from statprune.grammar import (
     write_method,
     write_pattern,
 )
+from statprune.methods.bounds import Between, Count, bounds_in, check
 from statprune.methods.budget import ALLOCATIONS, AllocationRule
-from statprune.methods.patterns import PATTERNS, ModelPattern, Pattern
+from statprune.methods.patterns import NM, PATTERNS, ModelPattern, Pattern
 from statprune.methods.pruner import WeightPruner
-from statprune.methods.registry import build_pruner
+from statprune.methods.registry import build_pruner, known_compensations, known_criteria
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.schedule import SCHEDULES, Schedule
+from statprune.strict_yaml import YamlDumper, load, problem
 
 _Read = TypeVar("_Read")
 
+Minutes = Annotated[float, Between(0, 7 * 24 * 60, without=(0,))]
+
 OnIndivisible = Literal["error", "skip"]
 ON_INDIVISIBLE = ("error", "skip")
+
+_TRIED_WIDTH = 16
+"""Columns of the weight that a recipe tries itself out on, at most."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +184,23 @@ class Recipe:
         return complete_pattern(read_pattern(self.pattern), self.criterion["name"])
 
     def _try_out(self) -> None:
-        """Prune a weight of one row, so that a value out of range is refused now and not in the middle of a model."""
+        """Prune a weight of one row, so that a value out of range is refused now and not in the middle of a model.
+
+        A few milliseconds whatever the settings: with narrow groups, and without the work that a setting asks for.
+        """
         try:
-            width = self.build_pattern().group_size or 2
+            pattern = self.build_pattern()
+            self.pruner()
+            if (pattern.group_size or 0) > _TRIED_WIDTH:
+                pattern = NM(1, 2)
+            width = pattern.group_size or 2
             moments = InputMoments.zeros(width, Statistic.GRAM).add(torch.eye(width)).add(-torch.eye(width))
-            self.pruner()(torch.linspace(1.0, 2.0, width)[None], moments)
-        except (ValueError, TypeError) as e:
-            raise RecipeError(f"Recipe(method={self.method!r}, pattern={self.pattern!r}): {e}") from e
+            criterion = _least_work(self.criterion, known_criteria())
+            compensation = [_least_work(part, known_compensations()) for part in self.compensation]
+            build_pruner(criterion, pattern, compensation)(torch.linspace(1.0, 2.0, width)[None], moments)
+        except Exception as e:  # whatever the code of another package raises
+            named = f"{type(e).__name__}: {e}" if not isinstance(e, ValueError | TypeError) else str(e)
+            raise RecipeError(f"Recipe(method={self.method!r}, pattern={self.pattern!r}): {named}") from e
 
     def _check_allocation(self, allocation: Whole) -> None:
         try:
@@ -221,8 +236,8 @@ class Search:
     pattern: str = "2:4"
     """As a recipe's; what unstructured weights compete in is each method's own where it is left open."""
 
-    minutes: float = 10.0
-    """How long the trying may take; above 0."""
+    minutes: Minutes = 10.0
+    """How long the trying may take; at most a week."""
 
     targets: tuple[str, ...] | None = None
     """As a recipe's."""
@@ -234,8 +249,10 @@ class Search:
     """As a recipe's."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.minutes, bool) or not isinstance(self.minutes, int | float) or not 0 < self.minutes < float("inf"):
-            raise RecipeError(f"Search(minutes={self.minutes!r}): expected a number above 0.")
+        try:
+            check("Search", Search, minutes=self.minutes)
+        except ValueError as e:
+            raise RecipeError(str(e)) from e
         object.__setattr__(self, "pattern", write_pattern(_read_pattern("Search", self.pattern)))
         _keep_scope(self)
         self.recipe("magnitude")  # a pattern or a scope that cannot be is refused now
@@ -289,16 +306,24 @@ def is_auto(method: object) -> bool:
     return isinstance(method, str) and re.split("[:+]", method)[0] == AUTO
 
 
-def _auto(*, minutes: float = 10.0) -> None:
+def _auto(*, minutes: Minutes = 10.0) -> None:
     """The settings of the text `auto`."""
+
+
+def _least_work(part: Whole, known: Mapping[str, Callable[..., Any]]) -> Whole:
+    """The part with the lowest number of steps and the like."""
+    counts = {key: bounds.low for key, bounds in bounds_in(known[part["name"]]).items() if isinstance(bounds, Count)}
+    return {key: counts.get(key, value) for key, value in part.items()}
 
 
 def load_yaml(path: str | Path, read: Callable[[Mapping[str, Any]], _Read]) -> _Read:
     """What `read` makes of a YAML file's keys; RecipeError, naming the file, where it cannot be read."""
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        data = load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:  # a name with a NUL byte in it is a ValueError; so is a text that is not UTF-8
         raise RecipeError(f"The recipe {path} cannot be read: {e}") from e
+    except yaml.YAMLError as e:
+        raise RecipeError(f"The recipe {path} cannot be read: {problem(e)}.") from e
     if not isinstance(data, Mapping):
         raise RecipeError(f"The recipe {path} holds {type(data).__name__}; expected keys such as 'pattern: \"2:4\"'.")
     try:
@@ -310,14 +335,14 @@ def load_yaml(path: str | Path, read: Callable[[Mapping[str, Any]], _Read]) -> _
 def _check_keys(kind: str, data: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in data:
         if key not in known:
-            raise RecipeError(f"{kind} has no key {key!r}.{nearest(str(key), known)} The keys are {', '.join(known)}.")
+            raise RecipeError(f"{kind} has no key {shown(key)}.{nearest(key, known)} The keys are {', '.join(known)}.")
 
 
 def _check_texts(kind: str, **values: object) -> None:
     for key, value in values.items():
         if not isinstance(value, str):
             raise RecipeError(
-                f"{kind}({key}={value!r}): expected a text, such as 'cvr:alpha=0.25+energy' or 'owl:spread=0.1'; "
+                f"{kind}({key}={shown(value)}): expected a text, such as 'cvr:alpha=0.25+energy' or 'owl:spread=0.1'; "
                 f"{kind}.from_dict takes mappings."
             )
 
@@ -325,7 +350,7 @@ def _check_texts(kind: str, **values: object) -> None:
 def _read_pattern(kind: str, pattern: object) -> Whole:
     if not isinstance(pattern, str | int | float):
         raise RecipeError(
-            f"{kind}(pattern={pattern!r}): expected a text, such as '50%' or '2:4'; {kind}.from_dict takes mappings."
+            f"{kind}(pattern={shown(pattern)}): expected a text, such as '50%' or '2:4'; {kind}.from_dict takes mappings."
         )
     return read_pattern(pattern)
 
@@ -335,7 +360,7 @@ def _keep_scope(how: Recipe | Search) -> None:
     one_of("on_indivisible", how.on_indivisible, ON_INDIVISIBLE)
     if not _are_names(() if how.targets is None else how.targets) or not _are_names(how.ignore):
         raise RecipeError(
-            f"{type(how).__name__}(targets={how.targets!r}, ignore={how.ignore!r}): expected lists of names, such as "
+            f"{type(how).__name__}(targets={shown(how.targets)}, ignore={shown(how.ignore)}): expected lists of names, such as "
             "['*.mlp.*']."
         )
     object.__setattr__(how, "targets", None if how.targets is None else tuple(how.targets))

@@ -1,9 +1,8 @@
 """What a run did, as data: the record that goes into `pruning.json`, and a text of it for people."""
 
-import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+import statistics
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from statprune.errors import number_of
 from statprune.methods.pruner import PrunedWeight, energy_sq
 from statprune.model.sites import LeftOut, LinearSite
+from statprune.versions import versions
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class SiteReport:
     """Sum of squared weights now."""
     pattern: dict[str, Any] | None = None
     """The layer's own pattern, where an allocation gave it one."""
+    output_error: float | None = None
+    """How far the layer's output is off, relative root mean square: the root of the sum of ((pruned - dense) x)**2 over that of
+    (dense x)**2, over a sample of the calibration tokens x that entered it (at most `SAMPLE_SIZE` on each rank). Measured when
+    it was pruned: nobody can recompute it from the files. None where no inputs were observed (magnitude), or where the weight
+    was trained afterwards."""
 
     @classmethod
     def of(cls, site: LinearSite, dense: Tensor, pruned: PrunedWeight, pattern: dict[str, Any] | None = None) -> "SiteReport":
@@ -82,12 +87,18 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     """`trace`, `allocate`, `check`, `walk`, `prune`; before them `tune`, where a search chose the recipe; a command adds
     `save`."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes, by the same names: how high memory has gone by the end of each step (`clock.peak_memory`), whoever used it; of the
+    first rank. Empty where the system does not tell."""
     fallback_reason: str | None = None
     """Why module hooks were used instead of the graph."""
     finetuning_steps: int = 0
     """Optimizer steps taken after pruning, with the pruned weights held at zero."""
     chosen_by: dict[str, Any] | None = None
     """Where a search chose the recipe: that search, what was tried, and on what; else None."""
+    perplexity: dict[str, Any] | None = None
+    """Where it was measured before and after: `dense` and `pruned` (None where that is no number), on so many `windows` of
+    `seqlen` tokens of `text` (a list of names)."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":
@@ -97,9 +108,8 @@ class PruningReport:
             KeyError: the recipe, the schedule or a value of a weight is missing.
         """
         own = {one.name: data[one.name] for one in fields(cls) if one.name in data or one.name in ("recipe", "schedule")}
-        names = {kind: [one.name for one in fields(kind)] for kind in (SiteReport, LeftOut)}
-        own["sites"] = [SiteReport(**_pick(site, names[SiteReport])) for site in data["sites"]]
-        own["left_out"] = [LeftOut(**_pick(one, names[LeftOut])) for one in data["left_out"]]
+        own["sites"] = [SiteReport(**_pick(site, SiteReport)) for site in data["sites"]]
+        own["left_out"] = [LeftOut(**_pick(one, LeftOut)) for one in data["left_out"]]
         return cls(**own)
 
     @property
@@ -111,6 +121,11 @@ class PruningReport:
     def energy_ratio(self) -> float:
         """Sum of squared weights after over before, over all pruned weights."""
         return sum(site.energy_after for site in self.sites) / max(1e-300, sum(site.energy_before for site in self.sites))
+
+    @property
+    def output_errors(self) -> list[float]:
+        """The output errors of the layers that have one, in execution order."""
+        return [site.output_error for site in self.sites if site.output_error is not None]
 
     @property
     def num_weights(self) -> int:
@@ -132,26 +147,18 @@ class PruningReport:
         took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         shares = [100 * site.sparsity for site in self.sites if site.pattern]
         by_layer = f"{min(shares):.1f} to {max(shares):.1f} % of a layer, " if shares else ""
+        errors = [100 * error for error in self.output_errors]
+        outputs = f"outputs off by {statistics.median(errors):.1f} %, at most {max(errors):.1f} %; " if errors else ""
         return (
             f"{number_of(len(self.sites), 'weight')}, {number_of(self.num_weights, 'parameter')}: "
             f"{100 * self.sparsity:.2f} % are zero now, {by_layer}"
-            f"energy {100 * self.energy_ratio:.1f} % of dense; schedule {self.schedule}, "
+            f"energy {100 * self.energy_ratio:.1f} % of dense; {outputs}schedule {self.schedule}, "
             f"{number_of(self.num_tokens, 'calibration token')}; {took}"
             + (f"; {number_of(self.finetuning_steps, 'step')} of fine-tuning" if self.finetuning_steps else "")
         )
 
 
-def _pick(data: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """These values; lists, which is what JSON makes of a shape, as tuples again."""
+def _pick(data: Mapping[str, Any], kind: type[SiteReport] | type[LeftOut]) -> dict[str, Any]:
+    """The values of its fields, of which an older record may lack those with a default; lists, JSON's tuples, as tuples."""
+    names = [one.name for one in fields(kind) if one.name in data or one.default is MISSING]
     return {name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names}
-
-
-def versions() -> dict[str, str]:
-    """Of everything whose version can change a number."""
-    found = {"python": platform.python_version()}
-    for package in ("statprune", "torch", "lightning", "transformers", "torchmetrics"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

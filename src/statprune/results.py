@@ -5,24 +5,35 @@
         {"measure": "perplexity", "model": ..., "values": ...}    a cell
         ...
 
-A line is written at once when its cell is finished, and never changed. Numbers of another protocol or of other versions do
-not compare, so a file that holds them is refused.
+A line is written at once when its cell is finished, whole or not at all, and never changed. What a crash of the machine has
+left of one is passed over, and its cell measured again. Numbers of another protocol or of other versions do not compare, so a
+file that holds them is refused; so is a second run in a folder where one is at work.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from statprune.errors import ResultsError
+from statprune.errors import ResultsError, number_of
+from statprune.plain import finite
+from statprune.progress import Say, unsaid
 
 FORMAT = 1
+LOCK = ".lock"
+HOLDER = ".running.json"
+"""Of a folder where a run is at work: what the system locks, and who that is, for people."""
+
 DENSE = "dense"
 """The label of the model as it is."""
 
@@ -56,8 +67,8 @@ class Result:
     """Of the protocol, what differs between cells: the model's digest, the calibration tokens', the tasks."""
 
     values: dict[str, float] = field(default_factory=dict)
-    """What was measured, by metric. `perplexity`: `perplexity`, and `pruning seconds`. `zero-shot`: `TASK METRIC` for each
-    task, and `average`, in [0, 1]. `runtime`: seconds of `statistics`, `pruning` and `total`."""
+    """What was measured and is finite, by metric. `perplexity`: `perplexity`, and `pruning seconds`. `zero-shot`: `TASK METRIC`
+    for each task, and `average`, in [0, 1]. `runtime`: seconds of `statistics`, `pruning` and `total`."""
 
     seconds: float = 0.0
     """Of the whole cell."""
@@ -88,13 +99,14 @@ class ResultsFile:
         path: the JSON-lines file; made when the first cell is added.
         protocol: what all cells have in common.
         versions: of the packages.
+        say: called where lines are passed over because they are broken.
 
     Raises:
         ResultsError: the file holds results of another protocol or of other versions, or cannot be read.
     """
 
-    def __init__(self, path: str | Path, protocol: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, protocol: Mapping[str, Any], versions: Mapping[str, str], say: Say = unsaid) -> None:
+        self.path, self.say = Path(path), say
         self.head = {"format": FORMAT, "protocol": dict(protocol), "versions": dict(versions)}
         self._results: dict[str, Result] = {}
         if self.path.exists():
@@ -110,29 +122,43 @@ class ResultsFile:
         return list(self._results.values())
 
     def add(self, result: Result) -> None:
-        """Write a finished cell; it is on disk when this returns."""
-        is_new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for line in ([self.head] if is_new else []) + [asdict(result)]:
-                file.write(json.dumps(line, sort_keys=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Write a finished cell; it is on disk when this returns.
+
+        Raises:
+            ResultsError: it cannot be written, and the file is as it was before.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not self.path.exists() or not self.path.stat().st_size
+            lines = ([self.head] if is_new else []) + [asdict(result)]
+            _append(self.path, "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines).encode())
+        except OSError as e:
+            raise ResultsError(
+                f"{self.path} cannot be written: {e}. What was measured before is in it: make room, and run again."
+            ) from e
         self._results[result.key] = result
 
     def _read(self) -> None:
-        text = self.path.read_bytes()
-        if not text.endswith(b"\n"):
-            # Cut off in the middle of a line: that cell was not finished.
-            text = text[: text.rfind(b"\n") + 1]
-            self.path.write_bytes(text)
-        if not text:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        first, *others = whole.splitlines() or [b""]
+        read = [(line, _parsed(line)) for line in others]
+        while read and read[-1][1] is None:
+            read.pop()
+        # What is broken at the end is overwritten; in the middle, where an older version went on after it, it stays.
+        kept = b"".join(line + b"\n" for line in ([first] if first else []) + [line for line, _ in read])
+        if kept != content:
+            _replace(self.path, kept)
+        num_broken = len(others) - sum(parsed is not None for _, parsed in read) + (len(content) > len(whole))
+        if num_broken:
+            self.say(f"{self.path}: {number_of(num_broken, 'line')} broken off in writing, passed over: measured again.")
+        if not kept:
             self.path.unlink()
             return
         try:
-            head, *lines = [json.loads(line) for line in text.splitlines()]
+            head, lines = json.loads(first), [parsed for _, parsed in read if parsed is not None]
             found = {name: head[name] for name in ("format", "protocol", "versions")}
-            results = [Result(**{part.name: line[part.name] for part in fields(Result)}) for line in lines]
+            results = [_result(line) for line in lines]
         except (ValueError, KeyError, TypeError) as e:
             raise ResultsError(
                 f"{self.path} is not a file of results: {type(e).__name__}: {e}. Choose another --output, or remove it."
@@ -143,6 +169,81 @@ class ResultsFile:
                 "Choose another --output, or run with the settings and versions it was made with."
             )
         self._results = {result.key: result for result in results}
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Be the only run that writes results into a folder, which is made. The lock ends with the process, however it ends.
+
+    Raises:
+        ResultsError: another run is at work there; or nothing can be written there.
+    """
+    folder = Path(folder)
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise ResultsError(
+            f"{folder}: another run is at work there{_holder(folder)}. Wait until it is finished, stop it, or choose another "
+            "--output."
+        ) from e
+    except NotImplementedError:
+        pass  # a file system without locks: whoever works on such a one has to see to it alone
+    except OSError as e:
+        raise ResultsError(f"{folder} cannot be written to: {e}. Choose another --output.") from e
+    try:
+        who = {"process": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
+        (folder / HOLDER).write_text(json.dumps(who) + "\n", encoding="utf-8")
+        yield
+    finally:
+        for name in (HOLDER, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # that something is in it: then it stays
+            for one in made:
+                one.rmdir()
+
+
+def _holder(folder: Path) -> str:
+    try:
+        who = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return f" (process {who['process']} on {who['host']}, since {who['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # it has just begun, or is just going
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Add to a file, all or nothing."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) != len(content):
+                raise OSError("no space left for a whole line")
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line of JSON says; None where it is broken."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _result(line: Mapping[str, Any]) -> Result:
+    parts = {part.name: line[part.name] for part in fields(Result)}
+    return Result(**{**parts, "values": {name: value for name, value in parts["values"].items() if value is not None}})
 
 
 def _differences(then: Any, now: Any, name: str = "") -> list[str]:

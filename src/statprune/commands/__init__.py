@@ -1,16 +1,21 @@
-"""What each subcommand of `statprune` does: a function each, thin over the library; its arguments are the options."""
+"""What each subcommand of `statprune` does: a function each, thin over the library; its arguments are the options.
+
+It shows people what it does with `display`, and returns the same as plain data, which is what --json prints.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
-from statprune.commands.one_model import evaluate, inspect, merge, prune, verify
+from statprune.commands.one_model import evaluate, inspect, merge, prune, push, verify
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "quickstart": quickstart,
     "prune": prune,
     "evaluate": evaluate,
     "inspect": inspect,
     "verify": verify,
+    "push": push,
     "merge": merge,
     "compare": compare,
     "tune": tune,

@@ -1,11 +1,15 @@
-"""What the command shows: tables, progress bars and errors, on the terminal that is there."""
+"""What the command shows: tables, progress bars, errors and JSON, on the terminal that is there."""
 
 import contextlib
 import json
+import logging
+import os
 import re
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import rich.progress
 import yaml
@@ -14,41 +18,137 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from statprune.progress import Progress
-from statprune.recipe import Recipe, Search
-from statprune.report import PruningReport
-from statprune.selection import Selection
+from statprune.errors import CalibrationWarning
+from statprune.plain import finite
+from statprune.progress import Progress, silent
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+if TYPE_CHECKING:
+    from statprune.recipe import Recipe, Search
+    from statprune.report import PruningReport
+    from statprune.selection import Selection
+    from statprune.zeros import Recorded, Zeros
+
+LONGEST_SILENCE = 60.0
+"""Seconds without a line, where there is no terminal."""
+
+
+class _Console(Console):
+    """Goes on in silence where nobody reads any more, as behind `| head`: the work is not for the reader alone."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+console = _Console(highlight=False, emoji=False)
+"""What the command has to say; quiet with --json and --quiet."""
+
+notes = _Console(stderr=True, highlight=False, emoji=False)
+"""Progress, steps and warnings; quiet with --quiet."""
+
+errors = _Console(stderr=True, highlight=False, emoji=False)
+"""Never quiet; nor is what prints JSON."""
+
+
+@contextlib.contextmanager
+def showing(*, as_json: bool = False, quiet: bool = False) -> Iterator[None]:
+    """Only what these options let through, and warnings of Python as a line each."""
+    before = console.quiet, notes.quiet
+    console.quiet, notes.quiet = as_json or quiet, quiet
+    try:
+        with only_own_bars(), _signs_of_life(), warnings.catch_warnings():
+            warnings.simplefilter("default", CalibrationWarning)
+            warnings.showwarning = _show_warning
+            if quiet:
+                logging.disable(logging.WARNING)  # of transformers and the hub
+            yield
+    finally:
+        console.quiet, notes.quiet = before
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Without a terminal, a line whenever none came for long: work such as loading and exporting has no steps to count."""
+    if notes.quiet or notes.is_terminal:
+        yield
+        return
+    ended = threading.Event()
+    _latest.text, _latest.at = "", time.monotonic()
+
+    def watch() -> None:
+        began = _latest.at
+        while not ended.wait(max(0.05, _latest.at + LONGEST_SILENCE - time.monotonic())):
+            if time.monotonic() - _latest.at >= LONGEST_SILENCE:
+                text = _latest.text
+                say(f"at work, {_clock(time.monotonic() - began)} so far{f'; the last was {text}' if text else ''}")
+                _latest.text = text
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+class _Latest:
+    """What was said last."""
+
+    text = ""
+    at = 0.0
+
+
+_latest = _Latest()
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    notes.print(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}", soft_wrap=True)
 
 
 def say(text: str) -> None:
     """A step in words."""
-    errors.print(f"[dim]·[/] {escape(text)}", soft_wrap=True)
+    _latest.text, _latest.at = text, time.monotonic()
+    notes.print(f"[dim]·[/] {escape(text)}", soft_wrap=True)
 
 
-def show_error(error: Exception) -> None:
+def show_text(text: str) -> None:
+    """A text as it is, such as a table in Markdown."""
+    console.print(escape(text), soft_wrap=True)
+
+
+def show_error(text: str) -> None:
     """An error that explains itself needs no traceback."""
-    errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
 
-def show_json(data: object) -> None:
-    """One JSON object on standard output, and nothing else."""
-    print(json.dumps(data, indent=1))
+def show_end(text: str) -> None:
+    """That somebody ended the command."""
+    errors.print(escape(text), soft_wrap=True)
+
+
+def show_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on standard output. What JSON has no number for, NaN and infinity, becomes null."""
+    _Console().out(json.dumps(finite(data), indent=1, allow_nan=False, ensure_ascii=False), highlight=False)
 
 
 @contextlib.contextmanager
 def progress(title: str, *, each: bool = False) -> Iterator[Progress]:
     """How far some work is, on standard error: a bar, or where there is no terminal a line for each finished tenth.
 
-    Nothing is shown before the first step is finished, so that work that does not apply leaves nothing behind.
+    Nothing is shown before the first step is finished, so that work that does not apply leaves nothing behind. Without a
+    terminal a minute does not pass in silence, if steps are finished in it.
 
     Args:
         title: what the work is.
         each: without a terminal, a line for each finished step: for steps that take long.
     """
-    shown = _Bar(title) if errors.is_terminal else _Lines(title, each=each)
+    if notes.quiet:
+        yield silent
+        return
+    shown = _Bar(title) if notes.is_terminal else _Lines(title, each=each)
     try:
         yield shown
     finally:
@@ -61,9 +161,9 @@ class _Bar:
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("[dim]{task.fields[what]}"),
         )  # fmt: skip
-        self.bar = rich.progress.Progress(*columns, console=errors, transient=True)
+        self.bar = rich.progress.Progress(*columns, console=notes, transient=True)
         self.task = self.bar.add_task(escape(title), total=None, what="")
-        self.room = max(8, errors.width - len(title) - 20 - len(" 1000/1000 0:00:00 0:00:00  "))
+        self.room = max(8, notes.width - len(title) - 20 - len(" 1000/1000 0:00:00 0:00:00  "))
 
     def __call__(self, done: int, total: int, what: str) -> None:
         what = what if len(what) <= self.room else f"{what[: self.room - 1]}…"
@@ -81,6 +181,7 @@ class _Lines:
         self.done, self.total, self.shown = 0, 0, 0
         self.started = self.latest = time.perf_counter()
         self.first = (0, self.started)
+        self.told = self.started
 
     def __call__(self, done: int, total: int, what: str) -> None:
         now = time.perf_counter()
@@ -88,8 +189,8 @@ class _Lines:
             self.shown, self.started, self.first = 0, self.latest, (done, now)
         self.done, self.total, self.latest = done, total, now
         part = done if self.each else 10 * done // max(1, total)
-        if part > self.shown:
-            self.shown = part
+        if part > self.shown or (done and now - self.told >= LONGEST_SILENCE):
+            self.shown, self.told = part, now
             left = f"about {_clock(self._left(now))} left" if done < total else "finished"
             last = f": {what}" if what else ""
             say(f"{self.title}: {done} of {total}, {_clock(now - self.started)}, {left}{last}")
@@ -131,8 +232,10 @@ def only_own_bars() -> Iterator[None]:
         tqdm.__init__ = own
 
 
-def show_plan(model: Any, selection: Selection, how: Recipe | Search, reason: str | None) -> None:
+def show_plan(model: Any, selection: "Selection", how: "Recipe | Search", reason: str | None) -> None:
     """What will be pruned, what stays dense and why, and what to expect of the result; and why there is no graph, if so."""
+    from statprune.recipe import Recipe
+
     title = f"{how.method} at {how.pattern}"
     if isinstance(how, Recipe):
         title += f", schedule {how.schedule}, allocation {how.allocation}"
@@ -150,8 +253,10 @@ def show_plan(model: Any, selection: Selection, how: Recipe | Search, reason: st
     )
 
 
-def expected(model: Any, selection: Selection, how: Recipe | Search) -> dict[str, int]:
+def expected(model: Any, selection: "Selection", how: "Recipe | Search") -> dict[str, int]:
     """Sizes of the result: parameters, those in the weights to prune, zeros (to within a few of each row), bytes of weights."""
+    from statprune.recipe import Recipe
+
     allocated = getattr(how.build_allocation(), "sparsity", None) if isinstance(how, Recipe) else None
     sparsity = how.build_pattern().sparsity if allocated is None else allocated
     to_prune = sum(site.shape[0] * site.shape[1] for site in selection.sites)
@@ -163,15 +268,22 @@ def expected(model: Any, selection: Selection, how: Recipe | Search) -> dict[str
     }
 
 
-def show_dry_run(how: Recipe | Search) -> None:
+def plan_data(model: Any, selection: "Selection", how: "Recipe | Search") -> dict[str, Any]:
+    """`show_plan` as data."""
+    return {"recipe": how.to_dict(), **expected(model, selection, how), **survey_data(selection)}
+
+
+def show_dry_run(how: "Recipe | Search") -> None:
     """The end of a dry run: the recipe, as the file that --recipe takes."""
+    from statprune.recipe import Recipe
+
     text = (
         how.to_yaml() if isinstance(how, Recipe) else yaml.safe_dump({"method": how.method, **how.to_dict()}, sort_keys=False)
     )
     console.print(f"{escape(text)}\nA dry run: nothing was calibrated, nothing was written.", soft_wrap=True)
 
 
-def show_survey(model: str, selection: Selection) -> None:
+def show_survey(model: str, selection: "Selection") -> None:
     """The tables of `statprune inspect`."""
     _show_sites(model, selection)
     console.print(
@@ -181,8 +293,8 @@ def show_survey(model: str, selection: Selection) -> None:
     )
 
 
-def survey_data(selection: Selection) -> dict[str, Any]:
-    """`statprune inspect --json`."""
+def survey_data(selection: "Selection") -> dict[str, Any]:
+    """`show_survey` as data."""
     return {
         "groups": [
             [{"name": s.name, "parameter": s.parameter, "shape": s.shape, "stored": s.layout} for s in group.sites]
@@ -192,7 +304,45 @@ def survey_data(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _show_sites(title: str, selection: Selection) -> None:
+def show_zeros(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> None:
+    """What a sparse folder has, below `show_survey`: a row for each kind of layer, or each layer where they differ."""
+    kinds: dict[str, set[tuple[str, str]]] = {}
+    for one in zeros:
+        kinds.setdefault(_without_numbers([one.name])[0], set()).add(_share_and_pattern(one))
+    rows: dict[str, tuple[str, str]] = {}
+    counts: dict[str, int] = {}
+    for one in zeros:
+        kind = _without_numbers([one.name])[0]
+        name = kind if len(kinds[kind]) == 1 else one.name
+        rows[name] = _share_and_pattern(one)
+        counts[name] = counts.get(name, 0) + 1
+    table = Table(header_style="bold")
+    for column in ("zeros", "layers", "share", "N:M"):
+        table.add_column(column, justify="left" if column == "zeros" else "right")
+    for name, (share, pattern) in rows.items():
+        table.add_row(escape(name), str(counts[name]), share, pattern)
+    console.print(table)
+    data = zeros_data(zeros, recorded)
+    told = f"{data['zeros']:,} zeros in {data['weights']:,} weights of linear layers, {100 * data['sparsity']:.2f} %"
+    source = f"pruning.json: {recorded.recipe}" if recorded else "there is no pruning.json that says how they came there"
+    console.print(f"{told}; {escape(source)}", soft_wrap=True)
+
+
+def _share_and_pattern(one: "Zeros") -> tuple[str, str]:
+    return ("not in the files" if one.sparsity is None else f"{100 * one.sparsity:.2f} %"), one.pattern or "-"
+
+
+def zeros_data(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> dict[str, Any]:
+    """`show_zeros` as data."""
+    counted = [one for one in zeros if one.zeros is not None]
+    num_zeros, num_weights = sum(one.zeros or 0 for one in counted), sum(one.shape[0] * one.shape[1] for one in counted)
+    return {
+        "zeros": num_zeros, "weights": num_weights, "sparsity": num_zeros / max(1, num_weights),
+        "layers": [one.to_dict() for one in zeros], "recorded": None if recorded is None else recorded.recipe,
+    }  # fmt: skip
+
+
+def _show_sites(title: str, selection: "Selection") -> None:
     table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
     for column in ("prune", "out x in", "layers"):
         table.add_column(column, justify="left" if column == "prune" else "right")
@@ -222,8 +372,10 @@ def _distinct(rows: Sequence[Any]) -> list[Any]:
     return [row for index, row in enumerate(rows) if row not in rows[:index]]
 
 
-def show_report(report: PruningReport, output: str) -> None:
+def show_report(report: "PruningReport", output: str) -> None:
     """The end of `statprune prune`."""
+    from statprune.recipe import Recipe
+
     if report.chosen_by is not None:
         recipe = Recipe.from_dict(report.recipe)
         console.print(
@@ -237,12 +389,23 @@ def show_report(report: PruningReport, output: str) -> None:
     console.print(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
+        f"{_perplexities(report.perplexity)}"
         f"[bold green]saved and verified:[/] {escape(output)}",
         soft_wrap=True,
     )
 
 
-def _steps(report: PruningReport) -> dict[str, str]:
+def _perplexities(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    dense, pruned = ("no number" if measured[key] is None else f"{measured[key]:.4f}" for key in ("dense", "pruned"))
+    return (
+        f"perplexity [bold]{pruned}[/], dense {dense}, on {measured['windows']} windows of {measured['seqlen']} tokens of "
+        f"{escape(', '.join(measured['text']))}\n"
+    )
+
+
+def _steps(report: "PruningReport") -> dict[str, str]:
     """What took time, in order, by the name that the report has for it."""
     allocation = report.recipe["allocation"]["name"]
     times = "twice, block by block" if report.schedule == "block" else "once"
@@ -297,31 +460,54 @@ def show_verified(folder: str, record: dict[str, Any]) -> None:
     """The end of `statprune verify`."""
     console.print(
         f"[bold green]verified:[/] {escape(folder)}: {len(record['sites'])} weights, "
-        f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds",
+        f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds\n"
+        f"[dim]SHA-256 of the record, to publish: {record['digest']}[/]",
         soft_wrap=True,
     )
 
 
-def show_merged(before: PruningReport, after: PruningReport, output: str) -> None:
+def show_pushed(folder: str, address: str) -> None:
+    """The end of `statprune push`."""
+    console.print(f"[bold green]verified and uploaded:[/] {escape(folder)} to {escape(address)}", soft_wrap=True)
+
+
+def verified_data(folder: str, record: dict[str, Any]) -> dict[str, Any]:
+    """`show_verified` as data."""
+    kept = ("sparsity", "energy_ratio", "recipe", "files", "digest")
+    return {"folder": folder, "verified": True, "weights": len(record["sites"]), **{key: record[key] for key in kept}}
+
+
+def show_merged(before: "PruningReport", after: "PruningReport", output: str) -> None:
     """The end of `statprune merge`."""
-    pairs = zip(before.sites, after.sites, strict=True)
-    num_changed = sum(old.energy_after != new.energy_after for old, new in pairs)
     console.print(
-        f"{num_changed} of {len(after.sites)} pruned weights have changed; zeros: {100 * before.sparsity:.2f} % before, "
-        f"{100 * after.sparsity:.2f} % now; energy: {100 * before.energy_ratio:.1f} % of dense before, "
-        f"{100 * after.energy_ratio:.1f} % now\n"
+        f"{_num_changed(before, after)} of {len(after.sites)} pruned weights have changed; "
+        f"zeros: {100 * before.sparsity:.2f} % before, {100 * after.sparsity:.2f} % now; "
+        f"energy: {100 * before.energy_ratio:.1f} % of dense before, {100 * after.energy_ratio:.1f} % now\n"
         f"[bold green]saved and verified:[/] {escape(output)}",
         soft_wrap=True,
     )
 
 
-def show_walk_cost(cost: Any, num_tokens: int, *, as_json: bool) -> None:
+def merged_data(before: "PruningReport", after: "PruningReport", output: str) -> dict[str, Any]:
+    """`show_merged` as data."""
+    return {
+        "output": output, "weights": len(after.sites), "changed": _num_changed(before, after),
+        "sparsity": {"before": before.sparsity, "now": after.sparsity},
+        "energy_ratio": {"before": before.energy_ratio, "now": after.energy_ratio},
+    }  # fmt: skip
+
+
+def _num_changed(before: "PruningReport", after: "PruningReport") -> int:
+    return sum(old.energy_after != new.energy_after for old, new in zip(before.sites, after.sites, strict=True))
+
+
+def walk_cost_data(cost: Any, num_tokens: int) -> dict[str, Any]:
+    """`show_walk_cost` as data."""
+    return {"export": cost.export, "forward": cost.forward, "walk": cost.walk, "ratio": cost.ratio, "tokens": num_tokens}
+
+
+def show_walk_cost(cost: Any, num_tokens: int) -> None:
     """The end of `statprune benchmark`."""
-    if as_json:
-        show_json(
-            {"export": cost.export, "forward": cost.forward, "walk": cost.walk, "ratio": cost.ratio, "tokens": num_tokens}
-        )
-        return
     console.print(
         f"walk / plain forward pass over {num_tokens:,} tokens: [bold]{cost.ratio:.2f}[/] "
         f"(median of {len(cost.ratios)}, {min(cost.ratios):.2f} to {max(cost.ratios):.2f}); export {cost.export:.1f} s",

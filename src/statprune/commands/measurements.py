@@ -8,26 +8,23 @@ from statprune.commands import display
 from statprune.commands.options import (
     RANDOM_TOKENS,
     CalibrationOptions,
+    DType,
     LayerOptions,
     ModelOptions,
-    ShowOptions,
     words,
 )
 from statprune.errors import ExperimentError
-from statprune.loading import DType
 from statprune.model.schedule import Schedule
-from statprune.recipe import Search
 
 
 def compare(
     model: ModelOptions,
     text: list[str],
     calibration: CalibrationOptions,
-    show: ShowOptions,
     methods: list[dict[str, Any] | str] | None = None,
     patterns: list[str] | None = None,
     schedule: Schedule = "walk",
-) -> None:
+) -> dict[str, Any]:
     """Perplexity of methods x patterns on one model, as a Markdown table; nothing is saved.
 
     Args:
@@ -43,22 +40,22 @@ def compare(
         statprune compare MODEL --calibration c4 --text held-out.txt --methods wanda cvr+least-squares --patterns 2:4
     """
     import statprune.experiments.compare as comparison
-    from statprune.data import evaluation_windows
+    from statprune.how import labelled
+    from statprune.recipe import Search
 
-    opened = model.open(calibration, samples=calibration.samples)
-    windows = calibration.windows(opened)
-    held_out = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    opened = model.open(calibration)
+    how = [labelled(method)[1] for method in methods or ()]
+    windows = calibration.windows(opened, halves=any(isinstance(one, Search) for one in how))
+    held_out = opened.held_out(text)
+    display.say("measuring the dense model, and exporting it to a graph")
     with display.progress("comparing", each=True) as progress:
         cells = comparison.compare(
             opened.model, windows, held_out,
             methods=methods or comparison.METHODS, patterns=patterns or comparison.PATTERNS,
             schedule=schedule, batch_size=calibration.batch_size, progress=progress,
         )  # fmt: skip
-    if show.json:
-        protocol = {"seqlen": opened.seqlen, "samples": calibration.samples}
-        display.show_json({**protocol, "cells": [dataclasses.asdict(cell) for cell in cells]})
-    else:
-        print(comparison.markdown_table(cells))
+    display.show_text(comparison.markdown_table(cells))
+    return {"seqlen": opened.seqlen, "samples": calibration.samples, "cells": [dataclasses.asdict(cell) for cell in cells]}
 
 
 def tune(
@@ -66,15 +63,15 @@ def tune(
     output: str,
     calibration: CalibrationOptions,
     layers: LayerOptions,
-    show: ShowOptions,
     minutes: float = 10.0,
-) -> None:
+) -> dict[str, Any]:
     """Choose the recipe for a model and a pattern: try methods on half of the calibration text, score them on the other half.
 
-    Every second window is held out. Many methods are pruned from one pass over the dense model and scored on a part of the
-    held-out half; the best go on with settings and schedules of their own, on more of it; the best of those measured on all of
-    it is chosen. wanda, cvr+energy and sparsegpt are always among them, so the choice is never worse there. Nothing is pruned:
-    the recipe is for 'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
+    The text is cut in alternate blocks before windows are drawn, so that no token is in both halves. Many methods are pruned
+    from one pass over the dense model and scored on a part of the held-out half; the best go on with settings and schedules of
+    their own, on more of it; the best of those measured on all of it is chosen. wanda, cvr+energy and sparsegpt are always
+    among them, so the choice is never worse there. Nothing is pruned: the recipe is for
+    'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
 
     The score is on the calibration text too, so with 'generated' it is on the model's own samples.
 
@@ -87,25 +84,24 @@ def tune(
         statprune tune MODEL --output tuned --calibration train.txt --pattern 2:4 --minutes 10
         statprune prune MODEL --recipe tuned/recipe.yaml --calibration train.txt --output sparse
     """
+    from statprune.recipe import Search
     from statprune.tuning.tune import tune as tune_model
 
     search = Search.from_dict({"minutes": minutes, **layers.given()})
-    opened = model.open(calibration, samples=calibration.samples)
-    windows = calibration.windows(opened)
+    opened = model.open(calibration)
+    windows = calibration.windows(opened, halves=True)
+    display.say("exporting the model to a graph")
     with display.progress("seconds of the budget") as progress:
         tuned = tune_model(
             opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=display.say,
             **dataclasses.asdict(search),
         )  # fmt: skip
-    if show.json:
-        trials = [trial.row() for trial in tuned.trials]
-        display.show_json({"recipe": tuned.recipe.to_dict(), "trials": trials, **tuned.record()})
-    else:
-        recipe = ["--recipe", f"{output}/recipe.yaml", "--output", "sparse"]
-        display.show_tuned(tuned, shlex.join(["statprune", "prune", model.model, *recipe, *words(calibration), *words(model)]))
+    following = ["--recipe", f"{output}/recipe.yaml", "--output", "sparse"]
+    display.show_tuned(tuned, shlex.join(["statprune", "prune", model.model, *following, *words(calibration), *words(model)]))
+    return {"recipe": tuned.recipe.to_dict(), "trials": [trial.row() for trial in tuned.trials], **tuned.record()}
 
 
-def benchmark(model: ModelOptions, show: ShowOptions, calibration: CalibrationOptions = RANDOM_TOKENS, rounds: int = 5) -> None:
+def benchmark(model: ModelOptions, calibration: CalibrationOptions = RANDOM_TOKENS, rounds: int = 5) -> dict[str, Any]:
     """What the walk costs beside a plain forward pass over the same batches, in turns on this machine.
 
     Without --calibration the tokens are random, which costs the same.
@@ -119,11 +115,12 @@ def benchmark(model: ModelOptions, show: ShowOptions, calibration: CalibrationOp
     """
     from statprune.experiments.walk_cost import measure_walk
 
-    opened = model.open(calibration, samples=calibration.samples, rounds=rounds)
+    opened = model.open(calibration, rounds=rounds)
     windows = calibration.windows(opened)
     with display.progress("measuring", each=True) as progress:
         cost = measure_walk(opened.model, windows.split(calibration.batch_size), rounds=rounds, progress=progress)
-    display.show_walk_cost(cost, windows.numel(), as_json=show.json)
+    display.show_walk_cost(cost, windows.numel())
+    return display.walk_cost_data(cost, windows.numel())
 
 
 def experiment(
@@ -146,7 +143,7 @@ def experiment(
     batch_size: int | None = None,
     device: str | None = None,
     dtype: DType | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Repeat an experiment of the paper, or all experiments, on any models: tables, pictures, and every number in one file.
 
     What is not given is the paper's: configs/paper/NAME.yaml holds the settings, and is installed with the command. A run
@@ -185,14 +182,15 @@ def experiment(
     with display.progress(name, each=True) as progress:
         outcome = run(experiments, output, progress=progress, say=display.say)
     for title, table in outcome.tables.items():
-        print(f"\n## {title}\n\n{table}")
+        display.show_text(f"\n## {title}\n\n{table}")
     if outcome.contents:
         display.say(f"{outcome.contents} are in {output}")
     if outcome.failures:
         raise ExperimentError("\n  ".join([f"{len(outcome.failures)} failed:", *outcome.failures]))
+    return {"output": output, "tables": outcome.tables, "pictures": outcome.pictures}
 
 
-def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int = 0) -> None:
+def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int = 0) -> dict[str, Any]:
     """Train a small LLaMA on Python's own source, prune it, and compare methods. Needs no network and no file.
 
     It takes under three minutes on two cores, and leaves a dense and a pruned model and the texts for the other commands.
@@ -211,5 +209,6 @@ def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int
 
     with display.progress("training and comparing") as progress:
         cells = run(output, steps=steps, seed=seed, progress=progress, say=display.say)
-    print(markdown_table(cells))
+    display.show_text(markdown_table(cells))
     display.show_next_steps(output)
+    return {"output": output, "cells": [dataclasses.asdict(cell) for cell in cells]}

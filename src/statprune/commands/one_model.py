@@ -1,29 +1,30 @@
-"""The commands about one model: prune, evaluate, inspect, verify, merge."""
+"""The commands about one model: prune, evaluate, inspect, verify, push, merge."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from statprune.commands import display
 from statprune.commands.options import (
     MODEL_SAMPLES,
     CalibrationOptions,
+    DType,
     ModelOptions,
+    Opened,
     RecipeOptions,
-    ShowOptions,
     WindowOptions,
     empty_model,
 )
 from statprune.errors import CalibrationError
-from statprune.loading import DType, load_model, load_tokenizer
-from statprune.model.inputs import bind_batches, example_inputs
-from statprune.model.layers import Layers, find_layers
-from statprune.recipe import Recipe
-from statprune.selection import select
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from statprune.model.layers import Layers
+    from statprune.output import Reserved
+    from statprune.recipe import Recipe, Search
 
 
 def prune(
@@ -31,8 +32,11 @@ def prune(
     output: str,
     recipe: RecipeOptions,
     calibration: CalibrationOptions = MODEL_SAMPLES,
+    text: list[str] | None = None,
     dry_run: bool = False,
-) -> None:
+    overwrite: bool = False,
+    max_shard_size: str | None = None,
+) -> dict[str, Any]:
     """Prune a causal language model and save it, verified.
 
     First it shows what will be pruned, what stays dense and why, and the size to expect. What it writes is dense safetensors
@@ -40,34 +44,66 @@ def prune(
     what 'statprune verify' can recompute.
 
     Args:
-        output: Folder to write; must not exist.
+        output: Folder to write; must not exist, but for --overwrite.
+        text: Measure the perplexity before and after on text files (several: --text a.txt b.txt), a token file or wikitext2, as
+            'statprune evaluate' does, and keep it in the record. It should not be the calibration text.
         dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
+        overwrite: Replace an output that statprune wrote, when the new one is verified.
+        max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
 
     Examples:
         statprune prune MODEL --output sparse --dry-run
-        statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt
+        statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt --text held-out.txt
         statprune prune MODEL --output sparse --pattern 50% --method sparsegpt --schedule block --calibration c4
         statprune prune MODEL --output sparse --recipe tuned/recipe.yaml --pattern 4:8
         statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
     """
     import statprune.checkpoint as checkpoint
-    from statprune.api import prune as prune_model
-    from statprune.clock import timed
+    from statprune.selection import select
 
     how = recipe.read()
-    checkpoint.refuse_existing(output)
+    checkpoint.check_output(output, overwrite=overwrite, source=model.model)
+    checkpoint.check_shard_size(max_shard_size)
     if dry_run:
-        seqlen = model.check(calibration, samples=calibration.samples)
+        seqlen = model.check(calibration)
         empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
-        display.show_plan(empty, select(layers.groups, layers.left_out, how), how, layers.reason)
+        selection = select(layers.groups, layers.left_out, how)
+        display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
-        return
-    opened = model.open(calibration, samples=calibration.samples)
+        return display.plan_data(empty, selection, how)
+    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=display.say) as place:
+        return _prune(model, place, how, calibration, text, max_shard_size)
+
+
+def _prune(
+    model: ModelOptions,
+    place: "Reserved",
+    how: "Recipe | Search",
+    calibration: CalibrationOptions,
+    text: list[str] | None,
+    max_shard_size: str | None,
+) -> dict[str, Any]:
+    import statprune.checkpoint as checkpoint
+    from statprune.api import prune as prune_model
+    from statprune.clock import timed
+    from statprune.model.inputs import bind_batches
+    from statprune.model.layers import find_layers
+    from statprune.recipe import Recipe, Search
+    from statprune.selection import select
+
+    opened = model.open(calibration)
+    checkpoint.check_model(opened.model, place)
+    held_out = opened.held_out(text) if text else None
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
+        display.say("exporting the model to a graph")
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
-    windows = calibration.windows(opened)
+    drawn = calibration.places(opened, halves=isinstance(how, Search))
+    windows = calibration.windows(opened, halves=isinstance(how, Search))
+    perplexity: dict[str, Any] = {}
+    if held_out is not None:
+        perplexity["dense"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the dense model")
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
     with display.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
@@ -75,18 +111,42 @@ def prune(
         report = prune_model(
             opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
         )
+    if held_out is not None:
+        perplexity["pruned"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
+        report.perplexity = {**perplexity, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
-        "seed": calibration.seed, "batch_size": calibration.batch_size, **opened.place,
+        "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
+    display.say(f"saving to {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):
-        checkpoint.save(opened.model, report, output, tokenizer=opened.tokenizer, protocol=protocol)
-    display.show_report(report, output)
+        checkpoint.save(
+            opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol, source=model.model,
+            max_shard_size=max_shard_size,
+        )  # fmt: skip
+    display.show_report(report, str(place.output))
+    return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
 
 
-def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> tuple[Any, Layers]:
+def _perplexity(opened: Opened, windows: "Tensor", batch_size: int, title: str) -> float | None:
+    """Of the model as it is now; None where it is no number, which the result of a pruning is not lost for."""
+    from statprune.perplexity import evaluate as evaluate_model
+
+    with display.progress(title) as progress:
+        found = evaluate_model(opened.model, windows, batch_size=batch_size, progress=progress)
+    return found if math.isfinite(found) else None
+
+
+def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> "tuple[Any, Layers]":
     """A model and its layers. Its weights are read only where there is no graph and it cannot be run without values."""
+    import torch
+
+    from statprune.loading import load_model
+    from statprune.model.inputs import bind_batches
+    from statprune.model.layers import find_layers
+
+    display.say(f"exporting {path} to a graph, without its weights")
     model = empty_model(path, dtype)
     try:
         return model, find_layers(model, bind_batches(model, batches(model)))
@@ -95,7 +155,7 @@ def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> t
         return model, find_layers(model, bind_batches(model, batches(model)))
 
 
-def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show: ShowOptions) -> None:
+def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> dict[str, Any]:
     """Perplexity of a causal language model on text.
 
     The text is joined, tokenized whole and cut into windows that do not overlap; the last partial one is dropped (the field's
@@ -109,12 +169,11 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show:
         statprune evaluate MODEL --text held-out.txt
         statprune evaluate --text a.txt b.txt MODEL --seqlen 512 --batch-size 4 --json
     """
-    from statprune.data import evaluation_windows
     from statprune.perplexity import evaluate as evaluate_model
-    from statprune.report import versions
+    from statprune.versions import versions
 
     opened = model.open(windows)
-    tokens = evaluation_windows(text, tokenizer=opened.tokenizer, model=opened.model, seqlen=opened.seqlen)
+    tokens = opened.held_out(text)
     with display.progress("evaluating") as progress:
         perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
@@ -122,14 +181,18 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions, show:
         "tokenizer": type(opened.tokenizer).__name__, "vocabulary": len(opened.tokenizer), **opened.place,
         "versions": versions(),
     }  # fmt: skip
-    display.show_json(result) if show.json else display.show_evaluation(result)
+    display.show_evaluation(result)
+    return result
 
 
-def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
+def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
     """What could be pruned: linear layers, the input groups that share statistics, ties, and what is left out and why.
 
     With any option of a recipe, what that recipe would prune and leave dense, and the sizes to expect. Works on a
-    configuration alone; no weights are loaded.
+    configuration alone; no model is loaded.
+
+    Of a sparse folder also the zeros of each layer, whether they are 2:4 or 4:8, and the recipe that pruning.json has for it.
+    Zeros are counted from the files, one weight at a time; 'statprune verify' recomputes what else was promised.
 
     Args:
         model: Folder or hub name of the model; config.json is enough.
@@ -138,39 +201,74 @@ def inspect(model: str, recipe: RecipeOptions, show: ShowOptions) -> None:
         statprune inspect MODEL
         statprune inspect MODEL --pattern 50% --ignore '*.down_proj' '*.0.*'
         statprune inspect MODEL --recipe recipe.yaml --json
+        statprune inspect sparse
     """
+    from statprune.model.inputs import example_inputs
+    from statprune.recipe import Recipe
+    from statprune.selection import select
+    from statprune.zeros import count_zeros, looks_sparse, read_recorded
+
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
     empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
     selection = select(layers.groups, layers.left_out, how)
-    if show.json:
-        expected = {"recipe": how.to_dict(), **display.expected(empty, selection, how)} if recipe.given() else {}
-        display.show_json({**expected, **display.survey_data(selection)})
-    elif recipe.given():
+    if recipe.given():
         display.show_plan(empty, selection, how, layers.reason)
-    else:
-        display.show_survey(model, selection)
+        return display.plan_data(empty, selection, how)
+    display.show_survey(model, selection)
+    sites = [site for group in layers.groups for site in group.sites]
+    recorded = read_recorded(model)
+    if recorded is None and not looks_sparse(model, sites):
+        return display.survey_data(selection)
+    with display.progress("counting zeros") as progress:
+        zeros = count_zeros(model, sites, recorded, progress=progress)
+    display.show_zeros(zeros, recorded)
+    return {**display.survey_data(selection), **display.zeros_data(zeros, recorded)}
 
 
-def verify(folder: str) -> None:
+def verify(folder: str, digest: str | None = None) -> dict[str, Any]:
     """Recompute every promise of a folder's pruning.json from the files on disk.
 
     Stops at the first one that is broken, with status 1. Recomputed are, for each weight, shape, zeros, pattern and energy; and
-    the digest of each file.
+    the digest of each file. The folder holds nothing else. Prints the digest of the record, which can be published.
 
     Args:
         folder: What 'statprune prune' wrote.
+        digest: The record's SHA-256 digest as its author has published it, to compare with.
 
     Examples:
         statprune verify sparse
+        statprune verify sparse --digest 5ef5a4a2ef1bfd0a7b2ab0db3b10b4a1b2c3d4e5f60718293a4b5c6d7e8f9012
     """
-    from statprune.checkpoint import verify as verify_folder
+    from statprune.verification import verify as verify_folder
 
     with display.progress("verifying") as progress:
-        record = verify_folder(folder, progress)
+        record = verify_folder(folder, progress, digest=digest)
     display.show_verified(folder, record)
+    return display.verified_data(folder, record)
 
 
-def merge(model: str, adapter: str, output: str) -> None:
+def push(folder: str, repository: str, private: bool = False) -> dict[str, Any]:
+    """Verify a folder that statprune wrote, and upload it to the hub.
+
+    Uploaded are exactly the files that pruning.json names, and itself; nothing is where a promise is broken. Log in first, with
+    'hf auth login'.
+
+    Args:
+        folder: What 'statprune prune' wrote.
+        repository: USER/NAME on the hub; made where it does not exist.
+        private: Make the repository a private one.
+
+    Examples:
+        statprune push sparse USER/NAME --private
+    """
+    from statprune.hub import push as push_folder
+
+    address = push_folder(folder, repository, private=private or None, say=display.say)
+    display.show_pushed(folder, address)
+    return {"folder": folder, "repository": repository, "address": address}
+
+
+def merge(model: str, adapter: str, output: str, overwrite: bool = False, max_shard_size: str | None = None) -> dict[str, Any]:
     """Merge a LoRA adapter into a pruned model with its zeros kept, and save the result, verified.
 
     Only weights that are not zero are changed. During its training the adapter acted everywhere, so the result is not quite the
@@ -179,24 +277,32 @@ def merge(model: str, adapter: str, output: str) -> None:
     Args:
         model: Folder that 'statprune prune' wrote, the one that the adapter was trained on.
         adapter: Folder that the adapter was saved to with save_pretrained (safetensors only).
-        output: Folder to write; must not exist.
+        output: Folder to write; must not exist, but for --overwrite.
+        overwrite: Replace an output that statprune wrote, when the new one is verified.
+        max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
 
     Examples:
         statprune merge sparse ADAPTER --output sparse-tuned
     """
     import statprune.checkpoint as checkpoint
+    from statprune.loading import load_model
     from statprune.report import PruningReport
     from statprune.training.lora import check_adapter_folder, load_adapter, merge_adapters
     from statprune.training.masks import remeasure
 
-    checkpoint.refuse_existing(output)
     check_adapter_folder(adapter)
-    with display.progress("verifying") as progress:
-        record = checkpoint.verify(model, progress)
-    before = PruningReport.from_dict(record)
-    merged = merge_adapters(load_adapter(load_model(model), adapter), before)
-    after = remeasure(before, merged)
-    has_tokenizer = (Path(model) / "tokenizer_config.json").is_file()
-    protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-    checkpoint.save(merged, after, output, tokenizer=load_tokenizer(model) if has_tokenizer else None, protocol=protocol)
+    checkpoint.check_shard_size(max_shard_size)
+    with checkpoint.reserve(output, overwrite=overwrite, source=model, say=display.say) as place:
+        with display.progress("verifying") as progress:
+            record = checkpoint.verify(model, progress)
+        before = PruningReport.from_dict(record)
+        display.say(f"loading {model}, and merging {adapter}")
+        sparse = load_model(model)
+        checkpoint.check_model(sparse, place)
+        merged = merge_adapters(load_adapter(sparse, adapter), before)
+        after = remeasure(before, merged)
+        protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
+        display.say(f"saving to {place.output}, and verifying what was written")
+        checkpoint.save(merged, after, place, protocol=protocol, source=model, max_shard_size=max_shard_size)
     display.show_merged(before, after, output)
+    return display.merged_data(before, after, output)

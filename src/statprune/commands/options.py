@@ -1,19 +1,26 @@
 """Options that several commands share, each documented once, under its field; `cli` makes the command line out of them.
 
-A `$name` in a text stands for a list that the registry has, such as `$criteria`.
+A `$name` in a text stands for a list that the registry has, such as `$criteria`. Nothing here is imported before it is used
+that imports torch: a help and a wrong option do without.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from statprune.commands import display
-from statprune.how import How, read_how, read_yaml
-from statprune.loading import DType, check_positive, load_config, load_tokenizer, model_class, open_causal, window_length
+from statprune.errors import CalibrationError
 from statprune.model.schedule import Schedule
-from statprune.recipe import AUTO, Recipe, Search
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from statprune.how import How
+    from statprune.recipe import Recipe, Search
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+MOST = 10_000_000
+"""Of samples, of tokens in a window, of windows in a forward pass: more is a slip of the hand, and fills the memory."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +38,37 @@ class Opened:
         """The dtype and the device, for the record."""
         return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
 
+    def held_out(self, text: list[str]) -> "Tensor":
+        """Windows [windows, seqlen] to measure a perplexity on; CalibrationError where the text gives none."""
+        from statprune.data import evaluation_windows
+
+        return evaluation_windows(text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen)
+
 
 def empty_model(path: str, dtype: DType = "auto") -> Any:
     """The model without its weights (meta device), for which a configuration is enough; ModelError where there is none."""
+    import torch
+
+    from statprune.loading import load_config, model_class
+
     config = load_config(path)
     settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     with torch.device("meta"):
         kind = model_class(config)  # an Auto class, where the configuration names none
         build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
         return build(config, **settings)
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise CalibrationError for an option below 1."""
+    for name, number in numbers.items():
+        _check(name, number, 1, MOST)
+
+
+def _check(name: str, number: int, least: int, most: int) -> None:
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most:,}"
+        raise CalibrationError(f"--{name.replace('_', '-')} {number}: expected {bound}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +80,18 @@ class WindowOptions:
 
     batch_size: int = 1
     """Windows in one forward pass."""
+
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
+        if self.seqlen is not None:
+            _check("seqlen", self.seqlen, 2, MOST)  # a token is predicted from those before it
+        _check("batch_size", self.batch_size, 1, MOST)
+
+    def check_size(self, seqlen: int) -> None:
+        """Raise CalibrationError for windows of so many tokens that cannot be."""
+        from statprune.data import check_size
+
+        check_size(1, seqlen, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +109,10 @@ class ModelOptions:
 
     def open(self, windows: WindowOptions, **numbers: int) -> Opened:
         """The model and its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
+        from statprune.loading import load_tokenizer, open_causal
+
+        self.check(windows, **numbers)
+        display.say(f"loading {self.model}")
         model, seqlen = open_causal(
             self.model, self.dtype, self.device, windows.seqlen, batch_size=windows.batch_size, **numbers
         )
@@ -75,8 +120,12 @@ class ModelOptions:
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
         """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
+        from statprune.loading import load_config, window_length
+
+        windows.check()
+        check_positive(**numbers)
         seqlen = window_length(load_config(self.model), windows.seqlen)
-        check_positive(seqlen=seqlen, batch_size=windows.batch_size, **numbers)
+        windows.check_size(seqlen)
         return seqlen
 
 
@@ -94,12 +143,30 @@ class CalibrationOptions(WindowOptions):
     seed: int = 0
     """Of the choice of windows."""
 
-    def windows(self, opened: Opened) -> Tensor:
+    def check(self) -> None:
+        """Raise CalibrationError for a number that cannot be, before a model is looked for."""
+        super().check()
+        _check("samples", self.samples, 1, MOST)
+        _check("seed", self.seed, -(2**63), 2**63 - 1)
+
+    def check_size(self, seqlen: int) -> None:
+        """Raise CalibrationError for windows of so many tokens that cannot be."""
+        from statprune.data import check_size
+
+        check_size(self.samples, seqlen, self.seed)
+
+    def windows(self, opened: Opened, *, halves: bool = False) -> "Tensor":
         """Windows [samples, seqlen], with a progress bar; random tokens where there is no `calibration`.
+
+        Args:
+            opened: the model.
+            halves: for a search, which holds every second one out (see `calibration_windows`).
 
         Raises:
             CalibrationError: they cannot be had.
         """
+        import torch
+
         from statprune.data import calibration_windows
 
         if self.calibration is None:
@@ -109,11 +176,20 @@ class CalibrationOptions(WindowOptions):
         with display.progress("calibration windows") as progress:
             return calibration_windows(
                 self.calibration, tokenizer=opened.tokenizer, model=opened.model,
-                samples=self.samples, seqlen=opened.seqlen, seed=self.seed, progress=progress,
+                samples=self.samples, seqlen=opened.seqlen, seed=self.seed, halves=halves, progress=progress,
             )  # fmt: skip
 
-    def blank_batches(self, seqlen: int) -> list[Tensor]:
+    def places(self, opened: Opened, *, halves: bool = False) -> dict[str, str]:
+        """How a text's windows are drawn, for the record; empty where there is no text. Arguments and errors: `windows`."""
+        from statprune.data import how_drawn
+
+        drawn = how_drawn(self.calibration or ["generated"], opened.tokenizer, halves=halves)
+        return {} if drawn is None else {"places": drawn}
+
+    def blank_batches(self, seqlen: int) -> "list[Tensor]":
         """Tokens in the shapes that the batches will have: enough to find the layers, before there is any data."""
+        import torch
+
         return list(torch.zeros(self.samples, seqlen, dtype=torch.int64).split(self.batch_size))
 
 
@@ -167,12 +243,15 @@ class RecipeOptions(LayerOptions):
     """How the sparsity is shared out: $allocations. With settings as in owl:spread=0.1; with an N:M pattern
     owl:sparsity=0.4, and some layers stay dense. Default: uniform."""
 
-    def read(self) -> Recipe | Search:
+    def read(self) -> "Recipe | Search":
         """What the options ask for; they win over the recipe file.
 
         Raises:
             RecipeError: the file cannot be read, or a name or a value does not exist.
         """
+        from statprune.how import read_how, read_yaml
+        from statprune.recipe import AUTO
+
         given = {key: value for key, value in self.given().items() if key != "recipe"}
         if self.recipe is None:
             return read_how(**given)
@@ -188,7 +267,10 @@ class ShowOptions:
     """what is printed"""
 
     json: bool = False
-    """Print one JSON object instead of tables."""
+    """Print one JSON object and nothing else; progress goes to standard error. An error is {"error": ..., "kind": ...}."""
+
+    quiet: bool = False
+    """Print errors and nothing else; with --json the object too."""
 
 
 def words(options: CalibrationOptions | ModelOptions) -> list[str]:

@@ -1,5 +1,6 @@
 """Compare methods: prune a twin for each cell of methods x patterns, and measure its perplexity on held-out windows."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from statprune.api import plan
+from statprune.errors import NonFiniteError
 from statprune.experiments.cost import measured
 from statprune.how import Method, labelled
 from statprune.markdown import table
@@ -30,6 +32,8 @@ class Cell:
     seconds: float
     """For calibrating and pruning; the export, which all cells share, is not among them."""
     recipe: dict[str, Any]
+    error: str | None = None
+    """Why the perplexity is NaN, where it is: the model is spoilt by this method."""
 
 
 def compare(
@@ -65,8 +69,12 @@ def compare(
     for index, (label, how) in enumerate(ways):
         with measured(device) as cost:
             twin = plan(model, batches, how, traced=layers)
-        perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
-        cells.append(Cell(label, how.pattern, perplexity, cost.seconds, twin.report.recipe))
+        perplexity, error = math.nan, None
+        try:
+            perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
+        except NonFiniteError as e:  # of this cell; those after it may do
+            error = str(e)
+        cells.append(Cell(label, how.pattern, perplexity, cost.seconds, twin.report.recipe, error))
         progress(index + 1, len(ways), f"{label} {how.pattern}: {perplexity:.3f}")
     return cells
 
@@ -77,7 +85,10 @@ def markdown_table(cells: Iterable[Cell]) -> str:
     patterns = list(dict.fromkeys(cell.pattern for cell in others))
     methods = list(dict.fromkeys(cell.method for cell in others))
     values = {(cell.method, cell.pattern): cell.perplexity for cell in others}
-    best = {pattern: min(cell.perplexity for cell in others if cell.pattern == pattern) for pattern in patterns}
+    finite = [cell for cell in others if cell.error is None]
+    best = {
+        pattern: min((cell.perplexity for cell in finite if cell.pattern == pattern), default=math.nan) for pattern in patterns
+    }
 
     def text(method: str, pattern: str) -> str:
         value = values[method, pattern]

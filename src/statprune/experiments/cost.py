@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from statprune.clock import peak_memory, resident_memory
+
 
 @dataclass
 class Cost:
@@ -43,7 +45,7 @@ def measured(device: torch.device) -> Iterator[Cost]:
         if is_cuda:
             torch.cuda.synchronize(device)
         cost.seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated(device) if is_cuda else _resident("VmHWM")
+        peak = peak_memory(device)
         if held is not None and peak is not None:
             cost.peak_memory = max(0, peak - held)
 
@@ -96,12 +98,4 @@ def _reset_resident_peak() -> int | None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    return _resident("VmRSS")
-
-
-def _resident(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+    return resident_memory("VmRSS")

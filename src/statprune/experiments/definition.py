@@ -5,13 +5,11 @@ from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from typing import Any, Literal
 
-import yaml
-
 from statprune.errors import ExperimentError, nearest
-from statprune.grammar import YamlLoader
 from statprune.how import Method, labelled
 from statprune.model.schedule import Schedule
 from statprune.recipe import Recipe, Search
+from statprune.strict_yaml import load as load_yaml
 
 Name = Literal["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
 NAMES: tuple[Name, ...] = ("perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction")
@@ -123,7 +121,7 @@ class Experiment:
         """
         _check_name(name)
         source = files("statprune.paper").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        settings = {**yaml.load(source, Loader=YamlLoader), **{key: value for key, value in given.items() if value is not None}}
+        settings = {**load_yaml(source), **{key: value for key, value in given.items() if value is not None}}
         known = [field.name for field in fields(cls)]
         for key in settings:
             if OWNER.get(key, name) != name:

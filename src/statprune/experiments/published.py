@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from statprune.errors import ResultsError
+from statprune.strict_yaml import load as load_yaml
 
 ANY_PATTERN = "*"
 """The pattern of a number whose pattern the paper does not state."""
@@ -66,7 +67,7 @@ class Published:
         """
         try:
             file = importlib.resources.files("statprune.paper") / "published.yaml" if path is None else Path(path)
-            return cls._from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+            return cls._from_dict(load_yaml(file.read_text(encoding="utf-8")))
         except (OSError, ImportError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as e:
             called = "" if path is None else repr(str(path))
             raise ResultsError(

@@ -25,9 +25,9 @@ from statprune.model.inputs import bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.perplexity import evaluate
 from statprune.progress import Progress, Say, silent, unsaid
-from statprune.recipe import Recipe
-from statprune.report import versions
-from statprune.results import Result, ResultsFile, digest
+from statprune.recipe import Recipe, Search
+from statprune.results import Result, ResultsFile, alone_in, digest
+from statprune.versions import versions
 
 CELLS = "cells.jsonl"
 
@@ -73,11 +73,15 @@ def run(
         The tables, and what failed; a cell that fails is recorded, and the rest goes on.
 
     Raises:
-        ResultsError: the folder holds results of another protocol or other versions.
+        ResultsError: the folder holds results of another protocol or other versions; or another run is at work in it.
         ExperimentError: the experiments have several protocols.
     """
-    output = Path(output)
-    file = ResultsFile(output / CELLS, _common_protocol(experiments), versions())
+    with alone_in(output):
+        return _run(experiments, Path(output), progress, say)
+
+
+def _run(experiments: Sequence[Experiment], output: Path, progress: Progress, say: Say) -> Outcome:
+    file = ResultsFile(output / CELLS, _common_protocol(experiments), versions(), say)
     if not (has_pictures := find_spec("matplotlib") is not None) and any(one.name in PICTURED for one in experiments):
         say(
             "there will be tables and no pictures, which need matplotlib: pip install 'statprune[experiments]'. With it, the "
@@ -182,8 +186,8 @@ class _Bench:
     def _data_details(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None) -> dict[str, Any]:
         """What the tokens and the tasks are, so that a text that has changed since gives another cell."""
         details: dict[str, Any] = {}
-        if cell.samples is not None and cell.seed is not None:
-            details["calibration_tokens"] = digest({"tokens": self._calibration(cell.samples, cell.seed)})
+        if (windows := self._calibration(cell)) is not None:
+            details["calibration_tokens"] = digest({"tokens": windows})
         if cell.measure == "perplexity":
             details["evaluation_tokens"] = digest({"tokens": self._evaluation()})
         elif cell.measure == "runtime":
@@ -197,9 +201,8 @@ class _Bench:
     ) -> tuple[dict[str, float], int | None, str | None]:
         """The values, the peak memory where it is not that of the whole cell, and what `auto` chose."""
         batch_size = experiment.batch_size
-        if cell.samples is not None and cell.seed is not None:
-            windows = self._calibration(cell.samples, cell.seed)
-        else:
+        windows = self._calibration(cell)
+        if windows is None:
             windows = torch.zeros(batch_size, self.seqlen, dtype=torch.int64)  # any tokens do, to find the layers
         batches = windows.split(batch_size)
         if cell.measure == "runtime":
@@ -226,22 +229,24 @@ class _Bench:
             self._layers[shapes] = find_layers(self.model, bind_batches(self.model, batches))
         return self._layers[shapes]
 
-    def _calibration(self, samples: int, seed: int) -> Tensor:
-        if (samples, seed) not in self._windows:
-            self._windows[samples, seed] = calibration_windows(
-                self.experiment.calibration,
-                tokenizer=self.tokenizer,
-                model=self.model,
-                samples=samples,
-                seqlen=self.seqlen,
-                seed=seed,
-            )
-        return self._windows[samples, seed]
+    def _calibration(self, cell: Cell) -> Tensor | None:
+        """The cell's windows; None where it needs none. A search gets halves that share no token."""
+        if cell.samples is None or cell.seed is None:
+            return None
+        key = cell.samples, cell.seed, isinstance(cell.how, Search)
+        if key not in self._windows:
+            self._windows[key] = calibration_windows(
+                self.experiment.calibration, tokenizer=self.tokenizer, model=self.model,
+                samples=cell.samples, seqlen=self.seqlen, seed=cell.seed, halves=isinstance(cell.how, Search),
+            )  # fmt: skip
+        return self._windows[key]
 
     def _evaluation(self) -> Tensor:
         if "evaluation" not in self._windows:
-            windows = evaluation_windows(self.experiment.text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen)
-            self._windows["evaluation"] = windows[: self.experiment.windows]
+            self._windows["evaluation"] = evaluation_windows(
+                self.experiment.text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen,
+                windows=self.experiment.windows,
+            )  # fmt: skip
         return self._windows["evaluation"]
 
 

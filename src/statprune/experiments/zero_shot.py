@@ -37,6 +37,7 @@ from torch.func import functional_call
 from statprune.errors import ExperimentError, nearest
 from statprune.experiments.next_line import NEXT_LINE, write_next_line
 from statprune.model.undisturbed import eval_mode, without_cache
+from statprune.strict_yaml import load as load_yaml
 
 TASKS = {
     "boolq": "acc", "rte": "acc", "hellaswag": "acc", "winogrande": "acc", "arc_easy": "acc", "arc_challenge": "acc",
@@ -187,7 +188,7 @@ def _read_task(path: Path, folder: str) -> dict[str, Any]:
         f"{', '.join(_FILE_TYPES)} with dataset_kwargs: data_files, or OWNER/NAME on the hub; metrics {', '.join(ACCURACIES)}."
     )
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = load_yaml(path.read_text(encoding="utf-8"))
         name, source, options = settings["task"], settings["dataset_path"], dict(settings.get("dataset_kwargs") or {})
         # A metric that the harness does not know, it would look for among programs on the hub.
         metrics = [(metric["metric"], metric.get("hf_evaluate", False)) for metric in settings.get("metric_list") or ()]

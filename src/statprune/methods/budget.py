@@ -12,11 +12,12 @@ one of an N:M pattern says which layers are pruned at all.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from statprune.methods.bounds import Between, Count, check
 from statprune.methods.patterns import Unstructured
 
 FLOOR = 0.01
@@ -24,6 +25,10 @@ FLOOR = 0.01
 
 _BISECTIONS = 200
 """Halvings of an interval: more than a float64 can tell apart."""
+
+
+Spread = Annotated[float, Between(0, 1)]
+BudgetSparsity = Annotated[float | None, Between(0, 1, without=(0, 1))]
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,17 @@ class Owl:
     the target is. Theirs and ours are linear in the share of outliers, with the target as their mean.
     """
 
-    threshold: float = 5.0
-    """An entry of `|W| * ||X||` is an outlier above this many times the mean entry of its block, > 0."""
+    threshold: Annotated[float, Between(0.001, 1e6)] = 5.0
+    """An entry of `|W| * ||X||` is an outlier above this many times the mean entry of its block."""
 
-    spread: float = 0.08
-    """How far a block's sparsity may be from the target, in [0, 1]."""
+    spread: Spread = 0.08
+    """How far a block's sparsity may be from the target."""
 
-    sparsity: float | None = None
+    sparsity: BudgetSparsity = None
     """Only with N:M patterns: the fraction of the weights in scope that is to be zero."""
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ValueError(f"owl(threshold={self.threshold}): expected more than 0.")
-        _check_bounds("owl", self.spread, self.sparsity)
+        check("owl", Owl, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -71,34 +74,25 @@ class Sensitivity:
     five prunings of each layer more: at the bounds, at the target, and once on either side of it.
     """
 
-    spread: float = 0.1
-    """How far a layer's sparsity may be from the target, in [0, 1]. CVR+EC at 70 % on a trained LLaMA of 20 M parameters
+    spread: Spread = 0.1
+    """How far a layer's sparsity may be from the target. CVR+EC at 70 % on a trained LLaMA of 20 M parameters
     (perplexity 24.2 dense over all windows; one probe of 4 x 512 tokens, 30 windows of 512): 28.03 with the same sparsity
     everywhere, 27.00 with 0.1, 27.70 with 0.2. What is extrapolated further from the target is known less well."""
 
-    probes: int = 1
-    """Calibration batches that the loss is measured on, >= 1; on each rank."""
+    probes: Annotated[int, Count(1, 10_000)] = 1
+    """Calibration batches that the loss is measured on; on each rank."""
 
-    sparsity: float | None = None
+    sparsity: BudgetSparsity = None
     """Only with N:M patterns: the fraction of the weights in scope that is to be zero."""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.probes, int) and self.probes >= 1):
-            raise ValueError(f"sensitivity(probes={self.probes}): expected a whole number of batches, at least 1.")
-        _check_bounds("sensitivity", self.spread, self.sparsity)
+        check("sensitivity", Sensitivity, **vars(self))
 
 
 AllocationRule = Uniform | Owl | Sensitivity
 
 ALLOCATIONS: dict[str, Callable[..., AllocationRule]] = {"uniform": Uniform, "owl": Owl, "sensitivity": Sensitivity}
 """Allocations by the name a recipe uses."""
-
-
-def _check_bounds(name: str, spread: Any, sparsity: Any) -> None:
-    if not 0 <= spread <= 1:
-        raise ValueError(f"{name}(spread={spread}): expected a number in [0, 1], such as 0.1 for 10 % of a layer's weights.")
-    if sparsity is not None and not 0 < sparsity < 1:
-        raise ValueError(f"{name}(sparsity={sparsity}): expected a fraction in (0, 1), such as 0.4.")
 
 
 def outlier_share(entries: Sequence[Tensor], threshold: float) -> float:

@@ -8,10 +8,11 @@ One that may reach the mask itself is a function `(pruner, *, settings) -> prune
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
+from statprune.methods.bounds import Between, check
 from statprune.methods.gradual import least_squares
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
@@ -35,9 +36,9 @@ def energy(
     *,
     column: bool = True,
     row: bool = True,
-    eps: float = 1e-8,
-    clamp: tuple[float, float] = (0.5, 2.0),
-    strength: float = 1.0,
+    eps: Annotated[float, Between(1e-30, 1e3)] = 1e-8,
+    clamp: Annotated[tuple[float, float], Between(1e-30, 1e30)] = (0.5, 2.0),
+    strength: Annotated[float, Between(0, 1)] = 1.0,
 ) -> Tensor:
     """Energy compensation: rescale columns, then rows, to the centred energy they had (the paper, section 3.2).
 
@@ -52,14 +53,15 @@ def energy(
         moments: unused; every compensation has this signature.
         column: rescale each input channel (column).
         row: rescale each output channel (row).
-        eps: added to E_pruned, > 0; in units of weight squared, summed over a column or a row. The paper does not state it.
+        eps: added to E_pruned, which keeps an emptied column finite; in units of weight squared, summed over a column or a row.
+            The paper does not state it.
         clamp: lowest and highest s. The paper clamps "to a fixed range" that it does not state.
-        strength: in [0, 1]; the factor is `s ** strength`, so 0 does nothing. Ours, not the paper's.
+        strength: the factor is `s ** strength`, so 0 does nothing. Ours, not the paper's.
 
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    _check("energy", eps, clamp, strength)
+    _check("energy", energy, eps, clamp, strength)
     corrected = pruned.float()
     for summed_dim in ([-2] if column else []) + ([-1] if row else []):
         corrected = _rescale(original.float(), corrected, keep, summed_dim, None, eps, clamp, strength)
@@ -75,9 +77,9 @@ def activation_energy(
     *,
     column: bool = True,
     row: bool = True,
-    eps: float = 1e-8,
-    clamp: tuple[float, float] = (0.5, 2.0),
-    strength: float = 1.0,
+    eps: Annotated[float, Between(1e-30, 1e3)] = 1e-8,
+    clamp: Annotated[tuple[float, float], Between(1e-30, 1e30)] = (0.5, 2.0),
+    strength: Annotated[float, Between(0, 1)] = 1.0,
 ) -> Tensor:
     """Energy compensation in which a weight counts by what flows through it: `a_j = E[x_j^2]`, divided by its mean.
 
@@ -99,7 +101,7 @@ def activation_energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    _check("activation-energy", eps, clamp, strength)
+    _check("activation-energy", activation_energy, eps, clamp, strength)
     share_I = moments.second_moment / moments.second_moment.mean(dim=-1, keepdim=True).clamp_min(_TINY)
     corrected = pruned.float()
     if column:
@@ -113,14 +115,10 @@ _TINY = 1e-300
 """Where every channel was always 0, 0 divided by this is 0."""
 
 
-def _check(name: str, eps: float, clamp: tuple[float, float], strength: float) -> None:
-    low, high = clamp
-    if not eps > 0:
-        raise ValueError(f"{name}(eps={eps}): expected eps > 0, it keeps an emptied column finite.")
-    if not 0 < low <= high:
-        raise ValueError(f"{name}(clamp={list(clamp)}): expected [low, high] with 0 < low <= high.")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"{name}(strength={strength}): expected a number in [0, 1].")
+def _check(name: str, function: Callable[..., Tensor], eps: float, clamp: tuple[float, float], strength: float) -> None:
+    check(name, function, eps=eps, clamp=clamp, strength=strength)
+    if len(clamp) != 2 or clamp[0] > clamp[1]:
+        raise ValueError(f"{name}(clamp={list(clamp)}): expected [low, high] with low <= high.")
 
 
 def _rescale(

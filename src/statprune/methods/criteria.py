@@ -5,9 +5,12 @@ has its shape and is float32, and the settings are keyword-only: a recipe reads 
 A criterion only scores; `patterns` selects.
 """
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from statprune.methods.bounds import Between, check
 from statprune.methods.inverse import inverse_factor
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
@@ -46,13 +49,13 @@ def wanda(weight: Tensor, moments: InputMoments) -> Tensor:
 
 
 @needs(Statistic.MOMENTS)
-def ria(weight: Tensor, moments: InputMoments, *, exponent: float = 0.5) -> Tensor:
+def ria(weight: Tensor, moments: InputMoments, *, exponent: Annotated[float, Between(0, 4)] = 0.5) -> Tensor:
     """Relative importance and activations, `(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^exponent`.
 
     Args:
         weight: [..., out, in], any float dtype.
         moments: of the layer's inputs.
-        exponent: of the channel's norm, >= 0.
+        exponent: of the channel's norm.
 
     Returns:
         [..., out, in], float32.
@@ -60,8 +63,7 @@ def ria(weight: Tensor, moments: InputMoments, *, exponent: float = 0.5) -> Tens
     From Zhang et al. 2024 (ICLR, "Plug-and-play"), without its channel permutation. Deviation: the norm is the root of the
     mean over tokens instead of the sum, which leaves the order within a layer as it is.
     """
-    if not exponent >= 0:
-        raise ValueError(f"ria(exponent={exponent}): expected exponent >= 0.")
+    check("ria", ria, exponent=exponent)
     size = weight.float().abs()
     relative = sum(size / size.sum(dim=dim, keepdim=True).clamp_min(_TINY) for dim in (-2, -1))
     return relative * moments.second_moment.pow(exponent / 2).float()[..., None, :]
@@ -101,27 +103,30 @@ def _z_score(values: Tensor) -> Tensor:
 
 
 @needs(Statistic.MOMENTS)
-def cvr(weight: Tensor, moments: InputMoments, *, alpha: float = 0.5, exponent: float = 0.25, eps: float = 1e-8) -> Tensor:
+def cvr(
+    weight: Tensor,
+    moments: InputMoments,
+    *,
+    alpha: Annotated[float, Between(0, 4)] = 0.5,
+    exponent: Annotated[float, Between(0, 2)] = 0.25,
+    eps: Annotated[float, Between(1e-12, 1e3)] = 1e-8,
+) -> Tensor:
     """Column-variance reweighting, `|W_ij| * Var(x_j)^(1/4) * (Var_i(W_ij) + eps)^(-alpha/2)` (the paper, section 3.1).
 
     Args:
         weight: [..., out, in], any float dtype.
         moments: of the layer's inputs.
-        alpha: strength of the weight factor, >= 0; 0 leaves the activation factor alone. The paper does not state it.
-        exponent: of the channel's variance, >= 0. The paper's is 1/4, the square root of a standard deviation.
-        eps: added to the variance of a weight column, > 0; in units of weight squared. The paper does not state it.
+        alpha: strength of the weight factor; 0 leaves the activation factor alone. The paper does not state it.
+        exponent: of the channel's variance. The paper's is 1/4, the square root of a standard deviation.
+        eps: added to the variance of a weight column, which keeps a constant one finite; in units of weight squared. The paper
+            does not state it.
 
     Returns:
         [..., out, in], float32.
 
     Both variances are population variances. A channel that never varies scores 0 whatever its mean, as the formula says.
     """
-    if not alpha >= 0:
-        raise ValueError(f"cvr(alpha={alpha}): expected alpha >= 0.")
-    if not exponent >= 0:
-        raise ValueError(f"cvr(exponent={exponent}): expected exponent >= 0.")
-    if not eps > 0:
-        raise ValueError(f"cvr(eps={eps}): expected eps > 0, it keeps a constant weight column finite.")
+    check("cvr", cvr, alpha=alpha, exponent=exponent, eps=eps)
     weight = weight.float()
     activation_factor = moments.variance.pow(exponent).float()
     weight_factor = (weight.var(dim=-2, correction=0) + eps).pow(-alpha / 2)
@@ -129,13 +134,13 @@ def cvr(weight: Tensor, moments: InputMoments, *, alpha: float = 0.5, exponent: 
 
 
 @needs(Statistic.GRAM)
-def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: float = 0.01) -> Tensor:
+def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: Annotated[float, Between(1e-30, 100)] = 0.01) -> Tensor:
     """`|W_ij| / sqrt([H^-1]_jj)`, H the Gram: what pruning one weight costs when all others adapt (optimal brain surgeon).
 
     Args:
         weight: [..., out, in], any float dtype.
         moments: of the layer's inputs, with the Gram.
-        damping: added to H's diagonal, as a fraction of its mean, > 0.
+        damping: added to H's diagonal, as a fraction of its mean; without it H may have no inverse.
 
     Returns:
         [..., out, in], float32; the root of Hassibi & Stork's (1993) saliency `W_ij^2 / (2 [H^-1]_jj)` but for a factor.
@@ -145,8 +150,7 @@ def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: float = 0.0
 
     Deviation: the saliency is that of a single weight; that many go together is left to a compensation such as least-squares.
     """
-    if not damping > 0:
-        raise ValueError(f"optimal-brain(damping={damping}): expected more than 0; without it H may have no inverse.")
+    check("optimal-brain", optimal_brain, damping=damping)
     gram = moments.gram
     if gram is None:
         raise ValueError("optimal-brain needs the Gram of the layer's inputs: expected moments collected with `gram=True`.")

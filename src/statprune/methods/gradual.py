@@ -9,13 +9,15 @@ back. After step k of n the share `1 - (1 - k/n)^3` of the weights to prune is g
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from statprune.methods.least_squares import LeastSquares, normalised_gram
+from statprune.methods.bounds import Count, check
+from statprune.methods.least_squares import Damping, Iterations, LeastSquares, Tolerance, normalised_gram
 from statprune.methods.patterns import Pattern
-from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, needs_of
+from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite, needs_of
 from statprune.methods.statistics import InputMoments, Statistic
 
 PENALTY = 0.3
@@ -30,17 +32,14 @@ class GradualMask:
     criterion: Callable[..., Tensor]
     pattern: Pattern
 
-    steps: int
-    """How many, at least 1."""
+    steps: Annotated[int, Count(1, 1000)]
+    """How many."""
 
-    damping: float = 0.01
+    damping: Damping = 0.01
     """Added to the Gram's diagonal, as a fraction of each entry."""
 
     def __post_init__(self) -> None:
-        if not self.steps >= 1:
-            raise ValueError(f"least-squares(steps={self.steps}): expected 0 steps or more.")
-        if not self.damping >= 0:
-            raise ValueError(f"least-squares(damping={self.damping}): expected a fraction, 0 or more.")
+        check("least-squares", GradualMask, **vars(self))
 
     @property
     def needs(self) -> Statistic:
@@ -77,11 +76,16 @@ class GradualMask:
         return PrunedWeight(candidate_OI.to(weight.dtype).masked_fill(~keep_OI, 0.0), keep_OI)
 
     def _choose(self, candidate_OI: Tensor, moments: InputMoments, share: float) -> Tensor:
-        return self.pattern.partly(self.criterion(candidate_OI, moments), share)
+        return self.pattern.partly(finite(self.criterion(candidate_OI, moments)), share)
 
 
 def least_squares(
-    pruner: WeightPruner, *, steps: int = 0, iterations: int = 20, tolerance: float = 1e-3, damping: float = 0.01
+    pruner: WeightPruner,
+    *,
+    steps: Annotated[int, Count(0, 1000)] = 0,
+    iterations: Iterations = 20,
+    tolerance: Tolerance = 1e-3,
+    damping: Damping = 0.01,
 ) -> WeightPruner:
     """Least squares on the support: the kept weights that change the layer's output the least, by the Gram of its inputs.
 
@@ -95,6 +99,7 @@ def least_squares(
     Raises:
         ValueError: a setting is out of range, or steps behind anything but a criterion.
     """
+    check("least-squares", least_squares, steps=steps)
     solve = LeastSquares(iterations, tolerance, damping)
     if not steps:
         return CompensatedPruner(pruner, solve)

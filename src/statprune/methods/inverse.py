@@ -44,5 +44,5 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     raise ValueError(
         f"the Gram of its inputs cannot be factorised, with damping {damping:g} to {damping * ESCALATION[-1]:g} of its mean "
         "diagonal. Are there infinite or absurdly large activations? Try a larger damping, as in "
-        f"sparsegpt:damping={10 * ESCALATION[-1] * damping:g}, or leave the layer dense with `ignore`."
+        f"sparsegpt:damping={min(10 * ESCALATION[-1] * damping, 100):g}, or leave the layer dense with `ignore`."
     )

@@ -11,33 +11,34 @@ at 80 % sparsity conjugate gradients are ahead. They need no step size, and no i
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from statprune.methods.bounds import Between, Count, check
 from statprune.methods.statistics import InputMoments, Statistic
+
+Iterations = Annotated[int, Count(1, 1000)]
+Tolerance = Annotated[float, Between(0, 1, without=(1,))]
+Damping = Annotated[float, Between(0, 100)]
 
 
 @dataclass(frozen=True)
 class LeastSquares:
     """A compensation: the kept weights that change the layer's output the least."""
 
-    iterations: int = 20
+    iterations: Iterations = 20
     """At most, of conjugate gradients."""
 
-    tolerance: float = 1e-3
+    tolerance: Tolerance = 1e-3
     """They end where an iteration gains less than this share of what all have gained."""
 
-    damping: float = 0.01
+    damping: Damping = 0.01
     """Added to H's diagonal, as a fraction of each entry; holds back weights that few tokens decide."""
 
     def __post_init__(self) -> None:
-        if not self.iterations >= 1:
-            raise ValueError(f"least-squares(iterations={self.iterations}): expected at least one iteration.")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"least-squares(tolerance={self.tolerance}): expected a fraction in [0, 1).")
-        if not self.damping >= 0:
-            raise ValueError(f"least-squares(damping={self.damping}): expected a fraction, 0 or more.")
+        check("least-squares", LeastSquares, **vars(self))
 
     @property
     def needs(self) -> Statistic:

@@ -12,10 +12,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from statprune.methods.bounds import Between, Count, check
 
 
 class Pattern(Protocol):
@@ -36,6 +38,9 @@ class Pattern(Protocol):
 
     def partly(self, score: Tensor, share: float) -> Tensor:
         """The keep mask on the way to the pattern: a share in [0, 1] of the weights to prune is gone, the lowest scores."""
+
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """How many weights of a matrix [rows, columns] go."""
 
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can have the pattern."""
@@ -73,17 +78,15 @@ def keep_highest(score: Tensor, num_kept: int) -> Tensor:
 class Unstructured:
     """Prune a fraction of the weights, wherever they stand."""
 
-    sparsity: float
-    """Fraction of the weights to prune, in [0, 1). The number pruned is rounded down, so no row is ever emptied."""
+    sparsity: Annotated[float, Between(0, 1, without=(1,))]
+    """Fraction of the weights to prune. The number pruned is rounded down, so no row is ever emptied. 0 prunes nothing, for
+    the left end of a curve."""
 
     rank_over: Literal["row", "layer"] = "row"
     """Weights compete within their output row (Wanda's choice) or within the whole layer."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(
-                f"Unstructured(sparsity={self.sparsity}): expected a fraction in [0, 1), such as 0.5 for half of the weights."
-            )
+        check("Unstructured", Unstructured, sparsity=self.sparsity)
         if self.rank_over not in ("row", "layer"):
             raise ValueError(f"Unstructured(rank_over={self.rank_over!r}): expected 'row' or 'layer'.")
 
@@ -122,6 +125,10 @@ class Unstructured:
         """How many of `group_size` competing weights go."""
         # 0.29 * 100 is 28.999999999999996 in floating point; nobody who asks for 29 % means 28.
         return max(0, min(math.floor(self.sparsity * group_size + 1e-6), group_size - 1))
+
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """As many in each row, or so many of all."""
+        return rows * self.num_pruned(columns) if self.rank_over == "row" else self.num_pruned(rows * columns)
 
     def fits(self, in_features: int) -> bool:
         """Any width will do."""
@@ -177,6 +184,10 @@ class Counted:
             keep[..., one_more, :] = keep_highest(score[..., one_more, :], score.shape[-1] - least - 1)
         return keep
 
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """The number that it was made with."""
+        return self.num_pruned
+
     def fits(self, in_features: int) -> bool:
         """Whether it was made for this width."""
         return in_features == self.in_features
@@ -204,15 +215,16 @@ class NM:
     Both numbers have names because projects disagree: in some, the N of N:M is what stays, in others what goes.
     """
 
-    keep: int
-    """How many weights stay in each group."""
+    keep: Annotated[int, Count(1, 1024)]
+    """How many weights stay in each group; with all of them, as in 4:4, nothing is pruned."""
 
-    of: int
+    of: Annotated[int, Count(1, 1024)]
     """How many consecutive inputs form a group."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= self.of:
-            raise ValueError(f"NM(keep={self.keep}, of={self.of}): expected 0 < keep <= of, such as NM(keep=2, of=4).")
+        check("NM", NM, keep=self.keep, of=self.of)
+        if not self.keep <= self.of:
+            raise ValueError(f"NM(keep={self.keep}, of={self.of}): expected keep <= of, such as NM(keep=2, of=4).")
 
     @property
     def sparsity(self) -> float:
@@ -256,6 +268,10 @@ class NM:
     def slice(self, score: Tensor, start: int) -> Tensor:
         """As the whole: `start` and the width are multiples of `of`."""
         return self(score)
+
+    def pruned_of(self, rows: int, columns: int) -> int:
+        """As many of each group."""
+        return rows * (columns // self.of) * (self.of - self.keep)
 
     def fits(self, in_features: int) -> bool:
         """Whether `of` divides the width."""

@@ -54,8 +54,12 @@ class MaskPruner:
         return needs_of(self.criterion)
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
-        """Prune [..., out, in]."""
-        keep = self.pattern(self.criterion(weight, moments))
+        """Prune [..., out, in].
+
+        Raises:
+            ValueError: the criterion scores a weight with NaN or infinity, as with settings that float32 cannot hold.
+        """
+        keep = self.pattern(finite(self.criterion(weight, moments)))
         return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
 
     def fits(self, in_features: int) -> bool:
@@ -94,6 +98,20 @@ def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Ca
     return CompensatedPruner(MaskPruner(criterion, pattern), compensation)
 
 
+def finite(score: Tensor) -> Tensor:
+    """The scores of a criterion, which have an order.
+
+    Raises:
+        ValueError: some are NaN or infinite, and what would be kept for them is arbitrary.
+    """
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(
+            "the criterion's scores are not all finite in float32. Are there settings (an exponent, an alpha) that are too "
+            "large for these weights and inputs? Take smaller ones, or leave the layer dense with `ignore`."
+        )
+    return score
+
+
 def needs_of(function: Callable[..., Any]) -> Statistic:
     """What a criterion or a compensation declares to need; the moments where it declares nothing."""
     # A functools.partial, which is how a recipe fixes settings, does not show its function's attributes.
@@ -122,3 +140,20 @@ def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) ->
         return float(((change @ moments.gram) * change).sum(dtype=torch.float64))
     gone = weight.float().masked_fill(pruned.keep, 0.0)
     return float((gone.square().sum(dim=0, dtype=torch.float64) * moments.sum_sq).sum())
+
+
+def output_energies(weight: Tensor, pruned: Tensor, rows: Tensor) -> Tensor:
+    """The energy of what pruning changes in a layer's output, and of the dense output, summed over some tokens and all outputs.
+
+    Args:
+        weight: [out, in], dense, without its bias, which pruning does not change.
+        pruned: [out, in].
+        rows: [tokens, in], inputs of the layer, any float dtype.
+
+    Returns:
+        [2], float64: the sums of ((pruned - weight) x)**2 and of (weight x)**2.
+    """
+    rows_TI = rows.to(weight.dtype)  # and not float32: what would be rounded is small beside what is summed up
+    with torch.autocast(rows.device.type, enabled=False):
+        outputs = [rows_TI @ matrix_OI.t() for matrix_OI in (pruned.to(weight.dtype) - weight, weight)]
+    return torch.stack([torch.linalg.vector_norm(output_TO, dtype=torch.float64).square() for output_TO in outputs])

@@ -7,7 +7,8 @@ Packages of others add names through entry points, in the groups
     statprune.compensations   functions like those in `compensations`; classes like `LeastSquares`: settings in, such a function
                               out; or functions `(pruner, *, settings) -> pruner`, which may replace what they follow
 
-The settings of each are its keyword-only arguments, or a class's fields; what it is for is the first line of its docstring.
+The settings of each are its keyword-only arguments, or a class's fields, with the bounds that their annotations declare (see
+`bounds`); what it is for is the first line of its docstring.
 """
 
 import functools

@@ -18,10 +18,12 @@ the choice of weights hangs on the order in which H was added up; more damping w
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from statprune.methods.bounds import Between, Count, check
 from statprune.methods.inverse import inverse_factor
 from statprune.methods.patterns import Pattern
 from statprune.methods.pruner import PrunedWeight
@@ -39,17 +41,14 @@ class SparseGPT:
     """Unstructured: weights compete within a block of columns, with all rows (`rank_over="layer"`, the authors' choice) or
     by row. N:M as everywhere."""
 
-    block_size: int = 128
+    block_size: Annotated[int, Count(1, 65_536)] = 128
     """Columns whose unstructured mask is chosen together, before any of them is updated."""
 
-    damping: float = 0.01
-    """Added to the diagonal of H, as a fraction of its mean."""
+    damping: Annotated[float, Between(1e-30, 100)] = 0.01
+    """Added to the diagonal of H, as a fraction of its mean; without it H may have no inverse."""
 
     def __post_init__(self) -> None:
-        if not self.block_size >= 1:
-            raise ValueError(f"sparsegpt(block_size={self.block_size}): expected at least 1.")
-        if not self.damping > 0:
-            raise ValueError(f"sparsegpt(damping={self.damping}): expected more than 0; without it H may have no inverse.")
+        check("sparsegpt", SparseGPT, **vars(self))
 
     @property
     def needs(self) -> Statistic:

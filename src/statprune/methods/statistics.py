@@ -29,6 +29,9 @@ class Statistic(Flag):
     GRAM = auto()
     """The products of all pairs of channels: `in` numbers a channel. The moments always come with it."""
 
+    SAMPLE = auto()
+    """A few of the tokens themselves, to measure on them what pruning does to the output. The moments always come with it."""
+
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Derived = TypeVar("Derived")
@@ -42,6 +45,44 @@ def needs(statistic: Statistic) -> Callable[[Function], Function]:
         return function
 
     return declare
+
+
+SAMPLE_SIZE = 128
+"""Tokens that a sample has at most."""
+
+_GOLDEN_RATIO = (1 + 5**0.5) / 2
+
+
+class InputSample:
+    """A few of the tokens that entered a layer, as they were, spread evenly over all that came.
+
+    Token i stays where the fractional part of i times the golden ratio is below a share, which halves whenever there are too
+    many: no random numbers, no need to know how many will come, and no step that could fall in with the length of sequences.
+    """
+
+    def __init__(self, size: int = SAMPLE_SIZE) -> None:
+        self.size = size
+        """Tokens at most; half as many at least, where so many came."""
+        self.rows: Tensor | None = None
+        """[tokens, in], the dtype and the device of the inputs; None before the first."""
+        self._places = torch.empty(0, dtype=torch.float64)  # of the tokens in `rows`
+        self._share, self._seen = 1.0, 0
+
+    def add(self, tokens_TI: Tensor) -> None:
+        """See more tokens: [tokens, in]."""
+        first, self._seen = self._seen + 1, self._seen + tokens_TI.shape[0]
+        places = (torch.arange(first, self._seen + 1, dtype=torch.float64) * _GOLDEN_RATIO).frac_()
+        index = (places < self._share).nonzero().squeeze(1)
+        if len(self._places) + len(index) > self.size:
+            while int((self._places < self._share).sum()) + int((places < self._share).sum()) > self.size:
+                self._share /= 2
+            stays = self._places < self._share
+            if self.rows is not None:
+                self._places, self.rows = self._places[stays], self.rows[stays.to(self.rows.device)]
+            index = (places < self._share).nonzero().squeeze(1)
+        chosen_TI = tokens_TI.index_select(0, index.to(tokens_TI.device))
+        self._places = torch.cat([self._places, places[index]])
+        self.rows = chosen_TI if self.rows is None else torch.cat([self.rows, chosen_TI])
 
 
 @dataclass
@@ -62,6 +103,9 @@ class InputMoments:
 
     gram: Tensor | None = None
     """[..., in, in], float32: sum of x x^T over tokens, padding left out; None where nobody asked for it."""
+
+    sample: InputSample | None = None
+    """Of the tokens that were added here, not on other ranks; None where nobody asked for it."""
 
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -89,6 +133,7 @@ class InputMoments:
                 sum=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
                 sum_sq=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
                 gram=torch.zeros(*stack, in_features, in_features, device=device) if Statistic.GRAM in needs else None,
+                sample=InputSample() if Statistic.SAMPLE in needs else None,
             )
 
     def add(self, inputs: Tensor, keep_token: Tensor | None = None) -> "InputMoments":
@@ -110,6 +155,8 @@ class InputMoments:
                 )
             tokens_TI = tokens_TI[keep_token.reshape(-1).to(device=tokens_TI.device, dtype=torch.bool)]
         self._derived.clear()
+        if self.sample is not None:
+            self.sample.add(tokens_TI)
         if self.gram is not None:
             narrow_TI = tokens_TI.float()
             with torch.autocast(self.gram.device.type, enabled=False):  # the model's autocast is around this call
@@ -125,7 +172,7 @@ class InputMoments:
         return self
 
     def merge(self, other: "InputMoments") -> "InputMoments":
-        """The statistics of both token sets together, as a new object."""
+        """The statistics of both token sets together, as a new object; without a sample, which is no sum."""
         gram = self.gram + other.gram if self.gram is not None and other.gram is not None else None
         return InputMoments(self.num_tokens + other.num_tokens, self.sum + other.sum, self.sum_sq + other.sum_sq, gram)
 

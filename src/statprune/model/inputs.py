@@ -1,11 +1,10 @@
 """Calibration batches: bind whatever the user has to the model's inputs, and refuse what cannot work.
 
-A batch is a token tensor [batch, length], a dict of tensors (with an attention mask where there is padding), or a
-tuple of the arguments of `forward`. Shapes may differ from batch to batch.
+What a batch may be is said and decided in `batches`. Shapes may differ from batch to batch.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from statprune.errors import CalibrationError, NonFiniteError, TracingError
-from statprune.model.kinds import is_transformers_model, vocabulary_and_context
+from statprune.model.batches import LABELS, read_batch, several
+from statprune.model.kinds import is_transformers_model, unwrapped, vocabulary_and_context
 
-LABELS = ("labels", "future_values", "return_loss")
-"""Inputs that only a loss needs; calibration has no loss."""
+__all__ = ["LABELS", "ModelInputs", "bind_batches", "dynamic_dims", "example_batch", "example_inputs", "read_inputs"]
 
 _EXAMPLE_LENGTH = 8
 
@@ -36,20 +35,20 @@ class ModelInputs:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
-def bind_batches(model: nn.Module, batches: Iterable[Any]) -> list[ModelInputs]:
+def bind_batches(model: nn.Module, batches: Any) -> list[ModelInputs]:
     """Every batch as inputs of this model, on its device, all with the same names.
+
+    Args:
+        model: any module.
+        batches: an iterable of batches as `read_inputs` takes them, or a tensor [rows, ...], which is cut into batches.
 
     Raises:
         CalibrationError: no batches; a batch of an unknown kind or with other inputs than the first; nothing but padding;
-            tokens beyond the vocabulary; sequences longer than the model's context.
+            tokens of another dtype than whole numbers, or beyond the vocabulary; a mask of another shape than the tokens;
+            sequences longer than the model's context.
         NonFiniteError: NaN or infinity in a floating-point input.
     """
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"The calibration batches are a {type(batches).__name__}: expected several, such as a list or a DataLoader. "
-            "Wrap a single batch in a list."
-        )
-    bound = [_bind(model, batch, index) for index, batch in enumerate(batches)]
+    bound = [read_inputs(model, batch, index) for index, batch in enumerate(several(batches))]
     if not bound:
         raise CalibrationError(
             "There are no calibration batches: expected at least one. (A generator that was already used up has none either.)"
@@ -114,24 +113,22 @@ def _describe(inputs: ModelInputs) -> str:
     return str([*tree_map(name_kind, inputs.args), tree_map(name_kind, inputs.kwargs)])
 
 
-def _bind(model: nn.Module, batch: Any, index: int) -> ModelInputs:
+def read_inputs(model: nn.Module, batch: Any, index: int = 0) -> ModelInputs:
+    """One batch as inputs of this model, on its device.
+
+    Args:
+        model: any module.
+        batch: a `ModelInputs`, whose arguments are taken as they are, or one of the kinds that `batches` lists.
+        index: its number, for messages.
+
+    Raises:
+        CalibrationError: as `batches.read_batch`; or `forward` does not take these arguments.
+    """
+    args, kwargs = (batch.args, batch.kwargs) if isinstance(batch, ModelInputs) else read_batch(model, batch, index)
+    forward = unwrapped(model)[0].forward
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, Mapping):
-        kwargs = {str(name): value for name, value in batch.items() if value is not None}
-        if is_transformers_model(model):
-            kwargs = _without_labels(model, kwargs)
-        args: tuple[Any, ...] = ()
-    elif isinstance(batch, Tensor):
-        args, kwargs = (batch,), {}
-    elif isinstance(batch, tuple | list):
-        args, kwargs = tuple(batch), {}
-    else:
-        raise CalibrationError(
-            f"Calibration batch {index} is a {type(batch).__name__}: expected a tensor of tokens, a dict of tensors, "
-            f"or a tuple of the arguments of {type(model).__name__}.forward."
-        )
     try:
-        arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+        arguments = inspect.signature(forward).bind_partial(*args, **kwargs)
     except TypeError as e:
         raise CalibrationError(f"Calibration batch {index} does not fit {type(model).__name__}.forward: {e}.") from e
     named = dict(arguments.arguments)
@@ -147,22 +144,17 @@ def _bind(model: nn.Module, batch: Any, index: int) -> ModelInputs:
     )
 
 
-def _without_labels(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Labels give a loss, which calibration does not need; an encoder-decoder makes its decoder inputs of them."""
-    make_decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    has_decoder_inputs = any(name in kwargs for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-    if make_decoder_inputs is not None and not has_decoder_inputs and "labels" in kwargs:
-        kwargs = {**kwargs, "decoder_input_ids": make_decoder_inputs(labels=kwargs["labels"])}
-    return {name: value for name, value in kwargs.items() if name not in LABELS}
-
-
 def _to_model(model: nn.Module, value: Any, device: torch.device) -> Any:
     if not isinstance(value, Tensor):
         return value
     dtype = getattr(model, "dtype", None)
     if value.is_floating_point() and is_transformers_model(model) and isinstance(dtype, torch.dtype):
         return value.to(device=device, dtype=dtype)
-    if not value.is_floating_point() and value.dtype in (torch.int32, torch.int16, torch.uint8) and value.ndim == 2:
+    if (
+        not value.is_floating_point()
+        and value.dtype in (torch.int32, torch.int16, torch.uint16, torch.uint8)
+        and value.ndim == 2
+    ):
         value = value.long()  # token files store int32 to be small; some models index with it, which wants int64
     return value.to(device)
 
@@ -177,6 +169,11 @@ def _check(model: nn.Module, inputs: ModelInputs, index: int) -> None:
                 _check_tensor(str(name), tensor, index)
         if name not in ("input_ids", "decoder_input_ids") or not isinstance(value, Tensor) or value.is_meta:
             continue
+        if value.dtype not in (torch.int64, torch.int32):
+            raise CalibrationError(
+                f"Calibration batch {index}: {name!r} is of dtype {value.dtype}, and token ids are whole numbers: expected "
+                "torch.int64. Convert them with .long()."
+            )
         if vocabulary is not None and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
             raise CalibrationError(
                 f"Calibration batch {index}: token ids from {int(value.min())} to {int(value.max())} in {name!r}, but the "
@@ -187,6 +184,12 @@ def _check(model: nn.Module, inputs: ModelInputs, index: int) -> None:
                 f"Calibration batch {index}: sequences of {value.shape[-1]} tokens in {name!r}, longer than the model's "
                 f"context of {context}. Cut them, or use a --seqlen of at most {context}."
             )
+        mask = inputs.kwargs.get(str(name).replace("input_ids", "attention_mask"))
+        if isinstance(mask, Tensor) and mask.ndim == 2 and value.ndim == 2 and mask.shape != value.shape:
+            raise CalibrationError(
+                f"Calibration batch {index}: the attention mask of shape {tuple(mask.shape)} does not belong to {name!r} of "
+                f"shape {tuple(value.shape)}: expected the same shape, with 1 for a token and 0 for padding."
+            )
 
 
 def _check_tensor(name: str, tensor: Tensor, index: int) -> None:
@@ -194,6 +197,11 @@ def _check_tensor(name: str, tensor: Tensor, index: int) -> None:
         raise CalibrationError(f"Calibration batch {index}: the input {name!r} of shape {tuple(tensor.shape)} is empty.")
     if not tensor.is_floating_point():
         return
+    if tensor.itemsize < 2:
+        raise CalibrationError(
+            f"Calibration batch {index}: the input {name!r} is of dtype {tensor.dtype}, which torch does not compute with. "
+            "Convert it to the model's dtype."
+        )
     # A mask that is added to attention scores has -inf in it, and rightly.
     is_bad = torch.isnan(tensor) if "mask" in name else ~torch.isfinite(tensor)
     if is_bad.any():

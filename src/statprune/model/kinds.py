@@ -16,6 +16,18 @@ def is_transformers_model(model: nn.Module) -> bool:
     )
 
 
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """(the module inside of `torch.compile`, DataParallel and DistributedDataParallel, what its names begin with outside)."""
+    prefix = ""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model, prefix = inner, f"{prefix}_orig_mod."
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model, prefix = model.module, f"{prefix}module."
+        else:
+            return model, prefix
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether logits at a position are for the next token."""
     if not is_transformers_model(model):

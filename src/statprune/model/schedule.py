@@ -7,9 +7,10 @@ one-shot   ──q k v───o───gate up───down───...├ pru
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from statprune.model.sites import InputGroup, LinearSite
+if TYPE_CHECKING:  # the command line asks for the names of schedules, and does without torch
+    from statprune.model.sites import InputGroup, LinearSite
 
 Schedule = Literal["walk", "block", "one-shot"]
 SCHEDULES = ("walk", "block", "one-shot")
@@ -18,14 +19,14 @@ SEES_PRUNED = ("walk", "block")
 """The schedules in which weights change before the last batch has run."""
 
 
-def blocks(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
+def blocks(groups: "Sequence[InputGroup]") -> "list[list[InputGroup]]":
     """Neighbouring groups of one block: of one outermost numbered submodule, such as `model.layers.3` or `encoder.block.0`.
 
     A group outside of any, such as an embedding's projection, is a block of its own. Sites of one group that belong to several
     blocks (the keys of every decoder block read what the encoder gave) come with their own block, as a group for each.
     """
 
-    def block_of(site: LinearSite) -> str:
+    def block_of(site: "LinearSite") -> str:
         path = site.parameter.split(".")
         number = next((index for index, part in enumerate(path) if part.isdecimal()), len(path))
         return ".".join(path[: number + 1])

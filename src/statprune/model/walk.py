@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
-from statprune.errors import CalibrationError
+from statprune.errors import CalibrationError, first_line
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.nodes import attribute, written_to
@@ -97,6 +97,10 @@ def walk(
                             current[step] = executor.run(step, current)
                     except IndexError as e:
                         raise CalibrationError(_out_of_range(number, step, e)) from e
+                    except torch.OutOfMemoryError:
+                        raise
+                    except RuntimeError as e:
+                        raise CalibrationError(_cannot_run(number, step, e)) from e
                     for dead in segment.dies_after.get(index, ()):
                         current.pop(dead, None)
                 for dead in segment.releases:
@@ -159,8 +163,19 @@ class _Executor:
 
 
 def _out_of_range(batch: int, step: "Node | InputGroup", error: IndexError) -> str:
-    modules = list(step.meta.get("nn_module_stack", {}).values()) if isinstance(step, Node) else []
     return (
-        f"Calibration batch {batch}: {error} (at {modules[-1][0] if modules else step}). Are there token ids beyond the "
+        f"Calibration batch {batch}: {error} (at {_place(step)}). Are there token ids beyond the "
         "vocabulary, or sequences longer than the model's context?"
     )
+
+
+def _cannot_run(batch: int, step: "Node | InputGroup", error: RuntimeError) -> str:
+    return (
+        f"Calibration batch {batch}: {first_line(error)} (at {_place(step)}). Expected inputs of the dtype and the shape that "
+        "the model computes with."
+    )
+
+
+def _place(step: "Node | InputGroup") -> object:
+    modules = list(step.meta.get("nn_module_stack", {}).values()) if isinstance(step, Node) else []
+    return modules[-1][0] if modules else step

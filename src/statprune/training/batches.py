@@ -1,82 +1,85 @@
-"""Batches of a Trainer's loaders: those to calibrate on, those of a validation, and the inputs of the model in them."""
+"""Batches to calibrate on, out of a loader that a training may be reading, on one rank or dealt out over several."""
 
+import contextlib
 import copy
-import inspect
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Generator
+from torch.utils.data import DataLoader, DistributedSampler
 
 from statprune.errors import CalibrationError
-from statprune.model.kinds import is_transformers_model
+from statprune.model.batches import several
 
 
-def calibration_source(trainer: Trainer, pl_module: LightningModule, given: Any) -> Iterator[Any]:
-    """Batches to calibrate on: what was given, or else what the DataModule or the LightningModule has for it, or to train on.
+def draw(source: Any, limit: int, *, rank: int = 0, num_ranks: int = 1, is_dealt_out: bool | None = None) -> list[Any]:
+    """This rank's share of the first `limit` batches.
+
+    Args:
+        source: several batches, such as a DataLoader.
+        limit: how many, at most, on all ranks together.
+        rank: this one.
+        num_ranks: how many there are. Rank r takes the batches r, r + num_ranks, ..., so that each counts once.
+        is_dealt_out: whether each rank's `source` has batches of its own already; None: where its sampler is a
+            `DistributedSampler`.
 
     Raises:
-        CalibrationError: there is none of these.
+        CalibrationError: there is no batch for some rank.
     """
-    owners: tuple[Any, ...] = (getattr(trainer, "datamodule", None), pl_module)
-    own_loader = next((owner.calibration_dataloader for owner in owners if hasattr(owner, "calibration_dataloader")), None)
-    training_loader = next(
-        (owner.train_dataloader for owner in owners if owner and is_overridden("train_dataloader", owner)), None
-    )
-    if given is not None:
-        return iter(given)
-    if own_loader is not None:
-        return iter(own_loader())
-    if trainer.train_dataloader is not None:
-        return _fresh_iterator(trainer.train_dataloader)
-    if training_loader is not None:
-        return iter(training_loader())
-    raise CalibrationError(
-        "StatisticalPruning has no calibration data: give it `calibration=`, define `calibration_dataloader` in the "
-        "DataModule or the LightningModule, or have training data. It does not take the validation data by itself."
-    )
+    if is_dealt_out is None:
+        is_dealt_out = has_distributed_sampler(source)
+    with _generators_kept(source):
+        return _draw(fresh_iterator(source), limit, rank, num_ranks, is_dealt_out)
 
 
-def validation_batches(trainer: Trainer) -> Iterator[Any]:
-    """What the loop is about to run: every loader's batches up to its limit, on this rank."""
-    loaders = trainer.val_dataloaders
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-    for loader, limit in zip(loaders, trainer.num_val_batches, strict=True):
-        for index, batch in enumerate(loader):
-            if index >= limit:
-                break
-            yield batch
+def _draw(batches: Iterator[Any], limit: int, rank: int, num_ranks: int, is_dealt_out: bool) -> list[Any]:
+    if is_dealt_out:
+        mine = list(itertools.islice(batches, len(range(rank, limit, num_ranks))))
+        if num_ranks > 1 and not mine:
+            raise CalibrationError(
+                f"Rank {rank} of {num_ranks} has no calibration batch: each rank needs at least one. Give more data, smaller "
+                "batches, or a higher limit of batches."
+            )
+        return mine
+    mine, count = [], 0
+    for batch in itertools.islice(batches, limit):
+        if count % num_ranks == rank:
+            mine.append(batch)
+        count += 1
+    if 0 < count < num_ranks:
+        raise CalibrationError(
+            f"The calibration data has {count} of the {num_ranks} batches that {num_ranks} ranks need at least, one each. Give "
+            "more data, smaller batches, or a higher limit of batches."
+        )
+    return mine
 
 
-def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> Any:
-    """The inputs of `target.forward` in a batch of this LightningModule's loaders: a dict, or a tuple."""
-    if hasattr(pl_module, "calibration_inputs"):
-        batch = pl_module.calibration_inputs(batch)
-        return batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    parameters = [
-        parameter
-        for parameter in inspect.signature(target.forward).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if isinstance(batch, Mapping):
-        # A transformers model makes its decoder inputs of labels; another model would return its loss for them.
-        known = {parameter.name for parameter in parameters} - (set() if is_transformers_model(target) else {"labels"})
-        return {name: value for name, value in batch.items() if name in known}
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    required = sum(parameter.default is parameter.empty for parameter in parameters)
-    values = tuple(batch)[: max(1, required)]
-    if is_transformers_model(target):
-        return {"input_ids" if not values[0].is_floating_point() else target.main_input_name: values[0]}
-    return values
+def has_distributed_sampler(loader: Any) -> bool:
+    """Whether a loader gives each rank samples of its own."""
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
 
 
-def _fresh_iterator(loader: Any) -> Iterator[Any]:
+def fresh_iterator(loader: Any) -> Iterator[Any]:
     """An iterator of its own: a loader that keeps its workers has but one, which the training is reading."""
     if isinstance(loader, DataLoader) and loader.persistent_workers:
         loader = copy.copy(loader)
         loader._iterator = None
-    return iter(loader)
+    return iter(several(loader))
+
+
+@contextlib.contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """A loader with random generators of its own shuffles afterwards as if nothing had been drawn from it."""
+    parts = [loader]
+    for name in ("batch_sampler", "batch_sampler", "sampler"):  # accelerate puts a batch sampler around another one
+        parts += [part for part in (getattr(parts[-1], name, None),) if part is not None]
+    parts.append(getattr(loader, "sampler", None))
+    generators = {id(one): one for one in (getattr(part, "generator", None) for part in parts) if isinstance(one, Generator)}
+    states = [(generator, generator.get_state()) for generator in generators.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from statprune.errors import MaskError
 from statprune.methods.pruner import energy_sq
@@ -52,6 +53,17 @@ class HeldMasks:
         for parameter, keep in self._keep_of.items():
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(~keep, 0)
+
+    def mask_new_gradients(self) -> list[RemovableHandle]:
+        """Zero the gradients of pruned weights as backward passes accumulate them, until the handles are removed."""
+
+        def mask(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            assert isinstance(parameter, nn.Parameter)
+            parameter.grad.masked_fill_(~self._keep_of[parameter], 0)
+
+        trained = [parameter for parameter in self._keep_of if parameter.requires_grad]
+        return [parameter.register_post_accumulate_grad_hook(mask) for parameter in trained]
 
     def mask_weights(self, optimizer: Optimizer) -> None:
         """Zero the pruned weights that this optimizer has just stepped."""
@@ -102,11 +114,15 @@ def absent(site: SiteReport, model: nn.Module) -> MaskError:
 
 
 def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:
-    """The same report with the zeros and the energy that the weights have now."""
+    """The same report with the zeros and the energy that the weights have now.
+
+    A weight that has changed has no output error any more: it was measured on the weight that pruning left.
+    """
     sites = []
     for site in report.sites:
         weight = model.get_parameter(site.parameter).detach()
-        sites.append(replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight)))
+        now = replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight))
+        sites.append(now if now == site else replace(now, output_error=None))
     return replace(report, sites=sites)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -14,7 +13,7 @@ from statprune.model.kinds import is_causal, predictions_of
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
 from statprune.ranks import sum_over_ranks
-from statprune.training.batches import model_inputs
+from statprune.training.loaders import model_inputs
 
 
 class Measurement:
@@ -30,8 +29,8 @@ class Measurement:
     def add(self, batch: Any, *, dense: bool = False, pruned: bool = False) -> None:
         """Run the model on a validation batch, dense, pruned or both."""
         device = self.pl_module.device
-        inputs = move_data_to_device(model_inputs(self.pl_module, self.target, batch), device)
-        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
+        inputs = model_inputs(self.pl_module, self.target, batch)
+        args, kwargs = inputs.args, inputs.kwargs
         results = {}
         with eval_mode(self.target), without_cache(self.target), self.trainer.precision_plugin.val_step_context():
             if dense:
@@ -40,7 +39,7 @@ class Measurement:
                 weights = self.twin.weights if self.twin is not None else {}
                 results["pruned"] = predictions_of(functional_call(self.target, weights, args, kwargs))
         for name, predictions in results.items():
-            if predictions is not None and (scored := self._scored(predictions, inputs, batch)) is not None:
+            if predictions is not None and (scored := self._scored(predictions, kwargs, batch)) is not None:
                 metric = self.perplexities.setdefault(f"{name}_perplexity", Perplexity().to(device))
                 metric.update(scored[0], scored[1].to(device))
         if len(results) == 2 and results["dense"] is not None and results["pruned"] is not None:
@@ -57,13 +56,13 @@ class Measurement:
                 values["pruned_output_error"] = (difference / dense) ** 0.5
         return values
 
-    def _scored(self, predictions: Tensor, inputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
+    def _scored(self, predictions: Tensor, inputs: Mapping[str, Any], batch: Any) -> tuple[Tensor, Tensor] | None:
         """(logits, targets) where the model predicts tokens or classes that the batch knows; None where it does not."""
         target = batch.get("labels") if isinstance(batch, Mapping) else None
         if target is None and isinstance(batch, tuple | list) and len(batch) > 1:
             target = batch[1]
-        if is_causal(self.target) and isinstance(inputs, dict):
-            tokens = target if isinstance(target, Tensor) else inputs.get("input_ids")
+        if is_causal(self.target):
+            tokens = target.to(predictions.device) if isinstance(target, Tensor) else inputs.get("input_ids")
             if not isinstance(tokens, Tensor) or tokens.shape != predictions.shape[:-1]:
                 return None
             mask = inputs.get("attention_mask")

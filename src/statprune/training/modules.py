@@ -8,7 +8,7 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from statprune.data import consecutive_windows, random_windows, read_text, tokenize
+from statprune.data import Text, consecutive_windows, random_windows, tokenize
 from statprune.loading import load_model, load_tokenizer
 from statprune.perplexity import Perplexity
 
@@ -126,7 +126,7 @@ class TextData(LightningDataModule):
     def _tokens(self, files: Sequence[str]) -> Tensor:
         key = tuple(files)
         if key not in self._tokenized:
-            self._tokenized[key] = tokenize(self.tokenizer, read_text(files))
+            self._tokenized[key] = tokenize(self.tokenizer, Text(files))
         return self._tokenized[key]
 
     def _loader(self, windows: Tensor, shuffle: bool = False) -> DataLoader[Any]:

@@ -15,6 +15,7 @@ from statprune.model.observe import ForwardContext
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
 from statprune.ranks import ProcessGroup, collective
+from statprune.tuning.overlap import shared_share, warn_of_shared
 
 INPUTS = ("input_ids", "attention_mask")
 
@@ -31,6 +32,9 @@ class Halves:
 
     batch_size: int
     """Windows in a batch, at most: as many as the largest given batch has."""
+
+    shared: float
+    """Share of the held-out tokens, in [0, 1], that stand in pruning windows too (see `shared_share`)."""
 
 
 def check_has_perplexity(model: nn.Module) -> None:
@@ -50,6 +54,9 @@ def halve(inputs: Sequence[ModelInputs]) -> Halves:
 
     Raises:
         CalibrationError: fewer than two windows, or inputs that are no tokens and mask of them.
+
+    Warns:
+        CalibrationWarning: the halves have much in common.
     """
     windows = [window for batch in inputs for window in _windows(batch)]
     if len(windows) < 2:
@@ -58,7 +65,10 @@ def halve(inputs: Sequence[ModelInputs]) -> Halves:
             "on. Give more --samples, or a recipe with a method."
         )
     size = max(next(iter(batch.kwargs.values())).shape[0] for batch in inputs)
-    return Halves(_batches(windows[::2], size), _batches(windows[1::2], size), size)
+    pruning, scoring = _batches(windows[::2], size), _batches(windows[1::2], size)
+    shared = shared_share(pruning, scoring)
+    warn_of_shared(shared)
+    return Halves(pruning, scoring, size, shared)
 
 
 class Scorer:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from statprune.markdown import table
+from statprune.plain import finite
 from statprune.recipe import Recipe
 from statprune.tuning.trials import Trial
 
@@ -31,6 +32,9 @@ class Tuned:
 
     held_out_windows: int
     """Windows that finalists were scored on."""
+
+    held_out_shared: float
+    """Share of their tokens, in [0, 1], that stand in pruning windows too."""
 
     seconds: float
     """Used, in this run and before it was interrupted."""
@@ -78,10 +82,11 @@ class Tuned:
         return {
             "perplexity": self.winner.perplexity,
             "dense_perplexity": self.dense_perplexity,
-            "finalists": {f"{one.recipe.method}, {one.recipe.schedule}": one.perplexity for one in self.finalists},
+            "finalists": finite({f"{one.recipe.method}, {one.recipe.schedule}": one.perplexity for one in self.finalists}),
             "measurements": len(self.trials),
             "pruning_windows": self.pruning_windows,
             "held_out_windows": self.held_out_windows,
+            "held_out_shared": self.held_out_shared,
             "seconds": self.seconds,
             "notes": self.notes,
         }

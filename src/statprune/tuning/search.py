@@ -63,7 +63,7 @@ class SearchRun:
         self.inputs = bind_batches(layers.model, halves.pruning)
         self.layers = _holding(layers, self.inputs)
         select(self.layers.groups, self.layers.left_out, search)
-        self.trials = Trials(output, protocol(layers.model, halves, search) if output is not None else {})
+        self.trials = Trials(output, protocol(layers.model, halves, search) if output is not None else {}, say)
         device = next(layers.model.parameters()).device
         self.watch = Stopwatch(self.seconds, self.trials.seconds_before, device, process_group)
         self.prices = Prices()
@@ -92,8 +92,9 @@ class SearchRun:
         elif skipped:
             self.notes.append(f"{skipped} candidates with a schedule of their own did not fit.")
         tuned = Tuned(
-            winner, list(self.trials.all), dense, _count(self.halves.pruning), everything, self.watch.spent(), self.notes
-        )
+            winner, list(self.trials.all), dense, _count(self.halves.pruning), everything, self.halves.shared,
+            self.watch.spent(), self.notes,
+        )  # fmt: skip
         for note in self.notes:
             self.say(f"the budget: {note}")
         if self.output is not None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from statprune.errors import ResultsError
+from statprune.progress import Say, unsaid
 from statprune.recipe import Recipe
-from statprune.report import versions
-from statprune.results import DENSE, Result, ResultsFile
+from statprune.results import DENSE, HOLDER, LOCK, Result, ResultsFile
+from statprune.versions import versions
 
 TRIALS = "trials.jsonl"
 
@@ -58,22 +59,23 @@ class Trials:
     Args:
         output: folder; None keeps them in memory alone.
         protocol: what they have in common: the model, the tokens, the pattern.
+        say: called where the folder holds broken lines.
 
     Raises:
         ResultsError: the folder holds something else, or trials of another model, other tokens, settings or versions.
     """
 
-    def __init__(self, output: str | Path | None, protocol: Mapping[str, Any]) -> None:
+    def __init__(self, output: str | Path | None, protocol: Mapping[str, Any], say: Say = unsaid) -> None:
         self.file: ResultsFile | None = None
         self._known: dict[str, Trial] = {}
         self.all: list[Trial] = []
         if output is not None:
             folder = Path(output)
-            if folder.exists() and not (folder / TRIALS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+            if not (folder / TRIALS).is_file() and any(one.name not in (LOCK, HOLDER) for one in _inside(folder)):
                 raise ResultsError(
                     f"{folder} exists and holds no {TRIALS}: expected a new folder, or one that a run of tune has begun."
                 )
-            self.file = ResultsFile(folder / TRIALS, protocol, versions())
+            self.file = ResultsFile(folder / TRIALS, protocol, versions(), say)
 
     @property
     def seconds_before(self) -> float:
@@ -117,6 +119,10 @@ class Trials:
 
 def _result(recipe: Recipe, windows: int) -> Result:
     return Result("perplexity", "", recipe.method, "", recipe=recipe.to_dict(), details={"windows": windows})
+
+
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _dense(windows: int) -> Result:

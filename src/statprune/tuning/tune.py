@@ -22,6 +22,7 @@ from statprune.model.sites import TracedModel
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.ranks import ProcessGroup, is_distributed, together
 from statprune.recipe import OnIndivisible, Search
+from statprune.results import alone_in
 from statprune.tuning.halves import check_has_perplexity, halve
 from statprune.tuning.outcome import Tuned
 from statprune.tuning.search import SearchRun
@@ -48,7 +49,8 @@ def tune(
     Args:
         model: a causal language model of transformers, which `torch.export` can trace.
         batches: at least two token windows [windows, length], int, or batches of them as `prune` takes. Every second window is
-            held out: candidates are pruned on the first, third, ... and scored on the second, fourth, ...
+            held out: candidates are pruned on the first, third, ... and scored on the second, fourth, ... They should not
+            overlap: `calibration_windows(..., halves=True)` draws such ones.
         pattern: as in a recipe.
         minutes: how long it may take. The baselines (`wanda`, `cvr+energy`, `sparsegpt`) are measured whatever it says; a
             longer budget tries more, and with enough of it the choice does not depend on the clock.
@@ -72,12 +74,16 @@ def tune(
         CalibrationError: fewer than two windows; or as `prune`.
         SiteError: the pattern does not fit the model; or as `prune`.
         TracingError: the model cannot be exported.
-        ResultsError: the output holds something else, or trials that do not compare with these.
+        ResultsError: the output holds something else, or trials that do not compare with these; or another run is at work
+            in it.
+
+    Warns:
+        CalibrationWarning: more than a tenth of the held-out tokens stand in a window to prune on too.
     """
     with together(process_group, device_of(model), "statprune.tune"):
         search = Search(pattern, minutes, targets, ignore, on_indivisible)  # type: ignore[arg-type]
         check_has_perplexity(model)
-        inputs = bind_batches(model, batches.split(1) if isinstance(batches, Tensor) and batches.ndim == 2 else batches)
+        inputs = bind_batches(model, batches)
         check_start(model, search, inputs, process_group)
         layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
         check_layers(layers, process_group)
@@ -114,6 +120,7 @@ def search_recipe(
         raise TracingError(f"A recipe is chosen by pruning along the model's graph, and there is none: {layers.reason}")
     if output is not None and is_distributed(process_group):
         raise ResultsError("tune(output=...) on several ranks: each would write the file. Leave it out, or run on one rank.")
-    with torch.inference_mode(False), torch.no_grad():
+    alone = contextlib.nullcontext() if output is None else alone_in(output)
+    with alone, torch.inference_mode(False), torch.no_grad():
         halves = halve(inputs)
         return SearchRun(layers, halves, search, output, process_group, forward_context, progress, say).run()

@@ -1,0 +1,299 @@
+"""A place for a folder that is not there yet: taken before work begins, given its name when everything is written.
+
+PARENT/.NAME.1a2b3c4d.partial/   made at once: whatever forbids writing shows before the work, and not after it
+    lock                         held by the process that works; a folder that nobody holds is a leftover
+    new/                         what is written; gets the name PARENT/NAME when it is finished
+    old/                         the folder that it replaces, between the two renames
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from statprune.errors import CheckpointError, first_line
+from statprune.progress import Say
+
+LOCK, NEW, OLD = "lock", "new", "old"
+RESCUED = ".rescued"
+MOST_BYTES_OF_A_NAME = 255
+SECONDS_TO_LOCK = 60.0
+"""A hidden folder without a lock file is a leftover when it is older: a process takes its lock at once."""
+
+
+def warn(text: str) -> None:
+    """Say something to those who have said nothing about how they want to be told."""
+    warnings.warn(text, stacklevel=3)
+
+
+class Reserved:
+    """The place of an output, held until it is published or released; a context manager that releases it.
+
+    A process that is killed leaves the hidden folder behind, and the next reservation of the same output removes it. One that
+    ends without having released it removes it itself.
+
+    Args:
+        output: the folder to write, or to replace.
+        is_replaceable: raises CheckpointError where a folder that stands in the place of the output may not be replaced;
+            None: nothing may be.
+        say: called with what was removed, in words.
+
+    Attributes:
+        output: the folder that will be there in the end.
+        folder: where to write, empty, until then.
+
+    Raises:
+        CheckpointError: something stands in its place, or it cannot be written.
+    """
+
+    def __init__(self, output: str | Path, *, is_replaceable: Callable[[Path], None] | None = None, say: Say = warn) -> None:
+        self.output = Path(output)
+        self._is_replaceable = is_replaceable
+        with _explained(self.output):
+            for text in _remove_leftovers(self.output):
+                say(text)
+            refuse_existing(self.output, is_replaceable=is_replaceable)
+            made = [parent for parent in (self.output.parent, *self.output.parent.parents) if not parent.exists()]
+            try:
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                partial, lock = _hidden_folder(self.output)
+            except BaseException:
+                _remove_empty(made)
+                raise
+        self.folder = partial / NEW
+        self._lock = lock
+        self.release = weakref.finalize(self, _clean, partial, lock, made, os.getpid())
+        """Give the place back, and remove what was written and not published; again and again does no harm."""
+
+    def __enter__(self) -> "Reserved":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def check_held(self) -> None:
+        """Raise CheckpointError where the place was given back; make its folder again where somebody has removed it."""
+        if not self.release.alive:
+            raise CheckpointError(f"The place of the output {self.output} was given back already: reserve it again.")
+        with _explained(self.output):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raise CheckpointError where the disk has no room for so many bytes."""
+        with _explained(self.output):
+            free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise CheckpointError(
+                f"The output {self.output} needs {_size(num_bytes)}, and its disk has {_size(free)} left. Make room, or choose "
+                "an output on another disk."
+            )
+
+    def publish(self) -> Path:
+        """Give what was written its name, and the place back.
+
+        Raises:
+            CheckpointError: something stands in its place by now, or it cannot be renamed; what was written is kept where
+                it is until the place is released.
+        """
+        with _explained(self.output):
+            refuse_existing(self.output, is_replaceable=self._is_replaceable)
+            old = self.folder.parent / OLD
+            if self.output.exists():
+                os.rename(self.output, old)
+            try:
+                os.rename(self.folder, self.output)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, self.output)
+                raise
+        self.release()
+        return self.output
+
+    def keep(self) -> Path:
+        """Give what was written another name beside the output, or where that fails in the system's temporary folder."""
+        try:
+            target = _beside(self.output)
+        except OSError:
+            target = _in_temporary_folder(self.output)
+        target.rmdir()
+        return Path(shutil.move(self.folder, target))
+
+    def rescue(self, write: Callable[[Path], None]) -> Path | None:
+        """Have something written somewhere else: beside the output, or where that fails in the system's temporary folder.
+
+        What was written so far is removed first, which makes room.
+
+        Args:
+            write: writes into an empty folder; any error of it counts as a place that does not do.
+
+        Returns:
+            The folder; None where it could be written nowhere.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for make in (_beside, _in_temporary_folder):
+            folder: Path | None = None
+            try:
+                folder = make(self.output)
+                write(folder)
+                return folder
+            except Exception:
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def refuse_existing(output: str | Path, *, is_replaceable: Callable[[Path], None] | None = None) -> None:
+    """Raise CheckpointError where something stands in the place of the output that may not be replaced.
+
+    Args:
+        output: a folder to write.
+        is_replaceable: as for `Reserved`.
+    """
+    output = Path(output)
+    with _explained(output):
+        try:
+            os.lstat(output)
+        except FileNotFoundError:
+            return
+        if output.is_symlink() and not output.exists():
+            raise CheckpointError(
+                f"The output {output} is a symbolic link to {os.readlink(output)}, which does not exist. Remove the link, or "
+                "choose another name."
+            )
+        if is_replaceable is None:
+            raise CheckpointError(
+                f"The output {output} exists. Choose another name, or remove it first; nothing is overwritten."
+            )
+        if output.is_symlink() or not output.is_dir():
+            raise CheckpointError(
+                f"The output {output} is no folder of its own, and only a folder that statprune wrote is replaced. Choose "
+                "another name."
+            )
+        is_replaceable(output)
+
+
+@contextlib.contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    """An error of the system as one of ours, with the way out."""
+    try:
+        yield
+    except (OSError, ValueError) as e:  # a ValueError where the name holds a NUL or cannot be encoded
+        where = f" ({e.filename})" if isinstance(e, OSError) and e.filename and str(e.filename) != str(output) else ""
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
+        raise CheckpointError(
+            f"The output {str(output)!r} cannot be written: {reason}{where}. Choose an output in a folder that you can write "
+            f"to, with a name of at most {MOST_BYTES_OF_A_NAME} bytes."
+        ) from e
+
+
+def _hidden_folder(output: Path) -> tuple[Path, Any]:
+    """A new hidden folder beside the output, and its lock, which is held."""
+    for _ in range(100):
+        partial = output.parent / f".{_stem(output)}.{uuid.uuid4().hex[:8]}.partial"
+        partial.mkdir()
+        lock = _lock(partial)
+        try:
+            lock.acquire(timeout=0)
+            (partial / NEW).mkdir()
+            return partial, lock
+        except (Timeout, FileNotFoundError):
+            lock.release()  # another process took it for a leftover before it was locked
+        except BaseException:
+            lock.release()
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    raise CheckpointError(f"The output {output} cannot be written: other processes remove its hidden folder again and again.")
+
+
+def _lock(partial: Path) -> Any:
+    # Not of one thread: what ends the process may be another one.
+    return FileLock(partial / LOCK, thread_local=False)
+
+
+def _clean(partial: Path, lock: Any, made: Sequence[Path], process: int) -> None:
+    if os.getpid() != process:
+        return  # a forked child ends, which never owned it
+    shutil.rmtree(partial, ignore_errors=True)
+    lock.release()
+    shutil.rmtree(partial, ignore_errors=True)  # where an open file cannot be removed
+    _remove_empty(made)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _remove_leftovers(output: Path) -> Iterator[str]:
+    """Remove the hidden folders that processes left behind which were killed; yields what was done, in words."""
+    form = re.compile(re.escape(f".{_stem(output)}.") + r"[0-9a-f]{8}\.partial")
+    try:
+        found = [path for path in output.parent.iterdir() if form.fullmatch(path.name) and path.is_dir()]
+    except OSError:
+        return
+    for partial in sorted(found):
+        if partial.is_symlink() or not _is_abandoned(partial):
+            continue
+        lock = _lock(partial)
+        try:
+            lock.acquire(timeout=0)
+            if (partial / OLD).exists() and not os.path.lexists(output):
+                os.rename(partial / OLD, output)
+                yield f"{output} was being replaced when a process ended early, and is back."
+            shutil.rmtree(partial)
+            yield f"{partial} was left behind by a process that ended early; it was removed."
+        except Timeout:
+            continue
+        except OSError as e:
+            yield f"{partial} was left behind by a process that ended early, and cannot be removed: {e.strerror}."
+        finally:
+            lock.release()
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether it may be a leftover; whether its lock is free will be seen."""
+    try:
+        return (partial / LOCK).exists() or time.time() - partial.stat().st_mtime > SECONDS_TO_LOCK
+    except OSError:
+        return False
+
+
+def _stem(output: Path) -> str:
+    """What hidden folders and rescued weights are named after: the output's name, or where it is long a part of it."""
+    name = os.fsencode(output.name)
+    if len(name) <= 200:
+        return output.name
+    return f"{output.name[:40]}~{hashlib.sha256(name).hexdigest()[:16]}"
+
+
+def _beside(output: Path) -> Path:
+    """A new folder beside the output."""
+    for number in range(1, 1000):
+        folder = output.parent / f"{_stem(output)}{RESCUED}{f'-{number}' if number > 1 else ''}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise FileExistsError(f"{output}{RESCUED} exists a thousand times")
+
+
+def _in_temporary_folder(output: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"{_stem(output)}{RESCUED}-"))
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= 10 * size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,} bytes"
