@@ -371,7 +371,9 @@ def test_a_model_of_the_hub_has_its_companions_in_the_cache(tmp_path, pruned, mo
 
 
 def test_pages_are_made_from_the_record_and_have_a_digest(tmp_path, pruned, monkeypatch):
-    monkeypatch.setitem(PAGES, "report.html", lambda record: f"<p>{len(record['sites'])} weights of {record['base']['class']}")
+    monkeypatch.setitem(
+        PAGES, "report.html", lambda record, _: f"<p>{len(record['sites'])} weights of {record['base']['class']}"
+    )
     folder = save(*pruned, tmp_path / "out")
     assert (folder / "report.html").read_text() == "<p>7 weights of LlamaForCausalLM"
     (folder / "report.html").write_text("<p>8 weights")

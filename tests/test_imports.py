@@ -20,8 +20,8 @@ FLOORS = """
     tuning
     engine  allocation  selection  agreement
     checkpoint
-    card  companions  hub  output  verification
-    loading
+    card  companions  hub  output  page  verification
+    loading  configuration  completeness  weight_files
     perplexity  report  data  results  zeros  how  recipe  grammar  record
     model
     methods

@@ -155,8 +155,8 @@ def quickstart(tmp_path, monkeypatch, tiny_model_folder):
     config = (dense / "config.json").read_text()
     (dense / "config.json").write_text(config.replace('"max_position_embeddings": 64', '"max_position_embeddings": 128'))
     (tmp_path / "statprune-quickstart" / "texts").mkdir()
-    for name in ("training", "held-out"):
-        text = "to be or not to be, that is the question\n" * 100
+    for name, num_lines in (("training", 1000), ("held-out", 100)):
+        text = "".join(f"{number} to be or not to be, that is the question\n" for number in range(num_lines))
         (tmp_path / "statprune-quickstart" / "texts" / f"{name}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -5,7 +5,7 @@ What is saved is what every runtime reads: dense safetensors with exact zeros, n
 
     OUTPUT/model.safetensors    the weights, zeros included
     OUTPUT/config.json ...      whatever save_pretrained and the tokenizer write, and what else lay beside the model
-    OUTPUT/README.md ...        for people, made from the record: `PAGES`
+    OUTPUT/README.md ...        for people, made from the record and the weights: `PAGES`
     OUTPUT/pruning.json         the recipe, the versions, for each weight what can be recomputed, and a digest of every file
 """
 
@@ -30,6 +30,7 @@ from statprune.errors import CheckpointError, first_line
 from statprune.hub import check_repository, push
 from statprune.model.kinds import adapter_parameters, is_transformers_model, unwrapped
 from statprune.output import Reserved, refuse_existing, warn
+from statprune.page import PAGE, render_folder
 from statprune.progress import Say
 from statprune.record import FORMAT, RECORD, file_digest, read_json, write_record
 from statprune.report import PruningReport
@@ -49,9 +50,12 @@ __all__ = [
     "verify",
 ]
 
-PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"README.md": card.render}
-"""What people read, by file name: each is made from the record, before it has the digests (`files`, `digest`) and with what it
-says beyond the report: `protocol`, `base`."""
+PAGES: dict[str, Callable[[dict[str, Any], Path], str]] = {
+    "README.md": lambda record, _: card.render(record),
+    PAGE: render_folder,
+}
+"""What people read, by file name: each is made from the weights in the folder and from the record, before that has the digests
+(`files`, `digest`) and with what it says beyond the report: `protocol`, `base`."""
 
 USUAL_SHARD_SIZE = "50GB"
 """That of transformers."""
@@ -310,7 +314,7 @@ def _write(
             site[key] = site[key].removeprefix(prefix).replace(_COMPILED, "")
         site["file"], site["tensor"] = _find(site["parameter"], parameter, places, folder)
     for name, render in PAGES.items():
-        (folder / name).write_text(render(record), encoding="utf-8")
+        (folder / name).write_text(render(record, folder), encoding="utf-8")
     write_record(folder, {**record, "files": {name: file_digest(folder / name) for name in names(folder)}})
 
 

@@ -99,5 +99,12 @@ def number_of(count: int, noun: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another package says in its first line; the name of its class where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error of another package says in its first line, and in the next where a colon promises more.
+
+    The name of its class where it says nothing.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    end = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])

@@ -5,39 +5,33 @@ What cannot be is refused before a weight is read.
 
 import hashlib
 import json
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from statprune.errors import CalibrationError, ModelError, first_line
+from statprune.completeness import check_loaded, check_stored, other_shapes, some, unconverted, without_report, wrong_shapes
+from statprune.configuration import empty_model, load_config, model_class, model_folder
+from statprune.errors import CalibrationError, ModelError, first_line, number_of
 from statprune.record import file_digest
+from statprune.weight_files import Stored, read_headers
 
 DEFAULT_SEQLEN = 2048
-
-
-def open_causal(model: str, dtype: str, device: str, seqlen: int | None, **numbers: int) -> tuple[Any, int]:
-    """(the model, tokens in a window); numbers that cannot be are refused before any weight is read.
-
-    Args:
-        model: folder or hub name.
-        dtype: `"auto"`, or what torch calls it.
-        device: `"auto"`, or what torch calls it.
-        seqlen: tokens in a window; None for 2048, or the model's context if that is shorter.
-        numbers: other options that must be at least 1, by name.
-
-    Raises:
-        CalibrationError: a number is below 1, or the windows are longer than the model's context.
-        ModelError: there is no such model or device, or it is no causal language model.
-    """
-    length = window_length(load_config(model), seqlen)
-    check_positive(seqlen=length, **numbers)
-    return load_causal(model, dtype, device), length
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
+    "vocab.txt", "tekken.json",
+)  # fmt: skip
+"""One of these lies beside a model that has a tokenizer."""
 
 
 def window_length(config: Any, seqlen: int | None) -> int:
-    """Tokens in a window for the model of this configuration; errors as for `open_causal`."""
+    """Tokens in a window for the model of this configuration: `seqlen`, or 2048 and at most the model's context.
+
+    Raises:
+        CalibrationError: the windows are longer than the model's context.
+    """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, context) if isinstance(context, int) else DEFAULT_SEQLEN
@@ -46,21 +40,21 @@ def window_length(config: Any, seqlen: int | None) -> int:
     return seqlen
 
 
-def check_positive(**numbers: int) -> None:
-    """Raise CalibrationError for an option below 1, or beyond what counts anything."""
-    for name, number in numbers.items():
-        option = f"--{name.replace('_', '-')} {number}"
-        if number >= 1 << 31:
-            raise CalibrationError(f"{option}: expected less than {1 << 31:,}.")
-        if number < 1:
-            raise CalibrationError(f"{option}: expected at least 1.")
+def load_causal(model: str, dtype: str, device: str, revision: str | None = None) -> Any:
+    """A causal language model on its device.
 
+    Args:
+        model: folder or hub name.
+        dtype: `"auto"`, or what torch calls it.
+        device: `"auto"`, or what torch calls it.
+        revision: branch, tag or commit on the hub.
 
-def load_causal(model: str, dtype: str, device: str) -> Any:
-    """A causal language model on its device; errors as for `open_causal`."""
+    Raises:
+        ModelError: there is no such model or device, or it is no causal language model.
+    """
     device = choose_device(device)
     try:
-        loaded = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
+        loaded = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device, revision=revision)
     except (RuntimeError, AssertionError) as e:
         raise ModelError(f"--device {device}: {first_line(e)}") from e
     if loaded.config.is_encoder_decoder or not loaded.can_generate():
@@ -76,83 +70,91 @@ def choose_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def load_config(path: str) -> Any:
-    """A model's configuration.
+def load_model(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", revision: str | None = None) -> Any:
+    """A transformers model from a folder or the hub: safetensors only, whole, and no code that came with it.
 
-    Raises:
-        ModelError: the folder is no model.
-    """
-    from transformers import AutoConfig
-
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{path} is not a model folder: expected config.json and *.safetensors in it, as save_pretrained writes them."
-        )
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f"No model at {path!r}, neither a folder nor a name on the hub: {first_line(e)}") from e
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{path} is quantized: prune the model that it was made from, and quantize afterwards.")
-    return config
-
-
-def model_class(config: Any) -> Any:
-    """The transformers class that the configuration names, or the one for causal language models where it names none."""
-    import transformers
-
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
-
-
-def load_model(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> Any:
-    """A transformers model from a folder or the hub: safetensors only, and no code that came with it.
+    Every tensor of the model must be in the files, with its shape, but for those that are tied to another; and every tensor
+    of the files in the model. Left out with a warning are heads for other tasks (`HEADS`), and weights that transformers
+    itself leaves out of this class, such as those that predict a second token. Left out without a word are the buffers that
+    old checkpoints hold and transformers computes.
 
     Args:
         path: folder or hub name.
         dtype: a torch dtype; `"auto"` takes the checkpoint's.
         device: where it goes, as torch calls it.
+        revision: branch, tag or commit on the hub.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode; its `config._commit_hash` is the commit of a model of the hub.
 
     Raises:
-        ModelError: not a model, quantized, or only pickled weights.
+        ModelError: not a model, quantized, only pickled weights, or an adapter beside it; tensors that are missing, that
+            belong to another model, have another shape or are not floating point.
     """
-    config = load_config(path)
-    folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-        raise ModelError(
-            f"{path} has no *.safetensors"
-            + (f", only {', '.join(pickled)}: a pickle can run code when it is read. Convert it with save_pretrained "
-               "on a machine where you trust it." if pickled else ": a configuration without weights.")
-        )  # fmt: skip
+    config = load_config(path, revision)
+    folder = model_folder(path, revision, with_weights=True)
+    stored = read_headers(folder, getattr(config, "transformers_weights", None))
+    empty = empty_model(path, config=config)
+    left_out = check_stored(path, stored, empty)
+    kind, part = model_class(config)
     try:
-        model = model_class(config).from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as e:
-        raise ModelError(f"The weights in {path} cannot be loaded: {first_line(e)}") from e
+        with without_report() as reports:
+            model, found = kind.from_pretrained(
+                folder, config=part, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    except Exception as e:  # whatever a model class, safetensors and torch raise on weights that do not fit
+        raise ModelError(_why_not_loaded(path, stored, empty, reports, e)) from e
+    left_out += check_loaded(path, kind.__name__, found)
+    if left_out:
+        warnings.warn(
+            f"Of {path}, {number_of(len(left_out), 'tensor')} that {kind.__name__} has no use for will not be in what is "
+            f"saved: {some(left_out)}.",
+            stacklevel=2,
+        )
+    model.config._commit_hash, model.config.name_or_path, model.name_or_path = config._commit_hash, path, path
     return model.to(device).eval()
 
 
-def load_tokenizer(path: str) -> Any:
+def _why_not_loaded(path: str, stored: Mapping[str, Stored], empty: Any, reports: Sequence[str], error: Exception) -> str:
+    """The message. Wrong shapes are looked for in the headers: transformers may fail on them before it can report them."""
+    if names := unconverted(reports):
+        return (
+            f"{path}: {some(names)} cannot be made of what the files hold for it: a part is missing, or has another shape. "
+            "Was the checkpoint saved whole, and is this its config.json?"
+        )
+    if other := other_shapes(stored, empty):
+        return wrong_shapes(path, type(empty).__name__, other)
+    return f"The weights in {path} cannot be loaded: {first_line(error)}"
+
+
+def has_tokenizer(path: str, revision: str | None = None) -> bool:
+    """Whether a tokenizer lies beside a model."""
+    folder = model_folder(path, revision)
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """The tokenizer beside a model.
 
     Args:
         path: folder or hub name.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it is broken.
     """
+    if not has_tokenizer(path, revision):
+        raise ModelError(
+            f"No tokenizer in {path}: expected tokenizer.json, as save_pretrained writes it. Without one, calibrate on the "
+            "model's own samples (--calibration generated), or on token files (FILE.safetensors:KEY)."
+        )
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f"No tokenizer in {path}: {first_line(e)}") from e
+        return AutoTokenizer.from_pretrained(model_folder(path, revision), trust_remote_code=False)
+    except Exception as e:  # tokenizers raises Exception itself
+        raise ModelError(f"The tokenizer in {path} cannot be loaded: {first_line(e)}") from e
 
 
 def fingerprint(path: str, config: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
-from statprune.commands.one_model import evaluate, inspect, merge, prune, push, verify
+from statprune.commands.one_model import evaluate, inspect, merge, prune, push, report, verify
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "quickstart": quickstart,
@@ -15,6 +15,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "evaluate": evaluate,
     "inspect": inspect,
     "verify": verify,
+    "report": report,
     "push": push,
     "merge": merge,
     "compare": compare,

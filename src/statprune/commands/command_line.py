@@ -1,13 +1,14 @@
 """The words of a command line as the parser takes them: names in full, lists as words, a file's options among the others."""
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from statprune import strict_yaml
 from statprune.commands import COMMANDS
 from statprune.commands.option import Option, options_of
 from statprune.commands.parsers import refuse
@@ -78,7 +79,7 @@ def _lists_as_words(words: Sequence[str], known: Sequence[Option]) -> list[str]:
 def _list(word: str, option: Option) -> list[Any] | None:
     is_list = word.startswith("[") and word.endswith("]") and ("'" in word or '"' in word or str not in option.kinds)
     try:
-        items = yaml.safe_load(word) if is_list else None
+        items = strict_yaml.load(word) if is_list else None
     except yaml.YAMLError:
         return None
     return items if isinstance(items, list) else None
@@ -139,9 +140,11 @@ def _swallowed_first(words: list[str], known: Sequence[Option], needed: Sequence
 def _words_of_file(path: str, known: Sequence[Option], refuse: Callable[[str], NoReturn]) -> dict[str, list[str]]:
     """The options of a file as words, by the option that they begin with (a positional argument: by its word)."""
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
-        refuse(f"--config {path} cannot be read: {' '.join(str(e).split()) or first_line(e)}")
+        data = strict_yaml.load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        refuse(f"--config {path} cannot be read: {strict_yaml.problem(e)}")
+    except (OSError, UnicodeDecodeError) as e:
+        refuse(f"--config {path} cannot be read: {first_line(e)}")
     if not isinstance(data, Mapping):
         refuse(f"--config {path} holds {type(data).__name__}: expected options, such as 'pattern: \"2:4\"'.")
     by_name = {option.name: option for option in known}
@@ -181,15 +184,3 @@ def _word(option: Option, value: Any, refuse: Callable[[str], NoReturn]) -> str:
         hint = "" if isinstance(value, bool) else ": an unquoted 2:4 is the number 124 to YAML"
         refuse(f"{value} is no text, but {type(value).__name__} to YAML{hint}. Quote it, as in 'pattern: \"2:4\"'.")
     return str(value)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
-            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
-        return super().construct_mapping(node, deep)

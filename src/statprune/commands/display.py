@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import statistics
 import threading
 import time
 import warnings
@@ -34,6 +35,10 @@ LONGEST_SILENCE = 60.0
 
 class _Console(Console):
     """Goes on in silence where nobody reads any more, as behind `| head`: the work is not for the reader alone."""
+
+    def tell(self, text: str) -> None:
+        """Prose, broken between words on a terminal; in a file a line stays a line."""
+        self.print(text, soft_wrap=not self.is_terminal)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -105,28 +110,28 @@ _latest = _Latest()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    notes.print(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}", soft_wrap=True)
+    notes.tell(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}")
 
 
 def say(text: str) -> None:
     """A step in words."""
     _latest.text, _latest.at = text, time.monotonic()
-    notes.print(f"[dim]·[/] {escape(text)}", soft_wrap=True)
+    notes.tell(f"[dim]·[/] {escape(text)}")
 
 
 def show_text(text: str) -> None:
-    """A text as it is, such as a table in Markdown."""
+    """A text as it is, such as a table in Markdown or a command to copy."""
     console.print(escape(text), soft_wrap=True)
 
 
 def show_error(text: str) -> None:
     """An error that explains itself needs no traceback."""
-    errors.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    errors.tell(f"[bold red]error:[/] {escape(text)}")
 
 
 def show_end(text: str) -> None:
     """That somebody ended the command."""
-    errors.print(escape(text), soft_wrap=True)
+    errors.tell(escape(text))
 
 
 def show_json(data: Mapping[str, Any]) -> None:
@@ -241,15 +246,14 @@ def show_plan(model: Any, selection: "Selection", how: "Recipe | Search", reason
         title += f", schedule {how.schedule}, allocation {how.allocation}"
     _show_sites(title, selection)
     if reason is not None:
-        console.print(f"[yellow]{escape(reason)}[/]", soft_wrap=True)
+        console.tell(f"[yellow]{escape(reason)}[/]")
     size = expected(model, selection, how)
-    console.print(
+    console.tell(
         f"{size['parameters_to_prune']:,} of {size['parameters']:,} parameters "
         f"({100 * size['parameters_to_prune'] / size['parameters']:.1f} %) are in the weights to prune; "
         f"{100 * size['zeros'] / size['parameters']:.1f} % of all will be zero. "
         f"The file stays as large as it is, {size['bytes'] / 1e6:,.1f} MB: zeros are stored, which every runtime can read. "
-        "A dense runtime is not faster for them either.\n",
-        soft_wrap=True,
+        "A dense runtime is not faster for them either.\n"
     )
 
 
@@ -280,16 +284,15 @@ def show_dry_run(how: "Recipe | Search") -> None:
     text = (
         how.to_yaml() if isinstance(how, Recipe) else yaml.safe_dump({"method": how.method, **how.to_dict()}, sort_keys=False)
     )
-    console.print(f"{escape(text)}\nA dry run: nothing was calibrated, nothing was written.", soft_wrap=True)
+    show_text(f"{text}\nA dry run: nothing was calibrated, nothing was written.")
 
 
 def show_survey(model: str, selection: "Selection") -> None:
     """The tables of `statprune inspect`."""
     _show_sites(model, selection)
-    console.print(
+    console.tell(
         f"{len(selection.sites)} linear layers in {len(selection.groups)} input groups: layers that read the same tensor share "
-        "one set of statistics.",
-        soft_wrap=True,
+        "one set of statistics."
     )
 
 
@@ -325,7 +328,7 @@ def show_zeros(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> None:
     data = zeros_data(zeros, recorded)
     told = f"{data['zeros']:,} zeros in {data['weights']:,} weights of linear layers, {100 * data['sparsity']:.2f} %"
     source = f"pruning.json: {recorded.recipe}" if recorded else "there is no pruning.json that says how they came there"
-    console.print(f"{told}; {escape(source)}", soft_wrap=True)
+    console.tell(f"{told}; {escape(source)}")
 
 
 def _share_and_pattern(one: "Zeros") -> tuple[str, str]:
@@ -378,20 +381,18 @@ def show_report(report: "PruningReport", output: str) -> None:
 
     if report.chosen_by is not None:
         recipe = Recipe.from_dict(report.recipe)
-        console.print(
+        console.tell(
             f"chosen by auto: [bold]{escape(recipe.method)}[/], schedule {recipe.schedule}, of "
-            f"{report.chosen_by['measurements']} measurements",
-            soft_wrap=True,
+            f"{report.chosen_by['measurements']} measurements"
         )
     for name, what in _steps(report).items():
         if name in report.seconds:
-            console.print(f"{what:<68}{report.seconds[name]:8.1f} s", soft_wrap=True)
-    console.print(
+            console.tell(f"{what:<68}{report.seconds[name]:8.1f} s")
+    console.tell(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
         f"{_perplexities(report.perplexity)}"
-        f"[bold green]saved and verified:[/] {escape(output)}",
-        soft_wrap=True,
+        f"[bold green]saved and verified:[/] {escape(output)}; report.html there is to look at"
     )
 
 
@@ -436,39 +437,73 @@ def show_tuned(tuned: Any, next_command: str) -> None:
         table.add_row("*" if is_winner else "", *(escape(value) for value in row.values()), style=style)
     console.print(table)
     for note in tuned.notes:
-        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
-    console.print(
+        console.tell(f"[yellow]{escape(note)}[/]")
+    console.tell(
         f"chosen (*): [bold]{escape(tuned.recipe.method)}[/], schedule {tuned.recipe.schedule}: perplexity "
         f"[bold]{tuned.winner.perplexity:.4f}[/] (dense {tuned.dense_perplexity:.4f}) on {tuned.held_out_windows} windows that "
-        f"it was not pruned on, in {tuned.seconds:.0f} s. Next:\n"
-        f"  {escape(next_command)}",
-        soft_wrap=True,
+        f"it was not pruned on, in {tuned.seconds:.0f} s. Next:"
     )
+    show_text(f"  {next_command}")
 
 
 def show_evaluation(result: dict[str, Any]) -> None:
     """The end of `statprune evaluate`."""
     console.print(f"perplexity [bold]{result['perplexity']:.4f}[/]")
-    console.print(
-        f"[dim]{result['windows']} windows of {result['seqlen']} tokens, {result['dtype']}, {result['tokenizer']} "
-        f"({result['vocabulary']} tokens), {escape(', '.join(result['text']))}[/]",
-        soft_wrap=True,
+    tokenizer = f"{result['tokenizer']} ({result['vocabulary']} tokens), " if "tokenizer" in result else ""
+    console.tell(
+        f"[dim]{result['windows']} windows of {result['seqlen']} tokens, {result['dtype']}, {tokenizer}"
+        f"{escape(', '.join(result['text']))}[/]"
     )
 
 
 def show_verified(folder: str, record: dict[str, Any]) -> None:
     """The end of `statprune verify`."""
-    console.print(
+    console.tell(
         f"[bold green]verified:[/] {escape(folder)}: {len(record['sites'])} weights, "
         f"{100 * record['sparsity']:.2f} % zeros, every promise of pruning.json holds\n"
-        f"[dim]SHA-256 of the record, to publish: {record['digest']}[/]",
-        soft_wrap=True,
+        f"[dim]SHA-256 of the record, to publish: {record['digest']}[/]"
     )
 
 
 def show_pushed(folder: str, address: str) -> None:
     """The end of `statprune push`."""
-    console.print(f"[bold green]verified and uploaded:[/] {escape(folder)} to {escape(address)}", soft_wrap=True)
+    console.tell(f"[bold green]verified and uploaded:[/] {escape(folder)} to {escape(address)}")
+
+
+def show_layers(folder: str, record: dict[str, Any]) -> None:
+    """The table of `statprune report`: a row for each kind of layer."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers_data(record)["layers"]:
+        kinds.setdefault(_without_numbers([layer["name"]])[0], []).append(layer)
+    table = Table(title=escape(folder), title_justify="left", title_style="bold", header_style="bold")
+    for column in ("pruned", "layers", "zeros, %", "output error, %", "worst", "energy, %"):
+        table.add_column(column, justify="left" if column == "pruned" else "right", overflow="fold")
+    for kind, layers in kinds.items():
+        errors = [100 * layer["output_error"] for layer in layers if layer["output_error"] is not None]
+        middle, worst = (f"{statistics.median(errors):.2f}", f"{max(errors):.2f}") if errors else ("-", "-")
+        zeros, energy = (statistics.median(100 * layer[key] for layer in layers) for key in ("sparsity", "energy_ratio"))
+        table.add_row(escape(kind), str(len(layers)), f"{zeros:.2f}", middle, worst, f"{energy:.1f}")
+    console.print(table)
+    console.tell("[dim]Medians over the layers of a kind.[/]")
+
+
+def layers_data(record: dict[str, Any]) -> dict[str, Any]:
+    """`show_layers` as data, of each layer."""
+    layers = [
+        {
+            "name": site["name"], "shape": site["shape"], "sparsity": site["sparsity"],
+            "output_error": site.get("output_error"),
+            "energy_ratio": site["energy_after"] / max(1e-300, site["energy_before"]),
+        }
+        for site in record["sites"]
+    ]  # fmt: skip
+    kept = {key: record.get(key) for key in ("sparsity", "energy_ratio", "perplexity", "left_out", "seconds", "memory")}
+    return {**kept, "layers": layers}
+
+
+def show_page(path: str) -> None:
+    """The end of `statprune report`."""
+    console.tell(f"[bold green]to look at:[/] {escape(path)}")
 
 
 def verified_data(folder: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -479,12 +514,11 @@ def verified_data(folder: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def show_merged(before: "PruningReport", after: "PruningReport", output: str) -> None:
     """The end of `statprune merge`."""
-    console.print(
+    console.tell(
         f"{_num_changed(before, after)} of {len(after.sites)} pruned weights have changed; "
         f"zeros: {100 * before.sparsity:.2f} % before, {100 * after.sparsity:.2f} % now; "
         f"energy: {100 * before.energy_ratio:.1f} % of dense before, {100 * after.energy_ratio:.1f} % now\n"
-        f"[bold green]saved and verified:[/] {escape(output)}",
-        soft_wrap=True,
+        f"[bold green]saved and verified:[/] {escape(output)}"
     )
 
 
@@ -508,19 +542,17 @@ def walk_cost_data(cost: Any, num_tokens: int) -> dict[str, Any]:
 
 def show_walk_cost(cost: Any, num_tokens: int) -> None:
     """The end of `statprune benchmark`."""
-    console.print(
+    console.tell(
         f"walk / plain forward pass over {num_tokens:,} tokens: [bold]{cost.ratio:.2f}[/] "
-        f"(median of {len(cost.ratios)}, {min(cost.ratios):.2f} to {max(cost.ratios):.2f}); export {cost.export:.1f} s",
-        soft_wrap=True,
+        f"(median of {len(cost.ratios)}, {min(cost.ratios):.2f} to {max(cost.ratios):.2f}); export {cost.export:.1f} s"
     )
 
 
 def show_next_steps(output: str) -> None:
     """What to try after the quickstart."""
-    console.print(
+    show_text(
         f"\nThe models are in {output}/dense and {output}/sparse. Next:\n"
         f"  statprune inspect {output}/dense\n"
         f"  statprune verify {output}/sparse\n"
-        f"  statprune evaluate {output}/sparse --text {output}/texts/held-out.txt --seqlen 128",
-        soft_wrap=True,
+        f"  statprune evaluate {output}/sparse --text {output}/texts/held-out.txt --seqlen 128"
     )

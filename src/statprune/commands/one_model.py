@@ -15,7 +15,6 @@ from statprune.commands.options import (
     Opened,
     RecipeOptions,
     WindowOptions,
-    empty_model,
 )
 from statprune.errors import CalibrationError
 
@@ -66,7 +65,7 @@ def prune(
     checkpoint.check_shard_size(max_shard_size)
     if dry_run:
         seqlen = model.check(calibration)
-        empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen))
+        empty, layers = _look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen), model.revision)
         selection = select(layers.groups, layers.left_out, how)
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
@@ -94,6 +93,7 @@ def _prune(
     opened = model.open(calibration)
     checkpoint.check_model(opened.model, place)
     held_out = opened.held_out(text) if text else None
+    opened.tokenizer_for(calibration.calibration or ["generated"])  # one that is broken is refused before the export
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
         display.say("exporting the model to a graph")
@@ -121,10 +121,7 @@ def _prune(
     report.seconds["trace"] += seconds["trace"]
     display.say(f"saving to {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):
-        checkpoint.save(
-            opened.model, report, place, tokenizer=opened.tokenizer, protocol=protocol, source=model.model,
-            max_shard_size=max_shard_size,
-        )  # fmt: skip
+        checkpoint.save(opened.model, report, place, protocol=protocol, source=model.model, max_shard_size=max_shard_size)
     display.show_report(report, str(place.output))
     return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
 
@@ -138,20 +135,24 @@ def _perplexity(opened: Opened, windows: "Tensor", batch_size: int, title: str) 
     return found if math.isfinite(found) else None
 
 
-def _look(path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]]) -> "tuple[Any, Layers]":
+def _look(
+    path: str, dtype: DType, batches: Callable[[Any], Sequence[Any]], revision: str | None = None
+) -> "tuple[Any, Layers]":
     """A model and its layers. Its weights are read only where there is no graph and it cannot be run without values."""
     import torch
 
+    from statprune.configuration import empty_model
     from statprune.loading import load_model
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
 
     display.say(f"exporting {path} to a graph, without its weights")
-    model = empty_model(path, dtype)
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = empty_model(path, torch_dtype, revision)
     try:
         return model, find_layers(model, bind_batches(model, batches(model)))
     except CalibrationError:
-        model = load_model(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        model = load_model(path, dtype=torch_dtype, revision=revision)
         return model, find_layers(model, bind_batches(model, batches(model)))
 
 
@@ -173,19 +174,20 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> di
     from statprune.versions import versions
 
     opened = model.open(windows)
-    tokens = opened.held_out(text)
+    tokens, tokenizer = opened.held_out(text), opened.tokenizer_for(text)
     with display.progress("evaluating") as progress:
         perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
-        "tokenizer": type(opened.tokenizer).__name__, "vocabulary": len(opened.tokenizer), **opened.place,
+        **({"tokenizer": type(tokenizer).__name__, "vocabulary": len(tokenizer)} if tokenizer is not None else {}),
+        **opened.place,
         "versions": versions(),
     }  # fmt: skip
     display.show_evaluation(result)
     return result
 
 
-def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
+def inspect(model: str, recipe: RecipeOptions, revision: str | None = None) -> dict[str, Any]:
     """What could be pruned: linear layers, the input groups that share statistics, ties, and what is left out and why.
 
     With any option of a recipe, what that recipe would prune and leave dense, and the sizes to expect. Works on a
@@ -209,7 +211,7 @@ def inspect(model: str, recipe: RecipeOptions) -> dict[str, Any]:
     from statprune.zeros import count_zeros, looks_sparse, read_recorded
 
     how = recipe.read() if recipe.given() else Recipe(pattern="0%")
-    empty, layers = _look(model, "auto", lambda found: [example_inputs(found)])
+    empty, layers = _look(model, "auto", lambda found: [example_inputs(found)], revision)
     selection = select(layers.groups, layers.left_out, how)
     if recipe.given():
         display.show_plan(empty, selection, how, layers.reason)
@@ -245,6 +247,34 @@ def verify(folder: str, digest: str | None = None) -> dict[str, Any]:
         record = verify_folder(folder, progress, digest=digest)
     display.show_verified(folder, record)
     return display.verified_data(folder, record)
+
+
+def report(folder: str, output: str | None = None) -> dict[str, Any]:
+    """Show what was done to a model: its layers in a table, and report.html, the page to look at, made anew.
+
+    The page is one file that needs no network. It is made from pruning.json and the weights, and 'statprune prune' has put one
+    beside them.
+
+    Args:
+        folder: What 'statprune prune' wrote.
+        output: File to write the page to; must not exist. Default: report.html in the folder, where that is one of the files
+            that pruning.json has the digest of.
+
+    Examples:
+        statprune report sparse
+        statprune report sparse --output somewhere.html
+        statprune report sparse --json --quiet
+    """
+    from pathlib import Path
+
+    from statprune.page import write_page
+    from statprune.record import read_record
+
+    record = read_record(Path(folder))
+    display.show_layers(folder, record)
+    page = write_page(record, folder, output)
+    display.show_page(str(page))
+    return {"folder": folder, "page": str(page), **display.layers_data(record)}
 
 
 def push(folder: str, repository: str, private: bool = False) -> dict[str, Any]:

@@ -4,7 +4,9 @@ A `$name` in a text stands for a list that the registry has, such as `$criteria`
 that imports torch: a help and a wrong option do without.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from statprune.commands import display
@@ -28,35 +30,39 @@ class Opened:
     """A causal language model, and what goes with it."""
 
     model: Any
-    tokenizer: Any
+    path: str
+    revision: str | None
 
     seqlen: int
     """Tokens in a window."""
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, read when a text is tokenized; ModelError where there is none."""
+        from statprune.loading import load_tokenizer
+
+        return load_tokenizer(self.path, self.revision)
+
+    def tokenizer_for(self, sources: Sequence[str]) -> Any:
+        """The tokenizer, or None where the sources are tokens already: samples of the model, or a token file."""
+        from statprune.data import needs_tokenizer
+
+        return self.tokenizer if needs_tokenizer(sources) else None
+
     @property
     def place(self) -> dict[str, str]:
-        """The dtype and the device, for the record."""
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
+        """The dtype, the device and, of a model of the hub, the commit, for the record."""
+        commit = self.model.config._commit_hash
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device),
+            **({"revision": commit} if commit is not None else {}),
+        }  # fmt: skip
 
     def held_out(self, text: list[str]) -> "Tensor":
         """Windows [windows, seqlen] to measure a perplexity on; CalibrationError where the text gives none."""
         from statprune.data import evaluation_windows
 
-        return evaluation_windows(text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen)
-
-
-def empty_model(path: str, dtype: DType = "auto") -> Any:
-    """The model without its weights (meta device), for which a configuration is enough; ModelError where there is none."""
-    import torch
-
-    from statprune.loading import load_config, model_class
-
-    config = load_config(path)
-    settings = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-    with torch.device("meta"):
-        kind = model_class(config)  # an Auto class, where the configuration names none
-        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
-        return build(config, **settings)
+        return evaluation_windows(text, tokenizer=self.tokenizer_for(text), model=self.model, seqlen=self.seqlen)
 
 
 def check_positive(**numbers: int) -> None:
@@ -107,24 +113,30 @@ class ModelOptions:
     dtype: DType = "auto"
     """To compute in, and to save as; auto takes the checkpoint's."""
 
-    def open(self, windows: WindowOptions, **numbers: int) -> Opened:
-        """The model and its tokenizer; other options that must be at least 1 by name. Errors as for `open_causal`."""
-        from statprune.loading import load_tokenizer, open_causal
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub. Default: its main branch."""
 
-        self.check(windows, **numbers)
+    def open(self, windows: WindowOptions, **numbers: int) -> Opened:
+        """The model, without its tokenizer; other options that must be at least 1 by name. Errors: `check`, `load_causal`."""
+        from statprune.loading import load_causal
+
+        seqlen = self.check(windows, **numbers)
         display.say(f"loading {self.model}")
-        model, seqlen = open_causal(
-            self.model, self.dtype, self.device, windows.seqlen, batch_size=windows.batch_size, **numbers
-        )
-        return Opened(model, load_tokenizer(self.model), seqlen)
+        return Opened(load_causal(self.model, self.dtype, self.device, self.revision), self.model, self.revision, seqlen)
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
-        """The tokens in a window, and what `open` checks before it reads weights; errors as for `open`."""
-        from statprune.loading import load_config, window_length
+        """The tokens in a window, and what `open` checks before it reads weights.
+
+        Raises:
+            CalibrationError: a number that cannot be, or windows that are longer than the model's context.
+            ModelError: there is no such model.
+        """
+        from statprune.configuration import load_config
+        from statprune.loading import window_length
 
         windows.check()
         check_positive(**numbers)
-        seqlen = window_length(load_config(self.model), windows.seqlen)
+        seqlen = window_length(load_config(self.model, self.revision), windows.seqlen)
         windows.check_size(seqlen)
         return seqlen
 
@@ -175,7 +187,7 @@ class CalibrationOptions(WindowOptions):
             return torch.randint(vocabulary, (self.samples, opened.seqlen), generator=generator)
         with display.progress("calibration windows") as progress:
             return calibration_windows(
-                self.calibration, tokenizer=opened.tokenizer, model=opened.model,
+                self.calibration, tokenizer=opened.tokenizer_for(self.calibration), model=opened.model,
                 samples=self.samples, seqlen=opened.seqlen, seed=self.seed, halves=halves, progress=progress,
             )  # fmt: skip
 
@@ -183,7 +195,8 @@ class CalibrationOptions(WindowOptions):
         """How a text's windows are drawn, for the record; empty where there is no text. Arguments and errors: `windows`."""
         from statprune.data import how_drawn
 
-        drawn = how_drawn(self.calibration or ["generated"], opened.tokenizer, halves=halves)
+        sources = self.calibration or ["generated"]
+        drawn = how_drawn(sources, opened.tokenizer_for(sources), halves=halves)
         return {} if drawn is None else {"places": drawn}
 
     def blank_batches(self, seqlen: int) -> "list[Tensor]":

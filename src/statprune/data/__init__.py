@@ -9,6 +9,7 @@ from statprune.data.sources import (
     evaluation_windows,
     generated_windows,
     how_drawn,
+    needs_tokenizer,
     token_file_windows,
 )
 from statprune.data.tokens import tokenize
@@ -26,6 +27,7 @@ __all__ = [
     "evaluation_windows",
     "generated_windows",
     "how_drawn",
+    "needs_tokenizer",
     "random_windows",
     "read_text",
     "standard_library_text",

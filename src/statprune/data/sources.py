@@ -99,13 +99,18 @@ def evaluation_windows(
     return consecutive_windows(tokenize(tokenizer, text, vocabulary, limit), seqlen)
 
 
+def needs_tokenizer(sources: Sequence[str]) -> bool:
+    """Whether there is a text to tokenize: samples of the model and token files are tokens already."""
+    return list(sources) != [GENERATED] and not _is_token_file(sources)
+
+
 def how_drawn(sources: Sequence[str], tokenizer: Any, *, halves: bool = False) -> str | None:
     """How `calibration_windows` draws from a text, for the record; None where the source is none.
 
     Raises:
         CalibrationError: a file cannot be read.
     """
-    if list(sources) == [GENERATED] or _is_token_file(sources) or (len(sources) == 1 and not _looks_like_file(sources[0])):
+    if not needs_tokenizer(sources) or (len(sources) == 1 and not _looks_like_file(sources[0])):
         return None
     at = "bytes" if _is_large(Text(sources), tokenizer) else "tokens"
     return f"random {at} of {'alternate blocks, of which each half has every second' if halves else 'the text'}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from statprune.api import PruningPlan, plan
-from statprune.data import calibration_windows, evaluation_windows
+from statprune.configuration import load_config
+from statprune.data import calibration_windows, evaluation_windows, needs_tokenizer
 from statprune.errors import ExperimentError, StatpruneError, number_of
 from statprune.experiments.cost import measured
 from statprune.experiments.definition import Cell, Experiment
@@ -20,7 +22,7 @@ from statprune.experiments.published import Published
 from statprune.experiments.runtime import measure_block
 from statprune.experiments.tables import markdown, write_csv
 from statprune.experiments.zero_shot import ZeroShot
-from statprune.loading import choose_device, fingerprint, load_causal, load_config, load_tokenizer, window_length
+from statprune.loading import choose_device, fingerprint, load_causal, load_tokenizer, window_length
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.perplexity import evaluate
@@ -159,10 +161,14 @@ class _Bench:
         config = load_config(path)
         self.seqlen = window_length(config, experiment.seqlen)
         self.model = load_causal(path, experiment.dtype, experiment.device)
-        self.tokenizer = load_tokenizer(path)
         self.fingerprint = fingerprint(path, config)
         self._windows: dict[Any, Tensor] = {}
         self._layers: dict[Any, Layers] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Read when a text is tokenized."""
+        return load_tokenizer(self.path)
 
     def result(self, cell: Cell, experiment: Experiment, tasks: ZeroShot | None, file: ResultsFile) -> tuple[Result, bool]:
         """The cell's result, and whether it was measured now; a failure is a result with an error."""
@@ -229,22 +235,27 @@ class _Bench:
             self._layers[shapes] = find_layers(self.model, bind_batches(self.model, batches))
         return self._layers[shapes]
 
+    def _tokenizer_for(self, sources: Sequence[str]) -> Any:
+        return self.tokenizer if needs_tokenizer(sources) else None
+
     def _calibration(self, cell: Cell) -> Tensor | None:
         """The cell's windows; None where it needs none. A search gets halves that share no token."""
         if cell.samples is None or cell.seed is None:
             return None
+        sources = self.experiment.calibration
         key = cell.samples, cell.seed, isinstance(cell.how, Search)
         if key not in self._windows:
             self._windows[key] = calibration_windows(
-                self.experiment.calibration, tokenizer=self.tokenizer, model=self.model,
+                sources, tokenizer=self._tokenizer_for(sources), model=self.model,
                 samples=cell.samples, seqlen=self.seqlen, seed=cell.seed, halves=isinstance(cell.how, Search),
             )  # fmt: skip
         return self._windows[key]
 
     def _evaluation(self) -> Tensor:
         if "evaluation" not in self._windows:
+            sources = self.experiment.text
             self._windows["evaluation"] = evaluation_windows(
-                self.experiment.text, tokenizer=self.tokenizer, model=self.model, seqlen=self.seqlen,
+                sources, tokenizer=self._tokenizer_for(sources), model=self.model, seqlen=self.seqlen,
                 windows=self.experiment.windows,
             )  # fmt: skip
         return self._windows["evaluation"]

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from statprune.errors import NonFiniteError, SiteError
 from statprune.methods.pruner import PrunedWeight
@@ -132,7 +133,7 @@ def check_weights(model: nn.Module) -> None:
     """Refuse, naming it, a parameter that cannot be read or written, or that holds NaN or infinity.
 
     Raises:
-        SiteError: it is on the meta device, was made in inference mode, or is sharded.
+        SiteError: it is on the meta device, was made in inference mode, is sharded, or is quantized.
         NonFiniteError: NaN or infinity.
     """
     for name, parameter in _readable(model):
@@ -197,6 +198,7 @@ def _words(chunk: Tensor) -> Tensor:
 
 def _readable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     refuse_sharded(model)
+    _refuse_quantized(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise SiteError(f"The parameter {name} is on the meta device and has no values. Load the weights first.")
@@ -210,6 +212,20 @@ def _readable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _not_finite(name: str) -> NonFiniteError:
     return NonFiniteError(f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole? Nothing was changed.")
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    """Raise SiteError, naming it, for a weight that is not the numbers that are computed with."""
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            is_integer = isinstance(module, nn.Linear) and not parameter.is_floating_point() and not parameter.is_complex()
+            is_eight_bit = parameter.is_floating_point() and parameter.dtype.itemsize < 2
+            if is_integer or is_eight_bit or is_traceable_wrapper_subclass(parameter):
+                kind = type(parameter).__name__ if is_traceable_wrapper_subclass(parameter) else str(parameter.dtype)
+                raise SiteError(
+                    f"The parameter {f'{path}.{own}'.lstrip('.')} is quantized ({kind}): prune the model that it was made "
+                    "from, and quantize afterwards. Nothing was changed."
+                )
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -54,8 +54,9 @@ def merge_adapters(peft_model: Any, report: PruningReport | None = None) -> nn.M
             raise AdapterError(
                 f"The adapter {name!r} is of type {kind.value}: expected LORA, which adds an update to a weight."
             )
-    check_weights(peft_model)
     wrapped = peft_model.get_base_model()
+    _refuse_quantized(wrapped)
+    check_weights(peft_model)
     _refuse_merged(wrapped)
     masks = _keep_masks(wrapped, report)
     _refuse_unmergeable(wrapped, peft_model.active_adapters, masks)
@@ -181,6 +182,16 @@ def _refuse_merged(wrapped: nn.Module) -> None:
             )
 
 
+def _refuse_quantized(wrapped: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in wrapped.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weights = layer.get_base_layer().parameters()
+            if any(not (weight.is_floating_point() or weight.is_complex()) for weight in weights):
+                raise AdapterError(f"{name} is quantized: load the base model in the dtype that it was pruned in.")
+
+
 def _refuse_unmergeable(wrapped: nn.Module, active: list[str], masks: dict[str, Tensor]) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -189,8 +200,6 @@ def _refuse_unmergeable(wrapped: nn.Module, active: list[str], masks: dict[str, 
         if not isinstance(layer, BaseTunerLayer):
             continue
         weights = list(layer.get_base_layer().parameters())
-        if any(not (weight.is_floating_point() or weight.is_complex()) for weight in weights):
-            raise AdapterError(f"{name} is quantized: load the base model in the dtype that it was pruned in.")
         variants = [one for one in active if one in getattr(layer, "lora_variant", {})]
         if variants and any(id(weight) in held for weight in weights):
             kind = type(layer.lora_variant[variants[0]]).__name__
