@@ -146,6 +146,27 @@ def from_first_rank(value: float, device: torch.device, process_group: ProcessGr
     return float(shared)
 
 
+def share(count: int, available: int, device: torch.device, process_group: ProcessGroup = None) -> int:
+    """How many this rank contributes where the ranks lay down one each in turns, until there are enough.
+
+    Args:
+        count: how many are wanted, on all ranks together.
+        available: how many this rank has.
+        device: of the model.
+        process_group: the ranks that take part.
+
+    Raises:
+        RanksError: as for `sum_over_ranks`.
+    """
+    if not is_distributed(process_group):
+        return min(count, available)
+    have = torch.zeros(distributed.get_world_size(process_group), dtype=torch.int64, device=device)
+    have[distributed.get_rank(process_group)] = available
+    sum_over_ranks([have], process_group, "how many there are")
+    turns = ((turn, rank) for rank, number in enumerate(have.tolist()) for turn in range(min(count, number)))
+    return sum(rank == distributed.get_rank(process_group) for _, rank in sorted(turns)[:count])
+
+
 def all_well(process_group: ProcessGroup, what: str) -> None:
     """Hear that no rank has failed until here, inside of `together`; errors as for `collective`."""
     with collective(process_group, what):

@@ -13,6 +13,7 @@ and checkpoints see the training run that they would have seen without it.
 """
 
 import ast
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from statprune.errors import CalibrationError, SiteError
 from statprune.model.inputs import ModelInputs
 from statprune.model.kinds import is_transformers_model, unwrapped
 from statprune.model.weights import refuse_sharded
+from statprune.ranks import all_well, together
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 from statprune.training.batches import draw
@@ -173,12 +175,14 @@ class StatisticalPruning(Callback):
             )
         refuse_sharded(pl_module)
         if stage == "fit" and self.output is not None:
-            self._once.reserve(is_first=trainer.is_global_zero)
+            with _together(trainer):
+                self._once.reserve(is_first=trainer.is_global_zero)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be pruned or saved, now that the model is configured and a checkpoint is read."""
-        self._once.refuse_target(self._target(pl_module))
-        self._once.refuse_training_zeros_away()
+        with _together(trainer):
+            self._once.refuse_target(self._target(pl_module))
+            self._once.refuse_training_zeros_away()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate; in `validate` prune in place, in `fit` a twin. What is sparse already is only measured."""
@@ -186,6 +190,10 @@ class StatisticalPruning(Callback):
         in_place = _is_validate(trainer)
         if trainer.sanity_checking or not (self.probe or in_place):
             return
+        with _together(trainer):
+            self._prune_and_measure(trainer, pl_module, in_place=in_place)
+
+    def _prune_and_measure(self, trainer: Trainer, pl_module: LightningModule, *, in_place: bool) -> None:
         target = self._target(pl_module)
         self._measuring = measuring = Measurement(pl_module, target, trainer)
         if self.landed is not None:
@@ -224,8 +232,10 @@ class StatisticalPruning(Callback):
         """Log, and let the twin go."""
         if self._measuring is None or self.report is None:
             return
+        with _together(trainer):
+            measured = self._measuring.values()
         values = {
-            **self._measuring.values(),
+            **measured,
             "pruned_sparsity": self.report.sparsity,
             "pruned_energy_ratio": self.report.energy_ratio,
         }
@@ -238,11 +248,12 @@ class StatisticalPruning(Callback):
         """To fine-tune: prune in place, unless that was done before, and hold the mask from here on."""
         if self.then != "finetune":
             return
-        target = self._target(pl_module)
-        if self.landed is None:
-            with isolate_rng():
-                self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
-        self._once.hold(target, trainer.optimizers)
+        with _together(trainer):
+            target = self._target(pl_module)
+            if self.landed is None:
+                with isolate_rng():
+                    self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
+            self._once.hold(target, trainer.optimizers)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization the module may clip before it steps, so gradients are masked as they come."""
@@ -257,7 +268,7 @@ class StatisticalPruning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate on the trained weights and prune in place; or, after fine-tuning, check that every zero is there."""
         target = self._target(pl_module)
-        with self._once.keeping(target):
+        with self._once.keeping(target), _together(trainer):
             if self._once.masks is not None:
                 self._once.finish_holding(target, trainer.global_step)
             else:
@@ -279,10 +290,11 @@ class StatisticalPruning(Callback):
         self._draw(trainer, target.get_parameter)
 
     def _save(self, trainer: Trainer, target: nn.Module) -> None:
-        """Write the output, where one is asked for; every rank waits until it is written."""
+        """Write the output, where one is asked for; every rank waits until it is written, or hears that it is not."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        self._once.save(target, tokenizer=tokenizer, source="Lightning callback")
-        trainer.strategy.barrier()
+        with _together(trainer):
+            all_well(None, "the saving")  # the others wait for it longer than for each other
+            self._once.save(target, tokenizer=tokenizer, source="Lightning callback")
 
     def _draw(self, trainer: Trainer, weight_of: Callable[[str], Tensor]) -> None:
         assert self.report is not None
@@ -315,6 +327,10 @@ class StatisticalPruning(Callback):
             )  # fmt: skip
             self._batches = [model_inputs(pl_module, target, batch) for batch in drawn]
         return self._batches
+
+
+def _together(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    return together(None, trainer.strategy.root_device, "StatisticalPruning")
 
 
 def _say(text: str) -> None:

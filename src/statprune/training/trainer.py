@@ -26,6 +26,7 @@ from statprune.model.inputs import ModelInputs, read_inputs
 from statprune.model.kinds import unwrapped
 from statprune.model.observe import ForwardContext
 from statprune.model.weights import refuse_sharded
+from statprune.ranks import all_well, together
 from statprune.report import PruningReport
 from statprune.training.batches import draw
 from statprune.training.masks import remeasure
@@ -124,11 +125,14 @@ class PruningCallback(TrainerCallback, ExportableState):
         _refuse_sharding(args, kwargs["model"])
         target = self._target(kwargs["model"])
         self._read_checkpoint(state)
-        self._once.refuse_training_zeros_away()
-        self._once.reserve(is_first=state.is_world_process_zero)
-        self._once.refuse_target(target)
-        if self._once.then != "finetune":
-            return
+        with _together(args):
+            self._once.refuse_training_zeros_away()
+            self._once.reserve(is_first=state.is_world_process_zero)
+            self._once.refuse_target(target)
+            if self._once.then == "finetune":
+                self._prune_and_hold(args, state, target, **kwargs)
+
+    def _prune_and_hold(self, args: Any, state: Any, target: nn.Module, **kwargs: Any) -> None:
         if self.landed is None:
             self._land(args, state, target, kwargs.get("train_dataloader"))
         self._once.hold(target, [_plain(kwargs["optimizer"])])
@@ -144,13 +148,15 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Calibrate on the trained weights and prune in place; or check that every zero is there. Write the output."""
         target = self._target(kwargs["model"])
-        with self._once.keeping(target):
+        with self._once.keeping(target), _together(args):
             if self._once.masks is not None:
                 self._once.finish_holding(target, state.global_step)
             else:
                 self._once.refuse_diverged(target)
                 self._land(args, state, target, kwargs.get("train_dataloader"))
-        self._once.save(target, tokenizer=kwargs.get("processing_class"), source="transformers Trainer callback")
+        with _together(args):
+            all_well(None, "the saving")  # the others wait for it longer than for each other
+            self._once.save(target, tokenizer=kwargs.get("processing_class"), source="transformers Trainer callback")
         self._release()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -201,6 +207,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._once.release()
         while self._hooks:
             self._hooks.pop().remove()
+
+
+def _together(args: Any) -> contextlib.AbstractContextManager[None]:
+    return together(None, args.device, "PruningCallback")
 
 
 def _say(text: str) -> None:
