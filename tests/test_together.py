@@ -14,7 +14,7 @@ from statprune import ranks
 from statprune.errors import CalibrationError, NonFiniteError, RanksError, RecipeError, TracingError
 from tiny_models import changed, classifier, llama, snapshot
 
-SECONDS = 25
+SECONDS = 20
 """At most, until every rank has come to an end; one that waits for another gives up after 30 s."""
 
 
@@ -109,6 +109,7 @@ def _call(case, rank):
 
 def _one_fails(rank, cases):
     found = []
+    statprune.plan(llama(), _batches(rank), "wanda")  # exports, which takes longer than all that is measured here
     for case in cases:
         model, call = _call(case, rank)
         before, started = snapshot(model), time.monotonic()
@@ -251,9 +252,8 @@ def _is_gone(rank):
 def test_a_rank_that_is_gone_is_an_error_in_our_words(two_ranks):
     (error, seconds), (own, _) = two_ranks(_is_gone)
     assert type(error) is RanksError
-    assert str(error).startswith(
-        "statprune.prune: rank 0 lost another one of 2 at the comparison of recipes, parameters, weights, batches: "
-    )
+    lost = "statprune.prune: rank 0 lost another one of 2 at the comparison of recipes, parameters, weights, batches: "
+    assert str(error).startswith(lost)
     assert " by peer" in str(error)
     assert str(error).endswith("If a process has ended, its own output says why. Nothing was changed.")
     assert seconds < SECONDS
@@ -269,7 +269,6 @@ def _at_different_places(rank):
                 ranks.sum_over_ranks([torch.ones(size)], what="what some have")
             except RanksError as e:
                 messages.append(str(e))
-        raise RanksError("that this is over")
     with _together("another test"):
         ranks.sum_over_ranks([total := torch.ones(2)])
     return messages, total.tolist()

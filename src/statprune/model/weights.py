@@ -177,9 +177,9 @@ def _read_once(parameter: Tensor) -> tuple[Tensor, Tensor]:
     for chunk in flat.split(_WORDS * 8 // flat.element_size()):
         if chunk.is_floating_point():
             is_finite &= torch.isfinite(chunk).all()
-        words = _words(chunk)
-        mixed = (words >> 32).bitwise_and_(_HALF).bitwise_xor_(words)  # a sign in the highest bit would count modulo 2 alone
-        total = total * _MIX[1] + mixed.mul_(places[: len(words)]).sum()
+        words = _words(chunk) * _MIX[0]
+        words ^= (words >> 32) & _HALF  # else the highest bits, which are signs, would count modulo 2 alone
+        total = total * _MIX[1] + words.mul_(places[: len(words)]).sum()
     return is_finite, total
 
 
