@@ -585,7 +585,7 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     (tmp_path / "config.yaml").write_text(YAML % {"model": tiny_model_folder, "text": text})
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own use of jsonargparse
     monkeypatch.setattr(sys, "argv", ["train.py", "validate", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(CausalLM, TextData, save_config_callback=None)
+    cli = LightningCLI(CausalLM, TextData, save_config_callback=None, seed_everything_default=0)
     weights = dict(cli.model.named_parameters())
     assert (weights["model.model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5
     assert (weights["model.model.layers.0.mlp.down_proj.weight"] != 0).all()
@@ -610,7 +610,7 @@ def callback_from_yaml(init_args, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CALLBACK_YAML % init_args)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(Classifier, run=False, save_config_callback=None)
+    cli = LightningCLI(Classifier, run=False, save_config_callback=None, seed_everything_default=0)
     return next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
 
 
