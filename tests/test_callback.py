@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, init_device_mesh
@@ -331,7 +331,7 @@ def test_strategies_that_shard_are_refused_by_name(kind, then):
 def test_sharded_parameters_are_refused_by_name(then, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        module, single = Classifier(), SimpleNamespace(strategy=SingleDeviceStrategy(torch.device("cpu")))
+        module, single = Classifier(), SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
         classifying(then).setup(single, module, "fit")
         layer = module.head[2]
         layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), init_device_mesh("cpu", (1,))))

@@ -476,7 +476,7 @@ def show_layers(folder: str, record: dict[str, Any]) -> None:
     for layer in layers_data(record)["layers"]:
         kinds.setdefault(_without_numbers([layer["name"]])[0], []).append(layer)
     table = Table(title=escape(folder), title_justify="left", title_style="bold", header_style="bold")
-    for column in ("pruned", "layers", "zeros, %", "output error, %", "worst", "energy, %"):
+    for column in ("pruned", "layers", "zeros %", "error %", "worst %", "energy %"):
         table.add_column(column, justify="left" if column == "pruned" else "right", overflow="fold")
     for kind, layers in kinds.items():
         errors = [100 * layer["output_error"] for layer in layers if layer["output_error"] is not None]
@@ -484,7 +484,7 @@ def show_layers(folder: str, record: dict[str, Any]) -> None:
         zeros, energy = (statistics.median(100 * layer[key] for layer in layers) for key in ("sparsity", "energy_ratio"))
         table.add_row(escape(kind), str(len(layers)), f"{zeros:.2f}", middle, worst, f"{energy:.1f}")
     console.print(table)
-    console.tell("[dim]Medians over the layers of a kind.[/]")
+    console.tell("[dim]Medians over the layers of a kind; errors are those of the output.[/]")
 
 
 def layers_data(record: dict[str, Any]) -> dict[str, Any]:
