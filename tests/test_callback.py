@@ -1,6 +1,7 @@
 import itertools
 import math
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import statprune
 from statprune import CausalLM, Perplexity, Recipe, Search, StatisticalPruning, TextData
 from statprune.checkpoint import verify
-from statprune.errors import CalibrationError, CheckpointError, MaskError, NonFiniteError, SiteError
+from statprune.errors import CalibrationError, CheckpointError, MaskError, NonFiniteError, RanksError, SiteError
 from statprune.loading import load_model
 from statprune.model import layers
 from statprune.report import PruningReport
@@ -769,3 +770,40 @@ def test_a_rank_without_a_calibration_batch_is_an_error_on_all(two_ranks):
     for outcome in two_ranks.outcomes(_validated_on_ranks, 2, False, 1):
         assert isinstance(outcome, CalibrationError)
         assert "1 of the 2 batches that 2 ranks need" in str(outcome)
+
+
+class FailsOnOne(Calibrated):
+    """Something is wrong with one rank's data, or with its disk."""
+
+    def calibration_inputs(self, batch):
+        if self.global_rank == 1 and self.fails == "data":
+            raise KeyError("no such column")
+        return batch
+
+
+def _failing_on_one(rank, fails, output):
+    module = FailsOnOne(tiny_llama())
+    module.fails = fails
+    callback = StatisticalPruning(Recipe(pattern="2:4"), output=output, probe=False)
+    run = trainer(callback, devices=2, strategy="ddp", max_epochs=1, num_sanity_val_steps=0)
+    every = DataLoader(WindowDataset(TOKENS), batch_size=4)
+    run.fit(module, every, every)
+
+
+@pytest.mark.parametrize("fails", ["data", "disk"])
+def test_what_fails_on_one_rank_is_an_error_on_all_and_the_training_is_kept(two_ranks, fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "out" if fails == "data" else tmp_path / "file" / "out"
+    start = time.monotonic()
+    outcomes = two_ranks.outcomes(_failing_on_one, fails, str(output))
+    assert time.monotonic() - start < 30, "the collective's timeout"
+    if fails == "data":
+        assert isinstance(outcomes[1], KeyError)
+        assert isinstance(outcomes[0], RanksError)
+        assert "no such column" in str(outcomes[0])
+        assert "The trained weights are in" in str(outcomes[0])
+        assert (tmp_path / "out.rescued" / "model.safetensors").is_file()
+    else:
+        assert isinstance(outcomes[0], CheckpointError)
+        assert isinstance(outcomes[1], RanksError)
+        assert all("cannot be written" in str(outcome) for outcome in outcomes)
