@@ -1,7 +1,6 @@
 import itertools
 import math
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -586,7 +585,7 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     (tmp_path / "config.yaml").write_text(YAML % {"model": tiny_model_folder, "text": text})
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own use of jsonargparse
     monkeypatch.setattr(sys, "argv", ["train.py", "validate", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(CausalLM, TextData, save_config_callback=None)
+    cli = LightningCLI(CausalLM, TextData, save_config_callback=None, seed_everything_default=0)
     weights = dict(cli.model.named_parameters())
     assert (weights["model.model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5
     assert (weights["model.model.layers.0.mlp.down_proj.weight"] != 0).all()
@@ -611,7 +610,7 @@ def callback_from_yaml(init_args, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CALLBACK_YAML % init_args)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(Classifier, run=False, save_config_callback=None)
+    cli = LightningCLI(Classifier, run=False, save_config_callback=None, seed_everything_default=0)
     return next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
 
 
@@ -772,38 +771,75 @@ def test_a_rank_without_a_calibration_batch_is_an_error_on_all(two_ranks):
         assert "1 of the 2 batches that 2 ranks need" in str(outcome)
 
 
-class FailsOnOne(Calibrated):
-    """Something is wrong with one rank's data, or with its disk."""
+class LostDisk(WindowDataset):
+    def __getitem__(self, index):
+        raise OSError("the disk is gone")
 
+
+def _failures_on_one_rank(rank, folder):
+    """What this rank hears in each case, and whether the model is as it was."""
+    heard = {}
+
+    def run(case, verb, *, steps=0, **settings):
+        module = Calibrated(tiny_llama())
+        before = {name: weight.clone() for name, weight in module.state_dict().items()}
+        fit = trainer(StatisticalPruning(Recipe(pattern="2:4"), **settings), devices=2, strategy="ddp", max_steps=steps)
+        data = [DataLoader(WindowDataset(TOKENS), batch_size=4)] * (2 if verb == "fit" else 1)
+        try:
+            getattr(fit, verb)(module, *data)
+        except Exception as e:
+            heard[case] = type(e), str(e), all(torch.equal(module.state_dict()[name], before[name]) for name in before)
+
+    lost = DataLoader((LostDisk if rank == 1 else WindowDataset)(TOKENS), batch_size=4)
+    run("loader", "validate", calibration=lost)
+    run("place", "fit", steps=1, output=f"{folder}/{'there' if rank == 0 else 'free'}")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if rank == 0:
+            monkeypatch.setattr("statprune.training.once.save", _full_disk)
+        run("save", "fit", steps=1, probe=False, output=f"{folder}/out")
+    return heard
+
+
+def _full_disk(*arguments, **settings):
+    raise CheckpointError("no space left")
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_a_loader_or_a_save_that_fails_on_one_rank_is_an_error_on_both(two_ranks, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    first, second = two_ranks(_failures_on_one_rank, str(tmp_path))
+    for case, who, other, number, kind, text in (
+        ("loader", second, first, 1, OSError, "the disk is gone"),
+        ("place", first, second, 0, CheckpointError, "exists"),
+        ("save", first, second, 0, CheckpointError, "no space left"),
+    ):
+        assert issubclass(who[case][0], kind), case
+        assert text in who[case][1], case
+        assert other[case][0] is RanksError, case
+        assert f"rank {number} failed: {who[case][0].__name__}: " in other[case][1], case
+        assert text in other[case][1], case
+        assert who[case][2] == other[case][2] == (case != "save"), case
+
+
+class FailsOnOne(Calibrated):
     def calibration_inputs(self, batch):
-        if self.global_rank == 1 and self.fails == "data":
+        if self.global_rank == 1:
             raise KeyError("no such column")
         return batch
 
 
-def _failing_on_one(rank, fails, output):
-    module = FailsOnOne(tiny_llama())
-    module.fails = fails
+def _failing_at_the_end(rank, output):
     callback = StatisticalPruning(Recipe(pattern="2:4"), output=output, probe=False)
     run = trainer(callback, devices=2, strategy="ddp", max_epochs=1, num_sanity_val_steps=0)
     every = DataLoader(WindowDataset(TOKENS), batch_size=4)
-    run.fit(module, every, every)
+    run.fit(FailsOnOne(tiny_llama()), every, every)
 
 
-@pytest.mark.parametrize("fails", ["data", "disk"])
-def test_what_fails_on_one_rank_is_an_error_on_all_and_the_training_is_kept(two_ranks, fails, tmp_path):
-    (tmp_path / "file").write_text("")
-    output = tmp_path / "out" if fails == "data" else tmp_path / "file" / "out"
-    start = time.monotonic()
-    outcomes = two_ranks.outcomes(_failing_on_one, fails, str(output))
-    assert time.monotonic() - start < 30, "the collective's timeout"
-    if fails == "data":
-        assert isinstance(outcomes[1], KeyError)
-        assert isinstance(outcomes[0], RanksError)
-        assert "no such column" in str(outcomes[0])
-        assert "The trained weights are in" in str(outcomes[0])
-        assert (tmp_path / "out.rescued" / "model.safetensors").is_file()
-    else:
-        assert isinstance(outcomes[0], CheckpointError)
-        assert isinstance(outcomes[1], RanksError)
-        assert all("cannot be written" in str(outcome) for outcome in outcomes)
+def test_what_was_trained_is_kept_where_another_rank_fails_at_the_end(two_ranks, tmp_path):
+    first, second = two_ranks.outcomes(_failing_at_the_end, str(tmp_path / "out"))
+    assert isinstance(second, KeyError)
+    assert isinstance(first, RanksError)
+    assert "no such column" in str(first)
+    assert "The trained weights are in" in str(first)
+    assert (tmp_path / "out.rescued" / "model.safetensors").is_file()

@@ -85,7 +85,8 @@ class Sensitivity:
     everywhere, 27.00 with 0.1, 27.70 with 0.2. What is extrapolated further from the target is known less well."""
 
     probes: Annotated[int, Count(1, 10_000)] = 1
-    """Calibration batches that the loss is measured on; on each rank."""
+    """Calibration batches that the loss is measured on; on all ranks together, which lay down one each
+    in turns."""
 
     sparsity: BudgetSparsity = None
     """Only with N:M patterns: the fraction of the weights in scope that is to be zero."""
