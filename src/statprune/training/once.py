@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from statprune.api import PruningPlan, plan, prune
-from statprune.checkpoint import Reserved, check_model, refuse_existing, rescue, reserve, save
+from statprune.checkpoint import Reserved, check_model, rescue, reserve, save
 from statprune.errors import MaskError, NonFiniteError, RecipeError, StatpruneError, TracingError
 from statprune.how import How, read_how
 from statprune.model.inputs import ModelInputs, bind_batches
@@ -27,7 +27,7 @@ from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.weights import refuse_sharded
 from statprune.progress import Say
-from statprune.ranks import together
+from statprune.ranks import all_well, together
 from statprune.recipe import Recipe, Search, scope_to_dict
 from statprune.report import PruningReport
 from statprune.training.masks import HeldMasks, remeasure
@@ -125,17 +125,13 @@ class PruneOnce:
             yield
 
     def reserve(self, *, is_first: bool) -> None:
-        """Take the place of the output, before anything runs; on the first rank, and the others look.
+        """Take the place of the output, before anything runs; on the first rank, which will write it.
 
         Raises:
             CheckpointError: it exists, or cannot be written.
         """
-        if self.output is None or self._place is not None:
-            return
-        if is_first:
+        if self.output is not None and self._place is None and is_first:
             self._place = reserve(self.output, say=self.say)
-        else:
-            refuse_existing(self.output)
 
     def refuse_target(self, target: nn.Module) -> None:
         """Raise SiteError or CheckpointError where this model cannot be pruned, or in the end not be saved."""
@@ -213,7 +209,11 @@ class PruneOnce:
             raise
 
     def save(self, target: nn.Module, *, tokenizer: Any, source: str) -> None:
-        """Write the output, where one is asked for and this is the first rank; errors as `checkpoint.save`."""
+        """Write the output, where one is asked for and this is the first rank; errors as `checkpoint.save`.
+
+        Call it on all ranks, inside of `on_all_ranks`.
+        """
+        all_well(None, "the output")  # all are here: from now on the others wait for as long as writing takes
         place, self._place = self._place, None
         if place is not None:
             report = self.landed_report()
