@@ -3,7 +3,11 @@
 import contextlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,3 +307,39 @@ def test_the_outermost_tells_once_every_rank_keeps_its_own_error_and_shares_are_
     assert first == ["of rank 0", "inner: rank 1 failed: ValueError: of rank 1."]
     assert second == ["of rank 1", "of rank 1"]
     assert (shares, others) == ([4, 2], [1, 1])
+
+
+DIES = """
+import os, sys, torch
+from torch import distributed
+from statprune import ranks
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+with ranks.together(None, torch.device("cpu"), "work"):
+    ranks.all_well(None, "the first step")
+    if rank == 1:
+        os._exit(7)
+    ranks.all_well(None, "the second step")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_an_error_of_the_others_at_once(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIES, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path(statprune.__file__).parents[1])},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = processes[0].communicate(timeout=120)[1].strip().splitlines()[-1]
+    processes[1].communicate(timeout=120)
+    assert "RanksError: work: rank 0 lost another one of 2 at the second step: " in told
+
+
+def test_one_process_looks_through_its_weights_once_and_sums_nothing(monkeypatch):
+    looked = []
+    monkeypatch.setattr("statprune.agreement.check_weights", looked.append)
+    monkeypatch.setattr("statprune.agreement.check_and_sum_weights", lambda model: pytest.fail("summed"))
+    statprune.plan(model := classifier(), _batches(0, "values"), "cvr+energy", pattern="50%")
+    assert looked == [model]

@@ -232,8 +232,10 @@ class StatisticalPruning(Callback):
         """Log, and let the twin go."""
         if self._measuring is None or self.report is None:
             return
+        with self._together(trainer):
+            measured = self._measuring.values()
         values = {
-            **self._measuring.values(),
+            **measured,
             "pruned_sparsity": self.report.sparsity,
             "pruned_energy_ratio": self.report.energy_ratio,
         }

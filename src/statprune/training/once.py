@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from statprune.api import PruningPlan, plan, prune
-from statprune.checkpoint import Reserved, check_model, rescue, reserve, save
+from statprune.checkpoint import Reserved, check_model, refuse_existing, rescue, reserve, save
 from statprune.errors import MaskError, NonFiniteError, RecipeError, StatpruneError, TracingError
 from statprune.how import How, read_how
 from statprune.model.inputs import ModelInputs, bind_batches
@@ -125,13 +125,17 @@ class PruneOnce:
             yield
 
     def reserve(self, *, is_first: bool) -> None:
-        """Take the place of the output, before anything runs; on the first rank, which will write it.
+        """Take the place of the output, before anything runs; on the first rank, and the others look.
 
         Raises:
             CheckpointError: it exists, or cannot be written.
         """
-        if self.output is not None and self._place is None and is_first:
+        if self.output is None or self._place is not None:
+            return
+        if is_first:
             self._place = reserve(self.output, say=self.say)
+        else:
+            refuse_existing(self.output)
 
     def refuse_target(self, target: nn.Module) -> None:
         """Raise SiteError or CheckpointError where this model cannot be pruned, or in the end not be saved."""
@@ -211,9 +215,9 @@ class PruneOnce:
     def save(self, target: nn.Module, *, tokenizer: Any, source: str) -> None:
         """Write the output, where one is asked for and this is the first rank; errors as `checkpoint.save`.
 
-        Call it on all ranks, inside of `on_all_ranks`.
+        On all ranks, inside of `on_all_ranks`.
         """
-        all_well(None, "the output")  # all are here: from now on the others wait for as long as writing takes
+        all_well(None, "the saving")  # ranks that have met wait longer for each other, as writing a large model takes
         place, self._place = self._place, None
         if place is not None:
             report = self.landed_report()
