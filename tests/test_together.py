@@ -237,33 +237,6 @@ def test_ranks_that_would_not_do_the_same_are_told_what_differs_before_anything_
         assert different | also_different == set(), case
 
 
-def _is_gone(rank):
-    batches = _batches(rank)
-
-    def draw():
-        yield batches[0]
-        if rank == 1:  # what the end of a process does to the others
-            distributed.destroy_process_group()
-            raise OSError("the process ends")
-        yield batches[1]
-
-    started = time.monotonic()
-    with pytest.raises(Exception, match=r"rank 0|the process ends") as caught:
-        statprune.prune(llama(), draw(), "wanda")
-    return caught.value, time.monotonic() - started
-
-
-def test_a_rank_that_is_gone_is_an_error_in_our_words(two_ranks):
-    (error, seconds), (own, _) = two_ranks(_is_gone)
-    assert type(error) is RanksError
-    lost = "statprune.prune: rank 0 lost another one of 2 at the comparison of recipes, parameters, weights, batches: "
-    assert str(error).startswith(lost)
-    assert " by peer" in str(error)
-    assert str(error).endswith("If a process has ended, its own output says why. Nothing was changed.")
-    assert seconds < SECONDS
-    assert type(own) is OSError
-
-
 def _at_different_places(rank):
     messages = []
     with contextlib.suppress(RanksError), _together("a test"):
