@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 
 import statprune
 from statprune import ranks
