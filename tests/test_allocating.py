@@ -239,5 +239,6 @@ def _zeros_by_loss(rank, num_ranks, probes):
 
 
 def test_all_ranks_come_to_the_allocation_of_one_process_with_all_the_data(two_ranks):
-    first, second = two_ranks(_zeros_by_loss, 2, 2)
-    assert first == second == _zeros_by_loss(0, 1, 4)
+    for probes in (1, 3):
+        first, second = two_ranks(_zeros_by_loss, 2, probes)
+        assert first == second == _zeros_by_loss(0, 1, probes)

@@ -73,6 +73,23 @@ def test_other_models_and_their_first_arguments():
     assert read_inputs(torch.compile(Losing(), backend="eager"), (x, 2.0, y)).kwargs.keys() == {"x", "scale"}
 
 
+def test_a_context_is_never_dropped_without_a_word_and_a_target_never_taken_for_one():
+    class Reads(nn.Module):
+        def forward(self, x, context=None, deep=False): ...
+
+    x, y = torch.randn(4, 8), torch.arange(4)
+    with pytest.raises(CalibrationError, match=r"whether 'context' of Reads\.forward or a target comes after the first 1"):
+        read_inputs(Reads(), (x, y))
+    assert read_inputs(Reads(), (x,)).kwargs.keys() == {"x"}
+    assert read_inputs(Reads(), {"x": x, "context": y}).kwargs.keys() == {"x", "context"}
+    ids = torch.tensor([ROW])
+    assert same(read_inputs(gpt2(), (ids, torch.tensor([OTHER]))), input_ids=[ROW])
+    with pytest.raises(CalibrationError, match="or a target comes after the first 1"):
+        read_inputs(gpt2(), (ids, torch.tensor([[0, 1, 1, 1]])))
+    assert same(read_inputs(gpt2(), (ids, torch.tensor([0]))), input_ids=[ROW]), "a class"
+    assert read_inputs(Reads(), (x, y), has_targets=True).kwargs.keys() == {"x"}, "out of a loader to train on"
+
+
 def test_an_encoder_decoder_makes_its_decoder_inputs_of_labels_in_rows_too():
     model = t5()
     rows = [{"input_ids": ROW, "labels": [5, 6]}, {"input_ids": OTHER, "labels": [7, 8]}]
@@ -118,7 +135,10 @@ def test_plan_takes_the_pairs_of_a_loader_as_prune_does():
         ([{"input_ids": ROW, "attention_mask": ROW}, {"input_ids": ROW}], r"have 'attention_mask' in part only"),
         ({"input_ids": [ROW], "attention_masks": [ROW]}, r"it has 'attention_masks', .*Did you mean 'attention_mask'\?"),
         ({"text": ["to be"]}, r"it has 'text', and forward takes .*'input_ids'"),
-        ((torch.tensor([ROW]), torch.tensor([[0, 1, 1, 1]])), r"tuple of 2, .* its attention_mask or a target .* Give a dict"),
+        (
+            (torch.tensor([ROW]), torch.tensor([[0, 1, 1, 1]])),
+            r"tuple of 2, and whether 'attention_mask' of .* or a target .* Give a dict",
+        ),
         ({"input_ids": [[3, 4, 2**70, 1]]}, r"no tensor can be made of 'input_ids'"),
         (torch.rand(2, 5), r"'input_ids' is of dtype torch\.float32, and token ids are whole numbers: .* \.long\(\)"),
         (torch.ones(2, 5, dtype=torch.bool), r"'input_ids' is of dtype torch\.bool"),

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import statprune
 from statprune import CausalLM, Perplexity, Recipe, Search, StatisticalPruning, TextData
 from statprune.checkpoint import verify
-from statprune.errors import CalibrationError, CheckpointError, MaskError, NonFiniteError, SiteError
+from statprune.errors import CalibrationError, CheckpointError, MaskError, NonFiniteError, RanksError, SiteError
 from statprune.loading import load_model
 from statprune.model import layers
 from statprune.report import PruningReport
@@ -331,7 +331,7 @@ def test_strategies_that_shard_are_refused_by_name(kind, then):
 def test_sharded_parameters_are_refused_by_name(then, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        module, single = Classifier(), SimpleNamespace(strategy=None)
+        module, single = Classifier(), SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
         classifying(then).setup(single, module, "fit")
         layer = module.head[2]
         layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), init_device_mesh("cpu", (1,))))
@@ -585,7 +585,7 @@ def test_lightning_cli_builds_everything_from_yaml(tmp_path, tiny_model_folder, 
     (tmp_path / "config.yaml").write_text(YAML % {"model": tiny_model_folder, "text": text})
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own use of jsonargparse
     monkeypatch.setattr(sys, "argv", ["train.py", "validate", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(CausalLM, TextData, save_config_callback=None)
+    cli = LightningCLI(CausalLM, TextData, save_config_callback=None, seed_everything_default=0)
     weights = dict(cli.model.named_parameters())
     assert (weights["model.model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5
     assert (weights["model.model.layers.0.mlp.down_proj.weight"] != 0).all()
@@ -610,7 +610,7 @@ def callback_from_yaml(init_args, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CALLBACK_YAML % init_args)
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
-    cli = LightningCLI(Classifier, run=False, save_config_callback=None)
+    cli = LightningCLI(Classifier, run=False, save_config_callback=None, seed_everything_default=0)
     return next(one for one in cli.trainer.callbacks if isinstance(one, StatisticalPruning))
 
 
@@ -769,3 +769,58 @@ def test_a_rank_without_a_calibration_batch_is_an_error_on_all(two_ranks):
     for outcome in two_ranks.outcomes(_validated_on_ranks, 2, False, 1):
         assert isinstance(outcome, CalibrationError)
         assert "1 of the 2 batches that 2 ranks need" in str(outcome)
+
+
+class LostDisk(WindowDataset):
+    def __getitem__(self, index):
+        raise OSError("the disk is gone")
+
+
+def _failures_on_one_rank(rank, folder):
+    """What this rank hears in each case, and whether the model is as it was."""
+    heard = {}
+
+    def run(case, verb, *, steps=0, **settings):
+        module = Calibrated(tiny_llama())
+        before = {name: weight.clone() for name, weight in module.state_dict().items()}
+        fit = trainer(StatisticalPruning(Recipe(pattern="2:4"), **settings), devices=2, strategy="ddp", max_steps=steps)
+        data = [DataLoader(WindowDataset(TOKENS), batch_size=4)] * (2 if verb == "fit" else 1)
+        try:
+            getattr(fit, verb)(module, *data)
+        except Exception as e:
+            heard[case] = type(e), str(e), all(torch.equal(module.state_dict()[name], before[name]) for name in before)
+
+    lost = DataLoader((LostDisk if rank == 1 else WindowDataset)(TOKENS), batch_size=4)
+    run("loader", "validate", calibration=lost)
+    run("place", "fit", steps=1, output=f"{folder}/{'there' if rank == 0 else 'free'}")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if rank == 0:
+            monkeypatch.setattr("statprune.training.once.save", _full_disk)
+        run("save", "fit", steps=1, probe=False, output=f"{folder}/out")
+    run("trained", "fit", steps=1, probe=False, calibration=lost, output=f"{folder}/trained")
+    return heard
+
+
+def _full_disk(*arguments, **settings):
+    raise CheckpointError("no space left")
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_a_loader_or_a_save_that_fails_on_one_rank_is_an_error_on_both(two_ranks, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    first, second = two_ranks(_failures_on_one_rank, str(tmp_path))
+    for case, who, other, number, kind, text in (
+        ("loader", second, first, 1, OSError, "the disk is gone"),
+        ("place", first, second, 0, CheckpointError, "exists"),
+        ("save", first, second, 0, CheckpointError, "no space left"),
+        ("trained", second, first, 1, OSError, "the disk is gone"),
+    ):
+        assert issubclass(who[case][0], kind), case
+        assert text in who[case][1], case
+        assert other[case][0] is RanksError, case
+        assert f"rank {number} failed: {who[case][0].__name__}: " in other[case][1], case
+        assert text in other[case][1], case
+        assert who[case][2] == other[case][2] == (case in ("loader", "place")), case
+    assert "The trained weights are in " in first["trained"][1]
+    assert (tmp_path / "trained.rescued" / "model.safetensors").is_file()

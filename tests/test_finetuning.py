@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from statprune import CausalLM, Recipe, StatisticalPruning
-from statprune.checkpoint import verify
+from statprune import CausalLM, Recipe, StatisticalPruning, ranks
+from statprune.checkpoint import save, verify
 from statprune.errors import CheckpointError, MaskError, NonFiniteError, RecipeError
 from statprune.loading import load_model
 from statprune.report import PruningReport, SiteReport
@@ -502,7 +502,15 @@ def test_a_process_that_dies_goes_on_with_the_same_mask_and_ends_as_if_it_had_li
 def fit_in_two_ranks(rank, folder):
     module = CausalLM(tiny_llama(), learning_rate=1e-2)
     fit = trainer(finetuning(output=f"{folder}/out"), max_epochs=2, devices=2, strategy="ddp", num_sanity_val_steps=0)
-    fit.fit(module, loader(), loader())
+
+    def save_large(*arguments, **settings):
+        # The other rank waits. A rank that has not met the others would lose its patience with a model of many gigabytes.
+        assert [conversation.has_met for conversation in ranks._CONVERSATIONS] == [True]
+        return save(*arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("statprune.training.once.save", save_large)
+        fit.fit(module, loader(), loader())
     metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
     torch.save((dict(module.state_dict()), metrics), f"{folder}/{fit.global_rank}")
 

@@ -242,6 +242,9 @@ def test_a_two_of_four_mask_looks_like_one():
         groups = [x // 44 for other, x in cells(svg) if other == row]
         assert sorted(groups) == sorted([*range(16), *range(16)])
     assert 'viewBox="0 0 700 320"' in svg
+    assert {("rect", "fill", "url(#cells)"), ("pattern", "id", "cells"), ("pattern", "width", "44")} <= set(
+        Page(svg).attributes
+    )
 
 
 def test_a_small_mask_is_shown_whole():

@@ -24,7 +24,9 @@ def _pruned(**settings):
 def test_a_single_process_is_not_distributed():
     total = torch.ones(3)
     ranks.sum_over_ranks([total])
-    ranks.meet(None, torch.device("cpu"), "prune")
+    with ranks.together(None, torch.device("cpu"), "prune"):
+        ranks.agree(None, [ranks.Common("recipes", ["a"], "")])
+        ranks.all_well(None, "a test")
     assert not ranks.is_distributed()
     assert total.tolist() == [1, 1, 1]
     assert ranks.from_first_rank(2.5, torch.device("cpu")) == 2.5

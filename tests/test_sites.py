@@ -121,7 +121,7 @@ def test_linears_that_read_the_same_tensor_are_one_group_in_execution_order():
 
 
 def test_all_layers_that_read_a_context_are_one_group():
-    found = traced(Decoder(), (tokens(2, 5), torch.randn(2, 3, 8)))
+    found = traced(Decoder(), {"ids": tokens(2, 5), "context": torch.randn(2, 3, 8)})
     assert site_names(found) == [
         ["blocks.0.q"], ["blocks.0.k", "blocks.0.v", "blocks.1.k", "blocks.1.v"], ["blocks.0.o"],
         ["blocks.1.q"], ["blocks.1.o"],

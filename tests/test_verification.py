@@ -245,7 +245,7 @@ TAMPERINGS = {
     "no such pattern": (record(lambda d: d["recipe"].update(pattern={"name": "mine"})), "damaged: KeyError"),
     "an impossible pattern": (record(lambda d: d["recipe"]["pattern"].update(keep=9)), "damaged: ValueError"),
     "a pattern of texts": (record(lambda d: d["recipe"].update(pattern="2:4")), "damaged"),
-    "a pattern of fractions": (record(lambda d: d["recipe"]["pattern"].update(of=4.0)), "cannot be checked"),
+    "a pattern of fractions": (record(lambda d: d["recipe"]["pattern"].update(of=4.0)), r"damaged: ValueError: NM\(of=4.0\)"),
     "nothing pruned": (site(num_pruned=0), "number of pruned weights with 2:4: expected 128, found 0"),
     "more pruned than zero": (site(num_zeros=100), "number of zeros: expected 128 to 256, found 100"),
     "more zeros than weights": (site(num_zeros=10**6), "number of zeros: expected 128 to 256, found 1000000"),

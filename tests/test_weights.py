@@ -6,11 +6,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
 import statprune
-from statprune.errors import SiteError
+from statprune.errors import NonFiniteError, SiteError
 from statprune.methods.pruner import PrunedWeight
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
-from statprune.model.weights import InPlace, Twin, hold_, refuse_sharded
+from statprune.model.weights import InPlace, Twin, check_and_sum_weights, hold_, refuse_sharded
 from tiny_models import changed, classifier, gpt2, llama, refused, snapshot, tokens
 
 
@@ -135,3 +135,52 @@ def test_the_public_names_are_all_there():
     assert all(getattr(statprune, name) is not None for name in statprune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         getattr(statprune, "prun")  # noqa: B009
+
+
+def _sum(values):
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(values, requires_grad=False))
+    return check_and_sum_weights(module)["weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.complex64])
+@pytest.mark.parametrize("shape", [(5, 7), (16, 8), (1,), (600, 70)])
+def test_a_checksum_tells_every_bit_and_every_place(dtype, shape, monkeypatch):
+    monkeypatch.setattr("statprune.model.weights._WORDS", 1000)  # more than one chunk, and a rest
+    values = torch.randint(-100, 100, shape).to(dtype)
+    known = _sum(values)
+    bits = values.view(-1).view(torch.uint8)
+    for place in [0, len(bits) - 1, *torch.randint(len(bits), (20,)).tolist()]:
+        other = bits.clone()
+        other[place] ^= 1 << place % 6  # makes no infinity of a number as small as these
+        assert _sum(other.view(dtype).view(shape)) != known
+    assert _sum(values.clone()) == known
+    if values.numel() > 1:
+        assert len({known, _sum(-values), _sum(values.roll(1, 0)), _sum(values.flip(0))}) == 4
+
+
+def test_a_checksum_is_of_values_and_not_of_how_they_are_stored():
+    values = torch.randn(30, 33)
+    unaligned = torch.empty(30 * 33 + 1)[1:].view(30, 33).copy_(values)
+    assert _sum(values) == _sum(values.t().contiguous().t()) == _sum(unaligned)
+    assert _sum(torch.zeros(3, 0)) == 0
+
+
+def test_two_changes_of_sign_do_not_cancel():
+    values = torch.ones(64, dtype=torch.float64)  # whose signs are the highest bits of words
+    sums = {_sum(values)}
+    for first in range(8):
+        for second in range(first):
+            values[[first, second]] = -1
+            sums.add(_sum(values))
+            values[[first, second]] = 1
+    assert len(sums) == 1 + 28
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checksum_is_not_made_of_what_is_not_finite(value):
+    model = classifier()
+    with torch.no_grad():
+        model[2].weight[1, 2] = value
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity in the parameter 2\.weight"):
+        check_and_sum_weights(model)

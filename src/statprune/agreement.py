@@ -40,13 +40,15 @@ def check_start(model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelIn
     recipe = [
         f"{key} {json.dumps(value, sort_keys=True)}" for key, value in {"kind": type(how).__name__, **how.to_dict()}.items()
     ]
+    parameters = [f"{name} {list(one.shape)} {_short(one.dtype)}" for name, one in model.named_parameters()]
     agree(
         process_group,
         [
             Common("recipes", recipe, "Expected the same one on every rank. Nothing was changed."),
+            Common("parameters", parameters, "Load the same model in the same dtype on every rank. Nothing was changed."),
             Common(
                 "weights",
-                check_and_sum_weights(model),
+                [f"{name} with the checksum {total:016x}" for name, total in check_and_sum_weights(model).items()],
                 "Load the same checkpoint on every rank, or send the first rank's around before: for p in model.parameters(): "
                 "torch.distributed.broadcast(p.data, 0). Nothing was changed.",
             ),
@@ -80,6 +82,10 @@ def _kind(inputs: ModelInputs) -> list[str]:
     leaves, _ = tree_flatten_with_path((inputs.args, inputs.kwargs))
     return [
         f"input{keystr(path[1:])} "
-        + (f"{leaf.dtype} of {leaf.ndim} dimensions".removeprefix("torch.") if isinstance(leaf, Tensor) else repr(leaf))
+        + (f"{_short(leaf.dtype)} of {leaf.ndim} dimensions" if isinstance(leaf, Tensor) else repr(leaf))
         for path, leaf in leaves
     ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

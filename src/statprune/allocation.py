@@ -37,7 +37,7 @@ from statprune.model.schedule import blocks
 from statprune.model.sites import LeftOut, LinearSite
 from statprune.model.weights import Weights
 from statprune.progress import Progress, silent
-from statprune.ranks import ProcessGroup, sum_over_ranks
+from statprune.ranks import ProcessGroup, share, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.selection import Selection
 
@@ -107,7 +107,9 @@ def allocate(
         harms = _outlier_shares(weights, selection, root_mean_square, rule.threshold)
         sparsities = owl_sparsities(harms, sizes, target, rule.spread)
     elif not pattern.is_unstructured or (target and rule.spread):
-        probe = _Probe(layers.model, inputs[: rule.probes], forward_context)
+        device = next(layers.model.parameters()).device
+        probes = inputs[: share(rule.probes, len(inputs), device, process_group)]
+        probe = _Probe(layers.model, probes, forward_context)
         found = _Sensitivities(weights, recipe, _points(target, rule), probe, len(selection.sites), progress)
         # Nothing is pruned on the way, so that every layer's statistics are the dense model's.
         for group, moments in layers.observe(selection.groups, inputs, **observing):
@@ -213,6 +215,8 @@ class _Probe:
 
     def __call__(self, weights: dict[str, Tensor]) -> Tensor:
         """[2], float64."""
+        if not self.batches:  # the other ranks have them all
+            return torch.zeros(2, dtype=torch.float64, device=next(self.model.parameters()).device)
         return torch.stack([self._measure(number, batch, weights) for number, batch in enumerate(self.batches)]).sum(0)
 
     def _measure(self, number: int, batch: ModelInputs, weights: dict[str, Tensor]) -> Tensor:

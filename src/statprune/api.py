@@ -144,7 +144,8 @@ def _carry_out(
     say: Say,
     forward_context: ForwardContext,
 ) -> PruningPlan:
-    with together(process_group, device_of(model), call):
+    device = device_of(model)
+    with together(process_group, device, call):
         with adding(lambda: "Nothing was changed.", RanksError):
             chosen = read_how(how, pattern=pattern)
             if isinstance(chosen, Search):
@@ -156,14 +157,13 @@ def _carry_out(
             check_start(model, chosen, inputs, process_group)
             seconds: dict[str, float] = {}
             memory: dict[str, int] = {}
-            device = next((tensor.device for tensor in inputs[0].tensors()), device_of(model))
             with timed(seconds, "trace", memory, device):
                 layers = find_layers(model, inputs, traced=traced, forward_context=forward_context)
             check_layers(layers, process_group)
             if layers.reason is not None:
                 warnings.warn(layers.reason, stacklevel=3)
             recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
-        tuned_peak = peak_memory(device)
+            tuned_peak = peak_memory(device)
         weights = landing(model)
         report = run(
             layers, inputs, recipe, weights, process_group=process_group, progress=progress, forward_context=forward_context

@@ -126,7 +126,7 @@ def _with_output_errors(sites: list[SiteReport], energies: list[Tensor], process
     if not energies:
         return sites
     totals = torch.stack(energies)
-    sum_over_ranks([totals], process_group, "the errors of the layers' outputs")
+    sum_over_ranks([totals], process_group, "the output errors")
     errors = [(changed / dense) ** 0.5 if dense else math.nan for changed, dense in totals.tolist()]
     return [
         replace(site, output_error=error if math.isfinite(error) else None) for site, error in zip(sites, errors, strict=True)

@@ -20,7 +20,7 @@ import json
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,9 +111,7 @@ def agree(process_group: ProcessGroup, common: Sequence[Common]) -> None:
         return
     conversation = _conversation(process_group)
     assert conversation is not None, "ranks agree inside of together()"
-    ways_out = {one.name: one.way_out for one in common}
-    text = json.dumps({one.name: list(one.lines) for one in common})
-    conversation.exchange(text, explain=lambda ranks, texts: _disagreement(ranks, texts, ways_out))
+    conversation.exchange(f"the comparison of {', '.join(one.name for one in common)}", common=common)
 
 
 def sum_over_ranks(tensors: Iterable[Tensor], process_group: ProcessGroup = None, what: str = "a sum") -> None:
@@ -144,6 +142,27 @@ def from_first_rank(value: float, device: torch.device, process_group: ProcessGr
     with collective(process_group, "the first rank's word"):
         distributed.broadcast(shared, group=process_group, group_src=0)
     return float(shared)
+
+
+def share(count: int, available: int, device: torch.device, process_group: ProcessGroup = None) -> int:
+    """How many this rank contributes where the ranks lay down one each in turns, until there are enough.
+
+    Args:
+        count: how many are wanted, on all ranks together.
+        available: how many this rank has.
+        device: of the model.
+        process_group: the ranks that take part.
+
+    Raises:
+        RanksError: as for `sum_over_ranks`.
+    """
+    if not is_distributed(process_group):
+        return min(count, available)
+    have = torch.zeros(distributed.get_world_size(process_group), dtype=torch.int64, device=device)
+    have[distributed.get_rank(process_group)] = available
+    sum_over_ranks([have], process_group, "how many there are")
+    turns = ((turn, rank) for rank, number in enumerate(have.tolist()) for turn in range(min(count, number)))
+    return sum(rank == distributed.get_rank(process_group) for _, rank in sorted(turns)[:count])
 
 
 def all_well(process_group: ProcessGroup, what: str) -> None:
@@ -197,22 +216,21 @@ class _Conversation:
         except Exception as e:  # a device that broke, ranks that are gone
             error.add_note(f"The other ranks could not be told: {e}")
 
-    def exchange(
-        self, what: str, *, failure: str | None = None, explain: Callable[[list[int], list[str]], str] | None = None
-    ) -> None:
+    def exchange(self, what: str, *, failure: str | None = None, common: Sequence[Common] = ()) -> None:
         """Hear from every rank whether it is well and about to do the same.
 
         Args:
             what: comes next, in words.
             failure: of this rank.
-            explain: makes a sentence of what all ranks are about to do, where that differs.
+            common: has to be the same, too.
 
         Raises:
             RanksError: a rank failed, and this one did not; the ranks are about to do different things; one does not come.
         """
         if self.is_over:
             raise RanksError(f"{self.work[-1]}: the ranks parted after an error, and cannot go on with {_short(what)}.")
-        place = int.from_bytes(hashlib.sha256(what.encode()).digest()[:7], "big")
+        text = json.dumps([what, [list(one.lines) for one in common]])
+        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         status = [0, place, -place] if failure is None else [1, _LOWEST, _LOWEST]
         with self.listening(what):
             heard = torch.tensor(status, device=self.device)
@@ -223,12 +241,13 @@ class _Conversation:
             if not failed and highest == -lowest:
                 return
             self.is_over = True
-            texts = self._gather((failure or "") if failed else what)
+            texts = self._gather((failure or "") if failed else text)
         if not failed:
-            raise RanksError(f"{self.work[-1]}: {(explain or _different_work)(self._ranks(), texts)}")
+            raise RanksError(f"{self.work[-1]}: {_difference(self._ranks(), texts, common)}")
         if failure is None:
-            failures = [f"rank {rank} failed: {text}" for rank, text in zip(self._ranks(), texts, strict=True) if text]
-            raise RanksError(f"{self.work[-1]}: {' '.join(failures)}")
+            failed_ranks = ((rank, text) for rank, text in zip(self._ranks(), texts, strict=True) if text)
+            told = (f"rank {rank} failed: {_sentence(text)}" for rank, text in failed_ranks)
+            raise RanksError(f"{self.work[-1]}: {' '.join(told)}")
 
     @contextlib.contextmanager
     def listening(self, what: str) -> Iterator[None]:
@@ -278,24 +297,26 @@ _CONVERSATIONS: list[_Conversation] = []
 """Those that go on, one at most for each process group."""
 
 
-def _different_work(ranks: Sequence[int], texts: Sequence[str]) -> str:
-    other = next(index for index, text in enumerate(texts) if text != texts[0])
-    return (
-        f"the ranks do not do the same: rank {ranks[0]} is at {_short(texts[0])}, rank {ranks[other]} at "
-        f"{_short(texts[other])}. Expected the same calls, with the same model and settings, on every rank."
+def _difference(ranks: Sequence[int], texts: Sequence[str], common: Sequence[Common]) -> str:
+    """What the ranks do not have in common, from the texts of what they are about to do."""
+    (what, lines), *others = (json.loads(text) for text in texts)
+    for rank, (what_there, _) in zip(ranks[1:], others, strict=True):
+        if what_there != what:
+            return (
+                f"the ranks do not do the same: rank {ranks[0]} is at {_short(what)}, rank {rank} at {_short(what_there)}. "
+                "Expected the same calls, with the same model and settings, on every rank."
+            )
+    return next(
+        f"the {one.name} of the ranks differ: {here} on rank {ranks[0]}, {there} on rank {rank}. {one.way_out}"
+        for one, mine in zip(common, lines, strict=True)
+        for rank, (_, theirs) in zip(ranks[1:], others, strict=True)
+        for here, there in itertools.zip_longest(mine, theirs[common.index(one)], fillvalue="nothing more")
+        if here != there
     )
 
 
-def _disagreement(ranks: Sequence[int], texts: Sequence[str], ways_out: Mapping[str, str]) -> str:
-    if not all(text.startswith("{") for text in texts):
-        return _different_work(ranks, texts)
-    first, *others = (json.loads(text) for text in texts)
-    for name, way_out in ways_out.items():
-        for rank, other in zip(ranks[1:], others, strict=True):
-            for here, there in itertools.zip_longest(first.get(name, ()), other.get(name, ()), fillvalue="nothing more"):
-                if here != there:
-                    return f"the {name} of the ranks differ: {here} on rank {ranks[0]}, {there} on rank {rank}. {way_out}"
-    return _different_work(ranks, texts)
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?", ".)")) else f"{text}."
 
 
 def _short(what: str) -> str:

@@ -471,20 +471,23 @@ def show_pushed(folder: str, address: str) -> None:
 
 
 def show_layers(folder: str, record: dict[str, Any]) -> None:
-    """The table of `statprune report`: a row for each kind of layer."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for layer in layers_data(record)["layers"]:
-        kinds.setdefault(_without_numbers([layer["name"]])[0], []).append(layer)
-    table = Table(title=escape(folder), title_justify="left", title_style="bold", header_style="bold")
-    for column in ("pruned", "layers", "zeros, %", "output error, %", "worst", "energy, %"):
-        table.add_column(column, justify="left" if column == "pruned" else "right", overflow="fold")
-    for kind, layers in kinds.items():
-        errors = [100 * layer["output_error"] for layer in layers if layer["output_error"] is not None]
-        middle, worst = (f"{statistics.median(errors):.2f}", f"{max(errors):.2f}") if errors else ("-", "-")
-        zeros, energy = (statistics.median(100 * layer[key] for layer in layers) for key in ("sparsity", "energy_ratio"))
-        table.add_row(escape(kind), str(len(layers)), f"{zeros:.2f}", middle, worst, f"{energy:.1f}")
-    console.print(table)
-    console.tell("[dim]Medians over the layers of a kind.[/]")
+    """The tables of `statprune report`: one for each stack of blocks, a row for each kind of layer."""
+    from statprune.page.panels import panels
+
+    console.print(f"[bold]{escape(folder)}[/]: medians over the layers of a kind; the error is the output's", soft_wrap=True)
+    for panel in panels(record["sites"]):
+        table = Table(title=escape(panel.title), title_justify="left", title_style="bold", header_style="bold")
+        for column in ("pruned", "layers", "zeros %", "error %", "worst %", "energy %"):
+            table.add_column(column, justify="left" if column == "pruned" else "right", overflow="fold")
+        for kind, cells in panel.rows:
+            layers = [layer for cell in cells for layer in layers_data({"sites": cell})["layers"]]
+            errors = [100 * layer["output_error"] for layer in layers if layer["output_error"] is not None]
+            middle, worst = (f"{statistics.median(errors):.2f}", f"{max(errors):.2f}") if errors else ("-", "-")
+            zeros, energy = (statistics.median(100 * layer[key] for layer in layers) for key in ("sparsity", "energy_ratio"))
+            table.add_row(escape(kind), str(len(layers)), f"{zeros:.2f}", middle, worst, f"{energy:.1f}")
+        console.print(table)
+        if panel.num_more:
+            console.print(f"[dim]and {panel.num_more} more kinds of layer; --json has them all[/]", soft_wrap=True)
 
 
 def layers_data(record: dict[str, Any]) -> dict[str, Any]:

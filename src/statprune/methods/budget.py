@@ -73,10 +73,8 @@ class Sensitivity:
     Costs one pass of the dense model over the calibration batches, one forward pass over `probes` batches for each layer, and
     five prunings of each layer more: at the bounds, at the target, and once on either side of it.
 
-    Probes are taken per rank: each of N ranks measures on the first `probes` of its own batches, and the losses are added up.
-    All ranks prune alike, but not as one process with the same data does, whose probes are fewer and other batches: at 50 % on
-    a tiny model, 50 of 9,216 zeros were elsewhere. Where the batches are dealt out in turns, one process with N times the
-    `probes` measures on the same ones.
+    Several ranks lay the probes down in turns, one batch each, until there are enough: where the batches were dealt out in
+    turns too, these are the ones that a single process measures on.
     """
 
     spread: Spread = 0.1
@@ -85,7 +83,7 @@ class Sensitivity:
     everywhere, 27.00 with 0.1, 27.70 with 0.2. What is extrapolated further from the target is known less well."""
 
     probes: Annotated[int, Count(1, 10_000)] = 1
-    """Calibration batches that the loss is measured on; on each rank."""
+    """Calibration batches that the loss is measured on; on all ranks together."""
 
     sparsity: BudgetSparsity = None
     """Only with N:M patterns: the fraction of the weights in scope that is to be zero."""

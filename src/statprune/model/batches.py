@@ -48,17 +48,18 @@ def several(batches: Any) -> Iterable[Any]:
     return batches
 
 
-def read_batch(model: nn.Module, batch: Any, index: int = 0) -> Arguments:
+def read_batch(model: nn.Module, batch: Any, index: int = 0, *, has_targets: bool = False) -> Arguments:
     """The arguments of `model.forward` in a batch of any kind.
 
     Args:
         model: any module; one that is compiled or wrapped for several devices is seen through.
         batch: of one of the kinds above.
         index: its number, for messages.
+        has_targets: whether it comes from a loader to train on, where a tuple ends in targets.
 
     Raises:
         CalibrationError: another kind; no input in it that `forward` has; a name that looks misspelled; rows of unequal
-            lengths; a mask by position, where it cannot be told from labels.
+            lengths; a tuple with something that may be a target, or an argument that `forward` does not require.
     """
     model = unwrapped(model)[0]
     if isinstance(batch, Mapping):
@@ -66,13 +67,13 @@ def read_batch(model: nn.Module, batch: Any, index: int = 0) -> Arguments:
     if isinstance(batch, list) and batch and all(isinstance(row, Mapping) for row in batch):
         return (), _stack([_by_name(model, row, index) for row in batch], index)
     if isinstance(batch, list) and batch and all(_is_tokens(row) for row in batch):
-        return _by_position(model, (_to_tensor(batch, "the rows", index),), index)
+        return _by_position(model, (_to_tensor(batch, "the rows", index),), index, has_targets)
     if _is_tokens(batch):
-        return _by_position(model, (torch.tensor([batch]),), index)
+        return _by_position(model, (torch.tensor([batch]),), index, has_targets)
     if isinstance(batch, Tensor | np.ndarray):
-        return _by_position(model, (batch,), index)
+        return _by_position(model, (batch,), index, has_targets)
     if isinstance(batch, tuple | list):
-        return _by_position(model, tuple(batch), index)
+        return _by_position(model, tuple(batch), index, has_targets)
     raise CalibrationError(
         f"Calibration batch {index} is a {type(batch).__name__}: expected a tensor of tokens, a dict of tensors, rows of "
         f"tokens, or a tuple of the arguments of {type(model).__name__}.forward."
@@ -125,20 +126,23 @@ def _decoder_inputs(model: nn.Module, given: Mapping[str, Any], index: int) -> d
     return {"decoder_input_ids": made[0] if labels.ndim == 1 else made}
 
 
-def _by_position(model: nn.Module, values: Sequence[Any], index: int) -> Arguments:
+def _by_position(model: nn.Module, values: Sequence[Any], index: int, has_targets: bool) -> Arguments:
     parameters = list(inspect.signature(model.forward).parameters.values())
-    values = tuple(_to_tensor(value, f"argument {place}", index) if isinstance(value, np.ndarray) else value
-                   for place, value in enumerate(values))  # fmt: skip
+    values = tuple(
+        _to_tensor(value, f"argument {place}", index) if isinstance(value, np.ndarray) else value
+        for place, value in enumerate(values)
+    )
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         parameters = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         required = max(1, sum(parameter.default is parameter.empty for parameter in parameters))
         for parameter, value in zip(parameters[required:], values[required:], strict=False):
-            if "mask" in parameter.name and _is_mask(value):
+            if _may_be_meant(parameter, value, has_targets or is_transformers_model(model)):
                 raise CalibrationError(
-                    f"Calibration batch {index} is a tuple of {len(values)}, and whether its {parameter.name} or a target "
-                    f"comes after the first {required} cannot be told. Give a dict, such as "
-                    f"{{{parameters[0].name!r}: ..., {parameter.name!r}: ...}}."
+                    f"Calibration batch {index} is a tuple of {len(values)}, and whether {parameter.name!r} of "
+                    f"{type(model).__name__}.forward or a target comes after the first {required} cannot be told. Give a dict, "
+                    f"such as {{{parameters[0].name!r}: ..., {parameter.name!r}: ...}}, or the first {required} alone."
                 )
+            break  # a target, and what comes after it has no place in forward
         values = values[:required]
     if values and is_transformers_model(model) and isinstance(first := values[0], Tensor):
         if first.is_floating_point() and model.main_input_name in {parameter.name for parameter in parameters}:
@@ -216,11 +220,13 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray | int | float) or _is_number(_first_leaf(value))
 
 
-def _is_mask(value: Any) -> bool:
-    """Whether zeros and ones are all that is in it, with both."""
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_meta:
+def _may_be_meant(parameter: inspect.Parameter, value: Any, is_usually_target: bool) -> bool:
+    """Whether a value in the place of an optional parameter may be for it, and not the target that a loss compares with."""
+    if not isinstance(value, Tensor) or parameter.default is not None or parameter.name in LABELS or value.is_meta:
         return False
-    return bool(((value == 0) | (value == 1)).all()) and not bool(value.all())
+    # A mask of ones masks nothing, so that it does not matter what is meant; and a class for each row has one dimension.
+    may_be_mask = value.ndim > 1 and bool(((value == 0) | (value == 1)).all()) and not bool(value.all())
+    return may_be_mask or not (is_usually_target or "mask" in parameter.name)
 
 
 def _words(names: Iterable[str]) -> str:

@@ -113,18 +113,22 @@ def _describe(inputs: ModelInputs) -> str:
     return str([*tree_map(name_kind, inputs.args), tree_map(name_kind, inputs.kwargs)])
 
 
-def read_inputs(model: nn.Module, batch: Any, index: int = 0) -> ModelInputs:
+def read_inputs(model: nn.Module, batch: Any, index: int = 0, *, has_targets: bool = False) -> ModelInputs:
     """One batch as inputs of this model, on its device.
 
     Args:
         model: any module.
         batch: a `ModelInputs`, whose arguments are taken as they are, or one of the kinds that `batches` lists.
         index: its number, for messages.
+        has_targets: whether it comes from a loader to train on, where a tuple ends in targets.
 
     Raises:
         CalibrationError: as `batches.read_batch`; or `forward` does not take these arguments.
     """
-    args, kwargs = (batch.args, batch.kwargs) if isinstance(batch, ModelInputs) else read_batch(model, batch, index)
+    if isinstance(batch, ModelInputs):
+        args, kwargs = batch.args, batch.kwargs
+    else:
+        args, kwargs = read_batch(model, batch, index, has_targets=has_targets)
     forward = unwrapped(model)[0].forward
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:

@@ -141,20 +141,17 @@ def check_weights(model: nn.Module) -> None:
             raise _not_finite(name)
 
 
-def check_and_sum_weights(model: nn.Module) -> list[str]:
-    """`check_weights`, and a line for each parameter that differs where its name, shape, dtype or any bit does.
+def check_and_sum_weights(model: nn.Module) -> dict[str, int]:
+    """`check_weights`, and each parameter's checksum: 64 bits that differ where a bit of it does, whatever device it is on.
 
-    Every weight is read once, and the lines do not depend on the device.
+    Every weight is read once.
     """
-    read = [(name, parameter, *_read_once(parameter.detach())) for name, parameter in _readable(model)]
-    for name, _, is_finite, _ in read:
+    read = [(name, *_read_once(parameter.detach())) for name, parameter in _readable(model)]
+    for name, is_finite, _ in read:
         if not is_finite:
             raise _not_finite(name)
-    sums = torch.stack([total.cpu() for _, _, _, total in read]).tolist() if read else []
-    return [
-        f"{name} {list(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')} {total % 2**64:016x}"
-        for (name, parameter, _, _), total in zip(read, sums, strict=True)
-    ]
+    sums = torch.stack([total.cpu() for _, _, total in read]).tolist() if read else []
+    return {name: total % 2**64 for (name, _, _), total in zip(read, sums, strict=True)}
 
 
 _WORDS = 1 << 18
@@ -180,9 +177,9 @@ def _read_once(parameter: Tensor) -> tuple[Tensor, Tensor]:
     for chunk in flat.split(_WORDS * 8 // flat.element_size()):
         if chunk.is_floating_point():
             is_finite &= torch.isfinite(chunk).all()
-        words = _words(chunk)
-        mixed = (words >> 32).bitwise_and_(_HALF).bitwise_xor_(words)  # a sign in the highest bit would count modulo 2 alone
-        total = total * _MIX[1] + mixed.mul_(places[: len(words)]).sum()
+        words = _words(chunk) * _MIX[0]
+        words ^= (words >> 32) & _HALF  # else the highest bits, which are signs, would count modulo 2 alone
+        total = total * _MIX[1] + words.mul_(places[: len(words)]).sum()
     return is_finite, total
 
 

@@ -26,7 +26,8 @@ USUAL = 0.98
 """So many of the values have colours of their own where the others are far beyond."""
 
 _FEW = 12
-"""So many columns have room for their numbers on a phone."""
+_MANY = 32
+"""So many columns have room for their numbers on a phone, and on a desk."""
 
 
 def percent(share: float) -> str:
@@ -106,7 +107,7 @@ def heat_map(
         row = "".join("<td>" if median is None else f"<td class={scale(median)}>{percent(median)}" for median in medians)
         total = f"<td class=sum>{percent(statistics.median(known))}" if known and num_columns > 1 else "<td class=sum>"
         body.append(f"<tr><th scope=row>{escape(kind) or 'layer'}{row}{total}")
-    size = "few" if num_columns <= _FEW else "many"
+    size = "few" if num_columns <= _FEW else "many" if num_columns <= _MANY else "many most"
     title = f"<caption>{escape(panel.title)}</caption>" if panel.title else ""
     more = f"<p class=note>and {panel.num_more} more kinds of layer</p>" if panel.num_more else ""
     return (
@@ -153,7 +154,7 @@ def zoom(keep: Tensor, group: int | None) -> str:
         f'<svg viewBox="0 0 {width} {height}" role=img aria-label="Which weights are kept: {rows} outputs, {columns} inputs">'
         f"<defs><pattern id=cells width={step} height=10 patternUnits=userSpaceOnUse>"
         f'<path class=gone d="{blank}"/></pattern></defs>'
-        f'<rect width={width} height={height} fill=url(#cells)/><path class=kept d="{cells}"/></svg>'
+        f'<rect width={width} height={height} fill="url(#cells)"/><path class=kept d="{cells}"/></svg>'
     )
 
 

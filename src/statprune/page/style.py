@@ -51,7 +51,7 @@ font:.8rem ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospac
 .heat td.sum{font-weight:600}
 .heat.few{width:auto;min-width:min(100%,calc(9.8rem + var(--columns)*3.1rem))}
 .heat.many{border-spacing:1px}
-.heat.many td:not(.sum){font-size:.68rem}
+.heat.many td:not(.sum){font-size:.68rem}.heat.most td:not(.sum){font-size:0}
 .c0{--f:var(--c0)}.c1{--f:var(--c1)}.c2{--f:var(--c2)}.c3{--f:var(--c3)}.c4{--f:var(--c4)}.c5{--f:var(--c5)}.c6{--f:var(--c6)}
 .c7{--f:var(--c7)}.d0{--f:var(--d0);--t:var(--d0t)}.d1{--f:var(--d1);--t:var(--d1t)}.d2{--f:var(--d2)}.d3{--f:var(--d3)}
 .d4{--f:var(--d4)}.d5{--f:var(--d5);--t:var(--d5t)}.d6{--f:var(--d6);--t:var(--d6t)}
@@ -102,7 +102,8 @@ body{font-size:10pt;background:none}
 main,header,footer{max-width:none;padding-left:0;padding-right:0}header{padding-top:0}
 section{margin-top:1.5rem;padding-top:1rem}
 h2,h3{break-after:avoid}figure,.heat,.bars,.figures,pre,tr{break-inside:avoid}
-section:has(details:not([open])){display:none}
+section:has(details:not([open])){display:none}.heat.many:not(.most) td:not(.sum){font-size:5pt}
+.two{break-inside:avoid}
 .figures{grid-template-columns:repeat(4,1fr)}.masks{grid-template-columns:1fr 1fr;gap:.5rem 1.5rem}.masks.one{max-width:none}
 .masks.one{grid-template-columns:1fr}section:has(.masks){break-inside:avoid}.legend{break-before:avoid}
 }"""

@@ -90,6 +90,7 @@ class StatisticalPruning(Callback):
         CalibrationError: no calibration data, or none for some rank; or no such module.
         CheckpointError: the output exists or cannot be written, or the model is none that can be saved.
         NonFiniteError: the training left NaN or infinity in a weight.
+        RanksError: another rank failed; the message has its error.
         StatpruneError: as `prune`.
     """
 
@@ -231,8 +232,10 @@ class StatisticalPruning(Callback):
         """Log, and let the twin go."""
         if self._measuring is None or self.report is None:
             return
+        with self._together(trainer):
+            measured = self._measuring.values()
         values = {
-            **self._measuring.values(),
+            **measured,
             "pruned_sparsity": self.report.sparsity,
             "pruned_energy_ratio": self.report.energy_ratio,
         }

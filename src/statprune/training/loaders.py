@@ -53,7 +53,7 @@ def validation_batches(trainer: Trainer) -> Iterator[Any]:
 def model_inputs(pl_module: LightningModule, target: nn.Module, batch: Any) -> ModelInputs:
     """The inputs of `target.forward` in a batch of this LightningModule's loaders, on the model's device."""
     if not hasattr(pl_module, "calibration_inputs"):
-        return read_inputs(target, batch)
+        return read_inputs(target, batch, has_targets=True)
     given = pl_module.calibration_inputs(batch)
     if isinstance(given, Mapping):
         return read_inputs(target, ModelInputs((), dict(given)))

@@ -12,7 +12,7 @@ from statprune.api import PruningPlan
 from statprune.model.kinds import is_causal, predictions_of
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
-from statprune.ranks import sum_over_ranks
+from statprune.ranks import collective, sum_over_ranks
 from statprune.training.loaders import model_inputs
 
 
@@ -48,9 +48,12 @@ class Measurement:
 
     def values(self) -> dict[str, float]:
         """What was measured, over all ranks."""
-        values = {name: float(metric.compute()) for name, metric in self.perplexities.items()}
+        values = {}
+        for name, metric in self.perplexities.items():
+            with collective(None, f"the {name}"):  # torchmetrics adds up
+                values[name] = float(metric.compute())
         if self.twin is not None:
-            sum_over_ranks([total := self.error_sq.clone()])
+            sum_over_ranks([total := self.error_sq.clone()], what="the error of the output")
             difference, dense = total.tolist()
             if dense:
                 values["pruned_output_error"] = (difference / dense) ** 0.5

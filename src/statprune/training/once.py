@@ -27,7 +27,7 @@ from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.weights import refuse_sharded
 from statprune.progress import Say
-from statprune.ranks import together
+from statprune.ranks import all_well, together
 from statprune.recipe import Recipe, Search, scope_to_dict
 from statprune.report import PruningReport
 from statprune.training.masks import HeldMasks, remeasure
@@ -213,7 +213,11 @@ class PruneOnce:
             raise
 
     def save(self, target: nn.Module, *, tokenizer: Any, source: str) -> None:
-        """Write the output, where one is asked for and this is the first rank; errors as `checkpoint.save`."""
+        """Write the output, where one is asked for and this is the first rank; errors as `checkpoint.save`.
+
+        On all ranks, inside of `on_all_ranks`.
+        """
+        all_well(None, "the saving")  # ranks that have met wait longer for each other, as writing a large model takes
         place, self._place = self._place, None
         if place is not None:
             report = self.landed_report()

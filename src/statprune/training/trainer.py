@@ -66,6 +66,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         CalibrationError: no calibration data, or none for some rank; or no such module.
         CheckpointError: the output exists or cannot be written, or the model is none that can be saved.
         NonFiniteError: the training left NaN or infinity in a weight.
+        RanksError: another rank failed; the message has its error.
         StatpruneError: as `prune`.
     """
 

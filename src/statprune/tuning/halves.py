@@ -96,7 +96,7 @@ class Scorer:
                     logits = functional_call(self.model, self.weights, (), dict(batch)).logits
                 self.metric.update_next_token(logits, batch["input_ids"], batch.get("attention_mask"))
         self.done = max(self.done, num_batches)
-        with collective(self.process_group, "the perplexity on the held-out windows"):
+        with collective(self.process_group, f"the perplexity of {num_batches} batches"):
             return float(self.metric.compute())
 
 
