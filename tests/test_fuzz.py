@@ -54,9 +54,9 @@ TOKENS = [
 
 @st.composite
 def mutated(draw, texts, tokens=TOKENS):
-    """A text with up to four changes: something inserted, cut out, repeated, or a letter replaced."""
+    """A text with up to three changes: something inserted, cut out, repeated, or a letter replaced."""
     text = draw(texts)
-    for _ in range(draw(st.integers(0, 4))):
+    for _ in range(draw(st.sampled_from([0, 1, 1, 2, 3]))):
         start = draw(st.integers(0, len(text)))
         end = min(len(text), start + draw(st.integers(0, 6)))
         kind = draw(st.sampled_from(["insert", "cut", "repeat", "replace"]))
@@ -139,13 +139,15 @@ def is_understood_or_refused(how, **others):
     try:
         found = read_how(how, **others)
     except StatpruneError as e:
-        assert 0 < len(str(e)) < 12_000
-        event("refused")
+        message = str(e)
+    else:
+        event("understood")
+        data = found.to_dict()
+        json.dumps(data, allow_nan=False)
+        assert type(found).from_dict(data) == found
         return
-    event("understood")
-    data = found.to_dict()
-    json.dumps(data, allow_nan=False)
-    assert type(found).from_dict(data) == found
+    event("refused")
+    assert 0 < len(message) < 12_000
 
 
 def recipes_as_texts(method, pattern):
@@ -156,7 +158,10 @@ def recipes_as_mappings(data):
     is_understood_or_refused(data)
 
 
-TEXTS = {"method": mutated(st.sampled_from(METHODS)), "pattern": mutated(st.sampled_from(["2:4", "50%", "50%:rank_over=row"]))}
+TEXTS = {
+    "method": mutated(st.sampled_from(METHODS)),
+    "pattern": st.none() | mutated(st.sampled_from(["2:4", "50%", "50%:rank_over=row"])),
+}
 MAPPINGS = {"data": wild() | RECIPES | ANYTHING}
 
 test_recipes_as_texts = cases(50, **TEXTS)(recipes_as_texts)
@@ -223,9 +228,14 @@ def recipes_on_a_model(data, scale, seed):
         try:
             report = statprune.prune(model, [tokens(2, 8)], recipe)
         except StatpruneError as e:
-            assert changed(model, before) == set() or "Reload the model" in str(e)
-            event(f"refused: {type(e).__name__}{', halfway' if changed(model, before) else ''}")
-            return
+            message = f"{type(e).__name__}: {e}"
+        else:
+            message = None
+    if message is not None:
+        # In the model itself, in the middle of it, there is one case that cannot be seen before; the message says so.
+        assert changed(model, before) == set() or "Reload the model" in message
+        event(f"refused: {message.split(':')[0]}{', halfway' if changed(model, before) else ''}")
+        return
     event("pruned")
     weights, pattern = dict(model.named_parameters()), recipe.build_pattern()
     assert changed(model, before) <= {site.parameter for site in report.sites}
@@ -423,7 +433,7 @@ test_many_command_lines = pytest.mark.slow(cases(1500, **COMMAND_LINES)(command_
 
 SMALL_VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 70), st.floats(), st.text(max_size=8),
-    st.sampled_from(["LlamaForCausalLM", "GPT2LMHeadModel", "llama", "clip", "../x", "/etc/passwd", "float99", [], {}, [1], {"a": 1}]),
+    st.sampled_from(["LlamaForCausalLM", "GPT2LMHeadModel", "llama", "clip", "../x", "/etc/passwd", "float99", [], {}, [1]]),
 )  # fmt: skip
 
 

@@ -16,6 +16,9 @@ from statprune.weight_files import INDEX, WHOLE, read_index, read_json
 ADAPTER = "adapter_config.json"
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+_SWITCHES = ("output_hidden_states", "output_attentions", "return_dict", "use_cache")
+"""What `forward` returns, which transformers does not check until it runs."""
+
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _OWN_CODE = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 """Implementations of attention and of experts that are in torch and transformers themselves."""
@@ -34,7 +37,7 @@ def model_folder(path: str, revision: str | None = None, *, with_weights: bool =
     """
     try:
         is_here = Path(path).exists()
-    except OSError as e:
+    except (OSError, ValueError) as e:  # a ValueError where the name holds a NUL
         raise ModelError(f"No model at {path!r}: {first_line(e)}") from e
     if is_here:
         if revision is not None:
@@ -125,6 +128,8 @@ def _refuse(path: str, file: Path, stated: dict[str, Any]) -> None:
     for place, key, value in _settings(stated):
         if key in ("quantization_config", "compression_config") and value:
             raise ModelError(f"{path} is quantized: prune the model that it was made from, and quantize afterwards.")
+        if key in _SWITCHES and value is not None and not isinstance(value, bool):
+            raise ModelError(f"{file} has {place} {value!r}: expected true or false.")
         if key in ("dtype", "torch_dtype") and isinstance(value, str) and value.removeprefix("torch.") not in _DTYPES:
             raise ModelError(f"{file} has {place} {value!r}: expected one of {', '.join(_DTYPES[:-1])}.")
         if key.strip("_").removesuffix("_internal") in _IMPLEMENTATIONS and "/" in str(value):

@@ -94,7 +94,7 @@ def parser_of_all() -> ArgumentParser:
     parser = _Parser(
         prog="statprune", usage="statprune [--help | --version] COMMAND ...", formatter_class=_HelpFormatter,
         description=_filled("Make trained language models sparse, without retraining, and prove what was done."),
-        epilog=_filled(TEACHING.strip()),
+        epilog=_filled(TEACHING.strip()), allow_abbrev=True,
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, help="Show the versions of statprune and of what it stands on, and exit.")
     parser.add_argument(

@@ -12,7 +12,7 @@ from statprune.data.files import Text
 from statprune.data.places import windows_at_places
 from statprune.data.tokens import has_places, tokenize
 from statprune.data.windows import check_coverage, check_size, consecutive_windows, random_windows
-from statprune.errors import CalibrationError, number_of
+from statprune.errors import CalibrationError, first_line, number_of
 from statprune.progress import Progress, silent
 
 GENERATED = "generated"
@@ -194,6 +194,13 @@ def generated_windows(
         torch.manual_seed(seed)
         for start in first.split(batch_size):
             tokens = start.to(device)
-            windows.append(model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings).cpu())
+            try:
+                chosen = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:  # the model's own code
+                raise CalibrationError(
+                    f"The model cannot sample calibration text: {type(e).__name__}: {first_line(e)}. Are the settings in its "
+                    "config.json those that it was saved with? Or name texts: --calibration train.txt."
+                ) from e
+            windows.append(chosen.cpu())
             progress(sum(len(window) for window in windows), samples, "windows")
     return torch.cat(windows)
