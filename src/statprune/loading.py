@@ -152,9 +152,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_folder(path, revision), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(path, revision), trust_remote_code=False)
+        tokenizer("a b", verbose=False)  # settings of the wrong type show at the first text
     except Exception as e:  # tokenizers raises Exception itself
         raise ModelError(f"The tokenizer in {path} cannot be loaded: {first_line(e)}") from e
+    return tokenizer
 
 
 def fingerprint(path: str, config: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from statprune.commands import COMMANDS, display, endings, options
 from statprune.commands.command_line import in_place
-from statprune.commands.parsers import parser_of_all
+from statprune.commands.parsers import parser_of_all, refuse
 
 
 class Call(NamedTuple):
@@ -66,10 +66,18 @@ def parse(words: Sequence[str]) -> Call:
         SystemExit: they are none, which is explained on standard error; or they ask for help, which is printed.
         RecipeError: a criterion or compensation of another package cannot be loaded.
     """
-    parsed = parser_of_all().parse_args(in_place(words))
+    words = in_place(_without_nul(words))
+    parsed = parser_of_all().parse_args(_without_nul(words))  # a file of options may have brought one
     function, values = COMMANDS[parsed.subcommand], parsed[parsed.subcommand].as_dict()
     show = options.ShowOptions(**{field.name: values[field.name] for field in dataclasses.fields(options.ShowOptions)})
     return Call(function, _arguments(function, values), show)
+
+
+def _without_nul(words: Sequence[str]) -> Sequence[str]:
+    """The words. No file can be called so, and each library says it in its own way."""
+    if any("\0" in word for word in words):
+        refuse(None, "a word with a NUL character: no file and no option has one.")
+    return words
 
 
 def _arguments(function: Callable[..., dict[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
