@@ -11,7 +11,6 @@ What is saved is what every runtime reads: dense safetensors with exact zeros, n
 
 import contextlib
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from statprune.hub import check_repository, push
 from statprune.model.kinds import adapter_parameters, is_transformers_model, unwrapped
 from statprune.output import Reserved, refuse_existing, warn
 from statprune.page import PAGE, render_folder
+from statprune.plain import finite
 from statprune.progress import Say
 from statprune.record import FORMAT, RECORD, file_digest, read_json, write_record
 from statprune.report import PruningReport
@@ -208,7 +208,7 @@ def save(
         check_shard_size(max_shard_size)
         output = reserve(output, model=model, overwrite=overwrite, source=source)
     inner, prefix = unwrapped(model)
-    beyond = _without_non_finite({"protocol": protocol or {}, "perplexity": report.perplexity})
+    beyond = finite({"protocol": protocol or {}, "perplexity": report.perplexity})
     record = {**report.to_dict(), **beyond}
     with output as place:
         try:
@@ -255,8 +255,8 @@ def _rescue(inner: nn.Module, record: Mapping[str, Any], place: Reserved, reason
             state = {name: value.detach().cpu().contiguous().clone() for name, value in inner.state_dict().items()}
             safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         with contextlib.suppress(TypeError, OSError):
-            finite = _without_non_finite({"format": FORMAT, "unfinished": str(reason), **record})
-            (folder / RECORD).write_text(json.dumps(finite, indent=1, default=str) + "\n", encoding="utf-8")
+            kept = finite({"format": FORMAT, "unfinished": str(reason), **record})
+            (folder / RECORD).write_text(json.dumps(kept, indent=1, default=str) + "\n", encoding="utf-8")
 
     return place.rescue(write)
 
@@ -380,15 +380,6 @@ def _replaceable(source: str | Path | None) -> Callable[[Path], None]:
             )
 
     return check
-
-
-def _without_non_finite(data: Any) -> Any:
-    """Plain data with None for NaN and infinity, which JSON does not have."""
-    if isinstance(data, dict):
-        return {key: _without_non_finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_without_non_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _places(folder: Path) -> dict[str, str]:
