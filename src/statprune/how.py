@@ -62,13 +62,14 @@ def read_yaml(path: str | Path) -> Recipe | Search:
 
 
 Method = str | Mapping[str, Any]
-"""A short name such as `"best"` or `"cvr+energy"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps
-a `label` to show it by, a `schedule`, a `target` and an `allocation`."""
+"""A short name such as `"best"` or `"wanda"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps a
+`label` to show it by, a `schedule`, a `target` and an `allocation`."""
+
 
 def labelled(method: Method, **others: Any) -> tuple[str, Recipe | Search]:
     """A method's label, and its recipe or search; the other fields by keyword, which the method's own win over.
 
-    What a preset has is its own. Its label is its name; that of other methods says where allocation or target are not the usual.
+    What a preset has is its own. Its label is its name; another method's says where allocation or target are not the usual.
 
     Raises:
         RecipeError: the mapping has other keys; or as the constructors.

@@ -34,7 +34,7 @@ from statprune.methods.patterns import NM, PATTERNS, ModelPattern, Pattern
 from statprune.methods.pruner import WeightPruner
 from statprune.methods.registry import build_pruner, known_compensations, known_criteria
 from statprune.methods.statistics import InputMoments, Statistic
-from statprune.methods.target import TARGETS, Target
+from statprune.methods.target import TARGETS, DenseTarget, PrunedTarget
 from statprune.model.schedule import SCHEDULES, Schedule
 from statprune.presets import DEFAULT, PRESETS, USUAL_CRITERION, Preset
 from statprune.strict_yaml import YamlDumper, load, problem
@@ -59,8 +59,8 @@ class Recipe:
 
     Bad values are refused here, before a model is touched. Texts are stored in their shortest form, so that two ways to write a
     recipe compare and save as one, and a preset as what it stands for: `Recipe("best", pattern="50%")` equals the recipe that
-    spells it out. What is given beside a preset wins: `Recipe("best", target="pruned")`. What a method of its own leaves open is
-    schedule walk, target pruned and allocation uniform.
+    spells it out. What is given beside a preset wins: `Recipe("best", target="pruned")`. Where no preset says otherwise, the
+    schedule is walk, the target pruned and the allocation uniform.
 
     Raises:
         RecipeError: a name or a setting does not exist, or a value is out of range; a preset with settings or compensations.
@@ -202,9 +202,10 @@ class Recipe:
         """The allocation object."""
         return _built(complete("allocation", self.allocation, ALLOCATIONS), ALLOCATIONS)
 
-    def build_target(self) -> Target:
+    def build_target(self) -> PrunedTarget | DenseTarget:
         """The target object."""
-        return _built(complete("target", self.target, TARGETS), TARGETS)
+        name, settings = split(complete("target", self.target, TARGETS))
+        return TARGETS[name](**settings)
 
     def pruner(self, pattern: Pattern | None = None) -> WeightPruner:
         """The function that prunes one weight, with a pattern of its own where an allocation gives it one."""
@@ -226,6 +227,7 @@ class Recipe:
                 pattern = NM(1, 2)
             width = pattern.group_size or 2
             moments = InputMoments.zeros(width, Statistic.GRAM).add(torch.eye(width)).add(-torch.eye(width))
+            moments = moments.with_output_gram(torch.eye(1))
             criterion = _least_work(self.criterion, known_criteria())
             compensation = [_least_work(part, known_compensations()) for part in self.compensation]
             build_pruner(criterion, pattern, compensation)(torch.linspace(1.0, 2.0, width)[None], moments)
@@ -257,7 +259,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for: the method, schedule, target and allocation that lose least on this model, by trying them out (see `tune`).
+    """What to look for: the method, schedule, target and allocation that lose least on this model, by trying (see `tune`).
 
     Wherever a recipe can stand it can stand too, also as the text `"auto"` or `"auto:minutes=5"`. What it gives is a recipe.
 

@@ -80,7 +80,7 @@ def tune(
         output: Folder for recipe.yaml, tried.csv, tried.md and trials.jsonl (a line for each measurement). One that is there is
             gone on with, if the model, the calibration and the settings are the same; more --minutes try more.
         minutes: How long it may take, without loading the model. The baselines are measured whatever it says.
-        no_gradients: Try nothing that takes the dense model backward, for which there may be no memory; best is then no baseline.
+        no_gradients: Try nothing that takes the dense model backward, which takes memory; best is then no baseline.
 
     Examples:
         statprune tune MODEL --output tuned --calibration train.txt --pattern 2:4 --minutes 10

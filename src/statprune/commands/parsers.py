@@ -236,9 +236,9 @@ def _broken(line: str) -> list[str]:
 def _lists(known: Sequence[Option]) -> Iterator[str]:
     """What there is for these options: each name with what it is, and with its settings or what it stands for."""
     names = {option.name for option in known}
-    presets = {name: [preset.summary, preset.spelled_out] for name, preset in PRESETS.items()}
-    listed = {title: {name: _texts(entry) for name, entry in entries.items()} for title, entries in catalog().items()}
-    for title, rows in {"presets": presets, **listed}.items():
+    lists = {title: {name: _texts(entry) for name, entry in entries.items()} for title, entries in catalog().items()}
+    presets = {name: [preset.summary.replace("`", ""), preset.spelled_out] for name, preset in PRESETS.items()}
+    for title, rows in ({"presets": presets} | lists).items():
         if names & _LISTED_FOR[title]:
             yield "\n".join([f"{title}:", *(line for name, texts in rows.items() for line in _row(name, texts))])
 
