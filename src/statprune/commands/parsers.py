@@ -201,7 +201,7 @@ def _add(group: Any, option: Option) -> None:
 
 def _explained(option: Option) -> str:
     """The help with names from the registry in it, and what happens where the option is not given."""
-    names = {name: ", ".join(entries) for name, entries in {"presets": PRESETS, **catalog()}.items()}
+    names = {"presets": ", ".join(PRESETS), **{name: ", ".join(entries) for name, entries in catalog().items()}}
     text = Template(" ".join(option.help.split())).substitute(names)
     if option.is_required:
         return text if option.is_positional else f"{text} Required."
