@@ -7,7 +7,7 @@ neither can happen to a sum.
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Flag, auto
 from typing import Any, TypeVar
 
@@ -31,6 +31,12 @@ class Statistic(Flag):
 
     SAMPLE = auto()
     """A few of the tokens themselves, to measure on them what pruning does to the output. The moments always come with it."""
+
+    CROSS = auto()
+    """What the dense model has where these inputs are, beside them: its products with them. The Gram always comes with it."""
+
+    CURVATURE = auto()
+    """The gradients of the loss with respect to a layer's outputs: one backward pass of the dense model, before the walk."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -103,6 +109,10 @@ class InputMoments:
 
     gram: Tensor | None = None
     """[..., in, in], float32: sum of x x^T over tokens, padding left out; None where nobody asked for it."""
+
+    output_gram: Tensor | None = None
+    """[out, out], float32: mean over tokens of g g^T, g the gradient of the summed loss with respect to one layer's output, in the
+    dense model. A thing of that one layer, which is why it is no sum here: see `with_output_gram`."""
 
     sample: InputSample | None = None
     """Of the tokens that were added here, not on other ranks; None where nobody asked for it."""
@@ -182,6 +192,12 @@ class InputMoments:
             self._derived[key] = compute()
         found: Derived = self._derived[key]
         return found
+
+    def with_output_gram(self, output_gram: Tensor) -> "InputMoments":
+        """The same statistics, and what is derived from them, for one layer with the Gram of its gradients [out, out]."""
+        beside = replace(self, output_gram=output_gram)
+        beside._derived = self._derived
+        return beside
 
     def totals(self) -> list[Tensor]:
         """The tensors that add up over ranks."""
