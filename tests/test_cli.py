@@ -18,12 +18,13 @@ from statprune import Recipe, Search
 from statprune.checkpoint import verify
 from statprune.commands import COMMANDS, console, display
 from statprune.commands.cli import main, parse
-from statprune.errors import RecipeError
+from statprune.errors import NonFiniteError, RecipeError
 from statprune.loading import load_model, load_tokenizer
 from statprune.methods import catalog, registry
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
 from statprune.perplexity import evaluate
+from statprune.report import PruningReport
 
 TEXT = "to be or not to be, that is the question\n" * 40
 
@@ -182,13 +183,54 @@ class TestPerplexityBeforeAndAfter:
     def test_one_that_is_no_number_is_recorded_as_none_and_loses_nothing(
         self, capsys, tmp_path, tiny_model_folder, text, monkeypatch
     ):
-        values = iter([12.5, float("inf")])
-        monkeypatch.setattr("statprune.perplexity.evaluate", lambda *_, **__: next(values))
+        values = iter([12.5, 100.0, None])
+
+        def evaluate(*_, **__):
+            if (value := next(values)) is None:
+                raise NonFiniteError("The perplexity is inf")
+            return value
+
+        monkeypatch.setattr("statprune.perplexity.evaluate", evaluate)
         status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--text", text)
         assert status == 0, err
         assert "perplexity no number, dense 12.5000" in out
+        assert "Wanda's mask alone would give 100.0000: better than this recipe" in out
         found = verify(tmp_path / "out")["perplexity"]
-        assert (found["dense"], found["pruned"]) == (12.5, None)
+        assert (found["dense"], found["wanda"], found["pruned"]) == (12.5, 100.0, None)
+
+    def test_is_shown_beside_that_of_wandas_mask(self, capsys, tmp_path, tiny_model_folder, text):
+        given = ["--text", text, "--calibration", text, "--pattern", "1:4", "--ignore", "*.down_proj", "--json"]
+        paper = json.loads(prune(capsys, tiny_model_folder, tmp_path / "paper", *given, "--method", "paper")[1])
+        wanda = json.loads(
+            prune(capsys, tiny_model_folder, tmp_path / "wanda", *given, "--method", "wanda", "--schedule", "block")[1]
+        )
+        assert paper["perplexity"]["wanda"] == pytest.approx(wanda["perplexity"]["pruned"])
+        assert paper["perplexity"]["pruned"] != paper["perplexity"]["wanda"]
+        assert "wanda" not in wanda["perplexity"]
+        assert paper["seconds"]["compare"] > 0
+        assert "compare" not in wanda["seconds"]
+        assert f"| Wanda's mask alone | {paper['perplexity']['wanda']:.4f} |" in (tmp_path / "paper" / "README.md").read_text()
+        status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", *given[:-1], "--no-compare")
+        assert status == 0, err
+        assert "Wanda" not in out
+        assert "wanda" not in verify(tmp_path / "out")["perplexity"]
+
+    @pytest.mark.parametrize(
+        ("pruned", "wanda", "expected"),
+        [
+            (14.0, 15.0, "Wanda's mask alone would give 15.0000\n"),
+            (15.0, 15.0, "Wanda's mask alone would give 15.0000\n"),
+            (15.5, 15.0, "Wanda's mask alone would give 15.0000: better than this recipe, on this text. Try --method wanda"),
+            (15.5, None, ""),
+        ],
+    )
+    def test_says_where_wandas_mask_would_be_better(self, capsys, pruned, wanda, expected):
+        report = PruningReport(Recipe().to_dict(), "walk")
+        report.perplexity = {"dense": 9.0, "pruned": pruned, "wanda": wanda, "windows": 2, "seqlen": 16, "text": ["a.txt"]}
+        display.show_report(report, "out")
+        out = capsys.readouterr().out
+        assert expected in out
+        assert ("Wanda" in out, "better than" in out) == (wanda is not None, "better than" in expected)
 
 
 class TestZerosOfASparseFolder:

@@ -183,7 +183,20 @@ def _perplexities(measured: Mapping[str, Any] | None) -> str:
     dense, pruned = ("no number" if measured[key] is None else f"{measured[key]:.4f}" for key in ("dense", "pruned"))
     return (
         f"perplexity [bold]{pruned}[/], dense {dense}, on {measured['windows']} windows of {measured['seqlen']} tokens of "
-        f"{escape(', '.join(measured['text']))}\n"
+        f"{escape(', '.join(measured['text']))}\n{_beside_wanda(measured)}"
+    )
+
+
+def _beside_wanda(measured: Mapping[str, Any]) -> str:
+    """What Wanda's mask would have left, where that was measured and is a number."""
+    if measured.get("wanda") is None:
+        return ""
+    text = f"Wanda's mask alone would give {measured['wanda']:.4f}"
+    if measured["pruned"] is not None and measured["pruned"] <= measured["wanda"]:
+        return f"[dim]{text}[/]\n"
+    return (
+        f"[bold yellow]{text}: better than this recipe[/], on this text. Try --method wanda --schedule block, --method best, or "
+        "let 'statprune tune' choose.\n"
     )
 
 
@@ -196,6 +209,7 @@ def _steps(report: "PruningReport") -> dict[str, str]:
         "tune": "candidates tried out on the calibration windows",
         "trace": "export to a graph, in vain" if report.fallback_reason else "export to a graph",
         **({"allocate": f"allocation: {allocation}, measured on the dense model"} if allocation != "uniform" else {}),
+        "compare": "Wanda's mask to compare with, pruned and measured",
         "check": "first batch through the dense model, before any change",
         "walk": f"walk: the calibration set through the {runner}, {times}",
         "prune": "scores, masks and compensation",
