@@ -24,7 +24,7 @@ def show_plan(model: Any, selection: "Selection", how: "Recipe | Search", reason
 
     title = f"{how.method} at {how.pattern}"
     if isinstance(how, Recipe):
-        title += f", schedule {how.schedule}, allocation {how.allocation}"
+        title += f", schedule {how.schedule}, allocation {how.allocation}, target {how.target}"
     _show_sites(title, selection)
     if reason is not None:
         console.tell(f"[yellow]{escape(reason)}[/]")
@@ -195,8 +195,8 @@ def _beside_wanda(measured: Mapping[str, Any]) -> str:
     if measured["pruned"] is not None and measured["pruned"] <= measured["wanda"]:
         return f"[dim]{text}[/]\n"
     return (
-        f"[bold yellow]{text}: better than this recipe[/], on this text. Try --method wanda --schedule block, --method best, or "
-        "let 'statprune tune' choose.\n"
+        f"[bold yellow]{text}: better than this recipe[/], on this text. Try --method wanda --schedule block, or let "
+        "'statprune tune' choose.\n"
     )
 
 
@@ -221,7 +221,9 @@ def show_tuned(tuned: Any, next_command: str) -> None:
     """The end of `statprune tune`."""
     rows = tuned.rows()
     # Everything is in the files: the terminal may be narrow, and methods have long names.
-    shown = [key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} != {"uniform"}]
+    shown = [
+        key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} not in ({"uniform"}, {"pruned"})
+    ]
     rows = [{key: row[key] for key in shown} for row in rows]
     table = Table(title="what was tried, on most windows first", title_justify="left", title_style="bold", header_style="bold")
     for column in ("", *rows[0]):
