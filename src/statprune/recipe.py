@@ -195,6 +195,7 @@ class Recipe:
                 pattern = NM(1, 2)
             width = pattern.group_size or 2
             moments = InputMoments.zeros(width, Statistic.GRAM).add(torch.eye(width)).add(-torch.eye(width))
+            moments = moments.with_output_gram(torch.ones(1, 1))
             criterion = _least_work(self.criterion, known_criteria())
             compensation = [_least_work(part, known_compensations()) for part in self.compensation]
             build_pruner(criterion, pattern, compensation)(torch.linspace(1.0, 2.0, width)[None], moments)
