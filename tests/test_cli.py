@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import statprune.zeros
 from statprune import Recipe, Search
 from statprune.checkpoint import verify
-from statprune.commands import COMMANDS, display
+from statprune.commands import COMMANDS, console, display
 from statprune.commands.cli import main, parse
 from statprune.errors import RecipeError
 from statprune.loading import load_model, load_tokenizer
@@ -497,6 +497,14 @@ def test_inspect_needs_no_architecture_in_the_configuration(capsys, tmp_path, ti
     assert [len(group) for group in json.loads(out)["groups"]] == [3, 1, 2, 1]
 
 
+def test_inspect_knows_how_many_zeros_there_will_be(capsys, tmp_path, tiny_model_folder):
+    shutil.copy(f"{tiny_model_folder}/config.json", tmp_path)
+    status, out, err = run(capsys, "inspect", tmp_path, "--method", "wanda", "--pattern", "70%", "--json")
+    assert status == 0, err
+    # 70 % of 256, 128 and 512, rounded down in each layer: q and o, k and v, gate, up and down.
+    assert json.loads(out)["zeros"] == 2 * 179 + 2 * 89 + 3 * 358
+
+
 def test_inspect_shows_what_a_recipe_would_prune_and_leave_dense_and_the_sizes_to_expect(capsys, tmp_path, tiny_model_folder):
     shutil.copy(f"{tiny_model_folder}/config.json", tmp_path)
     (tmp_path / "recipe.yaml").write_text("method: wanda\nignore: ['*.down_proj']\n")
@@ -670,8 +678,8 @@ class TestHelp:
 class TestProgress:
     def test_is_a_line_for_each_finished_tenth_with_times(self, capsys, monkeypatch):
         seconds = iter(range(0, 1000, 3))  # a step takes three seconds
-        monkeypatch.setattr(display.time, "perf_counter", lambda: float(next(seconds)))
-        with display.progress("walking") as progress:
+        monkeypatch.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
+        with console.progress("walking") as progress:
             for done in range(1, 41):
                 progress(done, 40, f"layer {done}")
         lines = capsys.readouterr().err.splitlines()
@@ -680,7 +688,7 @@ class TestProgress:
         assert len(lines) == 10
 
     def test_is_a_line_for_each_step_where_steps_are_long(self, capsys):
-        with display.progress("measuring", each=True) as progress:
+        with console.progress("measuring", each=True) as progress:
             for done in range(26):
                 progress(done, 25, "")
         assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
@@ -689,8 +697,8 @@ class TestProgress:
 
     def test_is_a_line_each_minute_too(self, capsys, monkeypatch):
         seconds = iter(range(0, 10000, 25))
-        monkeypatch.setattr(display.time, "perf_counter", lambda: float(next(seconds)))
-        with display.progress("walking") as progress:
+        monkeypatch.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
+        with console.progress("walking") as progress:
             for done in range(1, 41):
                 progress(done, 400, "")
         lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
@@ -698,15 +706,15 @@ class TestProgress:
 
     def test_preparations_do_not_count_for_what_is_left(self, capsys, monkeypatch):
         seconds = iter([0.0, 100.0, 102.0, 104.0])  # the first step ends after 100 s, the others take 2
-        monkeypatch.setattr(display.time, "perf_counter", lambda: next(seconds))
-        with display.progress("walking", each=True) as progress:
+        monkeypatch.setattr(console.time, "perf_counter", lambda: next(seconds))
+        with console.progress("walking", each=True) as progress:
             for done in (1, 2, 3):
                 progress(done, 10, "")
         lines = capsys.readouterr().err.splitlines()
         assert [line.split(", ")[2] for line in lines] == ["about 15:00 left", "about 0:16 left", "about 0:14 left"]
 
     def test_begins_again_with_other_work(self, capsys):
-        with display.progress("choosing and pruning") as progress:
+        with console.progress("choosing and pruning") as progress:
             for total in (2, 3):
                 for done in range(1, total + 1):
                     progress(done, total, "")
@@ -715,11 +723,11 @@ class TestProgress:
     @pytest.fixture
     def terminal(self, monkeypatch):
         shown = io.StringIO()
-        monkeypatch.setattr(display, "notes", Console(file=shown, force_terminal=True, width=100))
+        monkeypatch.setattr(console, "notes", Console(file=shown, force_terminal=True, width=100))
         return shown
 
     def test_on_a_terminal_is_a_bar_that_appears_with_the_first_step(self, terminal):
-        with display.progress("walking") as progress:
+        with console.progress("walking") as progress:
             progress(0, 40, "nothing")
             assert terminal.getvalue() == ""
             progress(4, 40, "a layer with a name that is as long as names of layers are in models of vision and of language")
@@ -729,7 +737,7 @@ class TestProgress:
         assert "…" in terminal.getvalue()
 
     def test_of_work_that_does_not_apply_is_nothing(self, terminal, capsys):
-        with display.progress("walking"):
+        with console.progress("walking"):
             pass
         assert terminal.getvalue() == ""
         assert capsys.readouterr().err == ""
@@ -746,7 +754,7 @@ class TestProgress:
             shown = capsys.readouterr().err
             return [name for name in ("one", "of transformers", "of a download") if f"{name}:" in shown]
 
-        with display.only_own_bars():
+        with console.only_own_bars():
             assert bars() == ["of a download"]
         assert bars() == ["one", "of transformers", "of a download"]
 

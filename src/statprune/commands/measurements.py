@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from typing import Any
 
-from statprune.commands import display
+from statprune.commands import console, display
 from statprune.commands.options import (
     RANDOM_TOKENS,
     CalibrationOptions,
@@ -47,14 +47,14 @@ def compare(
     how = [labelled(method)[1] for method in methods or ()]
     windows = calibration.windows(opened, halves=any(isinstance(one, Search) for one in how))
     held_out = opened.held_out(text)
-    display.say("measuring the dense model, and exporting it to a graph")
-    with display.progress("comparing", each=True) as progress:
+    console.say("measuring the dense model, and exporting it to a graph")
+    with console.progress("comparing", each=True) as progress:
         cells = comparison.compare(
             opened.model, windows, held_out,
             methods=methods or comparison.METHODS, patterns=patterns or comparison.PATTERNS,
             schedule=schedule, batch_size=calibration.batch_size, progress=progress,
         )  # fmt: skip
-    display.show_text(comparison.markdown_table(cells))
+    console.show_text(comparison.markdown_table(cells))
     return {"seqlen": opened.seqlen, "samples": calibration.samples, "cells": [dataclasses.asdict(cell) for cell in cells]}
 
 
@@ -90,10 +90,10 @@ def tune(
     search = Search.from_dict({"minutes": minutes, **layers.given()})
     opened = model.open(calibration)
     windows = calibration.windows(opened, halves=True)
-    display.say("exporting the model to a graph")
-    with display.progress("seconds of the budget") as progress:
+    console.say("exporting the model to a graph")
+    with console.progress("seconds of the budget") as progress:
         tuned = tune_model(
-            opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=display.say,
+            opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=console.say,
             **dataclasses.asdict(search),
         )  # fmt: skip
     following = ["--recipe", f"{output}/recipe.yaml", "--output", "sparse"]
@@ -117,7 +117,7 @@ def benchmark(model: ModelOptions, calibration: CalibrationOptions = RANDOM_TOKE
 
     opened = model.open(calibration, rounds=rounds)
     windows = calibration.windows(opened)
-    with display.progress("measuring", each=True) as progress:
+    with console.progress("measuring", each=True) as progress:
         cost = measure_walk(opened.model, windows.split(calibration.batch_size), rounds=rounds, progress=progress)
     display.show_walk_cost(cost, windows.numel())
     return display.walk_cost_data(cost, windows.numel())
@@ -179,12 +179,12 @@ def experiment(
     from statprune.experiments.run import run
 
     experiments = load_experiments(name, given)
-    with display.progress(name, each=True) as progress:
-        outcome = run(experiments, output, progress=progress, say=display.say)
+    with console.progress(name, each=True) as progress:
+        outcome = run(experiments, output, progress=progress, say=console.say)
     for title, table in outcome.tables.items():
-        display.show_text(f"\n## {title}\n\n{table}")
+        console.show_text(f"\n## {title}\n\n{table}")
     if outcome.contents:
-        display.say(f"{outcome.contents} are in {output}")
+        console.say(f"{outcome.contents} are in {output}")
     if outcome.failures:
         raise ExperimentError("\n  ".join([f"{len(outcome.failures)} failed:", *outcome.failures]))
     return {"output": output, "tables": outcome.tables, "pictures": outcome.pictures}
@@ -207,8 +207,8 @@ def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int
     from statprune.experiments.compare import markdown_table
     from statprune.experiments.quickstart import quickstart as run
 
-    with display.progress("training and comparing") as progress:
-        cells = run(output, steps=steps, seed=seed, progress=progress, say=display.say)
-    display.show_text(markdown_table(cells))
+    with console.progress("training and comparing") as progress:
+        cells = run(output, steps=steps, seed=seed, progress=progress, say=console.say)
+    console.show_text(markdown_table(cells))
     display.show_next_steps(output)
     return {"output": output, "cells": [dataclasses.asdict(cell) for cell in cells]}

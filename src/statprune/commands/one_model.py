@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from statprune.commands import display
+from statprune.commands import console, display
 from statprune.commands.options import (
     MODEL_SAMPLES,
     CalibrationOptions,
@@ -70,7 +70,7 @@ def prune(
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
-    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=display.say) as place:
+    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=console.say) as place:
         return _prune(model, place, how, calibration, text, max_shard_size)
 
 
@@ -96,7 +96,7 @@ def _prune(
     opened.tokenizer_for(calibration.calibration or ["generated"])  # one that is broken is refused before the export
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
-        display.say("exporting the model to a graph")
+        console.say("exporting the model to a graph")
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     drawn = calibration.places(opened, halves=isinstance(how, Search))
@@ -105,11 +105,11 @@ def _prune(
     if held_out is not None:
         perplexity["dense"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the dense model")
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
-    with display.progress(title) as progress, warnings.catch_warnings():
+    with console.progress(title) as progress, warnings.catch_warnings():
         if layers.reason is not None:  # it was said already
             warnings.filterwarnings("ignore", message=re.escape(layers.reason))
         report = prune_model(
-            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
+            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=console.say
         )
     if held_out is not None:
         perplexity["pruned"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
@@ -119,7 +119,7 @@ def _prune(
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
     report.seconds["trace"] += seconds["trace"]
-    display.say(f"saving to {place.output}, and verifying what was written")
+    console.say(f"saving to {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):
         checkpoint.save(opened.model, report, place, protocol=protocol, source=model.model, max_shard_size=max_shard_size)
     display.show_report(report, str(place.output))
@@ -130,7 +130,7 @@ def _perplexity(opened: Opened, windows: "Tensor", batch_size: int, title: str) 
     """Of the model as it is now; None where it is no number, which the result of a pruning is not lost for."""
     from statprune.perplexity import evaluate as evaluate_model
 
-    with display.progress(title) as progress:
+    with console.progress(title) as progress:
         found = evaluate_model(opened.model, windows, batch_size=batch_size, progress=progress)
     return found if math.isfinite(found) else None
 
@@ -146,7 +146,7 @@ def _look(
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
 
-    display.say(f"exporting {path} to a graph, without its weights")
+    console.say(f"exporting {path} to a graph, without its weights")
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     model = empty_model(path, torch_dtype, revision)
     try:
@@ -175,7 +175,7 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> di
 
     opened = model.open(windows)
     tokens, tokenizer = opened.held_out(text), opened.tokenizer_for(text)
-    with display.progress("evaluating") as progress:
+    with console.progress("evaluating") as progress:
         perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
@@ -221,7 +221,7 @@ def inspect(model: str, recipe: RecipeOptions, revision: str | None = None) -> d
     recorded = read_recorded(model)
     if recorded is None and not looks_sparse(model, sites):
         return display.survey_data(selection)
-    with display.progress("counting zeros") as progress:
+    with console.progress("counting zeros") as progress:
         zeros = count_zeros(model, sites, recorded, progress=progress)
     display.show_zeros(zeros, recorded)
     return {**display.survey_data(selection), **display.zeros_data(zeros, recorded)}
@@ -243,7 +243,7 @@ def verify(folder: str, digest: str | None = None) -> dict[str, Any]:
     """
     from statprune.verification import verify as verify_folder
 
-    with display.progress("verifying") as progress:
+    with console.progress("verifying") as progress:
         record = verify_folder(folder, progress, digest=digest)
     display.show_verified(folder, record)
     return display.verified_data(folder, record)
@@ -293,7 +293,7 @@ def push(folder: str, repository: str, private: bool = False) -> dict[str, Any]:
     """
     from statprune.hub import push as push_folder
 
-    address = push_folder(folder, repository, private=private or None, say=display.say)
+    address = push_folder(folder, repository, private=private or None, say=console.say)
     display.show_pushed(folder, address)
     return {"folder": folder, "repository": repository, "address": address}
 
@@ -322,17 +322,17 @@ def merge(model: str, adapter: str, output: str, overwrite: bool = False, max_sh
 
     check_adapter_folder(adapter)
     checkpoint.check_shard_size(max_shard_size)
-    with checkpoint.reserve(output, overwrite=overwrite, source=model, say=display.say) as place:
-        with display.progress("verifying") as progress:
+    with checkpoint.reserve(output, overwrite=overwrite, source=model, say=console.say) as place:
+        with console.progress("verifying") as progress:
             record = checkpoint.verify(model, progress)
         before = PruningReport.from_dict(record)
-        display.say(f"loading {model}, and merging {adapter}")
+        console.say(f"loading {model}, and merging {adapter}")
         sparse = load_model(model)
         checkpoint.check_model(sparse, place)
         merged = merge_adapters(load_adapter(sparse, adapter), before)
         after = remeasure(before, merged)
         protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-        display.say(f"saving to {place.output}, and verifying what was written")
+        console.say(f"saving to {place.output}, and verifying what was written")
         checkpoint.save(merged, after, place, protocol=protocol, source=model, max_shard_size=max_shard_size)
     display.show_merged(before, after, output)
     return display.merged_data(before, after, output)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from statprune.commands import display
+from statprune.commands import console
 from statprune.errors import CalibrationError
 from statprune.model.schedule import Schedule
 
@@ -121,7 +121,7 @@ class ModelOptions:
         from statprune.loading import load_causal
 
         seqlen = self.check(windows, **numbers)
-        display.say(f"loading {self.model}")
+        console.say(f"loading {self.model}")
         return Opened(load_causal(self.model, self.dtype, self.device, self.revision), self.model, self.revision, seqlen)
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
@@ -185,7 +185,7 @@ class CalibrationOptions(WindowOptions):
             generator = torch.Generator().manual_seed(self.seed)
             vocabulary = opened.model.config.get_text_config().vocab_size
             return torch.randint(vocabulary, (self.samples, opened.seqlen), generator=generator)
-        with display.progress("calibration windows") as progress:
+        with console.progress("calibration windows") as progress:
             return calibration_windows(
                 self.calibration, tokenizer=opened.tokenizer_for(self.calibration), model=opened.model,
                 samples=self.samples, seqlen=opened.seqlen, seed=self.seed, halves=halves, progress=progress,
