@@ -49,7 +49,7 @@ def test_the_whole_model_has_exactly_the_zeros_asked_for(model, batches, traced,
     before = snapshot(model)
     recipe = Recipe(method, pattern="55.3%", allocation=allocation, schedule=schedule)
     twin = statprune.plan(model, batches, recipe, traced=traced)
-    expected = Unstructured(0.553).num_pruned(twin.report.num_weights)
+    expected = Unstructured(0.553).pruned_of(1, twin.report.num_weights)
     assert sum(zeros(twin).values()) == sum(site.num_pruned for site in twin.report.sites) == expected
     spread = recipe.build_allocation().spread
     for site in twin.report.sites:

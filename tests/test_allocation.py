@@ -138,7 +138,7 @@ def test_the_counts_are_exact_together_and_within_bounds_each(layers, target, sp
     sizes = [rows * columns for rows, columns in layers]
     room = [rows * (columns - 1) for rows, columns in layers]
     most = [min(int((target + spread) * size + 1), free) for size, free in zip(sizes, room, strict=True)]
-    asked_for = Unstructured(target, "layer").num_pruned(sum(sizes))
+    asked_for = Unstructured(target, "layer").pruned_of(1, sum(sizes))
     assert sum(counts) == asked_for or (sum(counts) < asked_for and sum(counts) >= sum(most) - len(most))
     for count, size, free in zip(counts, sizes, room, strict=True):
         assert (target - spread) * size - 1 <= count <= (target + spread) * size + 1 or count == free

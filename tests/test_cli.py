@@ -559,6 +559,14 @@ def test_inspect_needs_no_architecture_in_the_configuration(capsys, tmp_path, ti
     assert [len(group) for group in json.loads(out)["groups"]] == [3, 1, 2, 1]
 
 
+def test_inspect_knows_how_many_zeros_there_will_be(capsys, tmp_path, tiny_model_folder):
+    shutil.copy(f"{tiny_model_folder}/config.json", tmp_path)
+    status, out, err = run(capsys, "inspect", tmp_path, "--method", "wanda", "--pattern", "70%", "--json")
+    assert status == 0, err
+    # 70 % of 256, 128 and 512, rounded down in each layer: q and o, k and v, gate, up and down.
+    assert json.loads(out)["zeros"] == 2 * 179 + 2 * 89 + 3 * 358
+
+
 def test_inspect_shows_what_a_recipe_would_prune_and_leave_dense_and_the_sizes_to_expect(capsys, tmp_path, tiny_model_folder):
     shutil.copy(f"{tiny_model_folder}/config.json", tmp_path)
     (tmp_path / "recipe.yaml").write_text("method: wanda\nignore: ['*.down_proj']\n")

@@ -41,6 +41,17 @@ def assert_keeps_the_highest(score, keep, ranked_shape):
     assert (highest_pruned <= lowest_kept).all()
 
 
+def asked_for(per_mille, rows, columns):
+    """How many go by row: rounded down once, and each row keeps one."""
+    return min(per_mille * rows * columns // 1000, rows * (columns - 1))
+
+
+def assert_goes_in_turns(keep, number):
+    """Every matrix loses the number, its rows the same or the first ones one more."""
+    rows = keep.shape[-2]
+    assert ((~keep).sum(-1) == torch.tensor([len(range(row, number, rows)) for row in range(rows)])).all()
+
+
 def test_two_of_four_by_hand():
     # two stay in each four consecutive inputs; N:M as "N pruned" could not be told apart here, see the next test
     score = torch.tensor([[9.0, 1.0, 3.0, 4.0, 0.1, 0.4, 0.2, 0.3]])
@@ -66,12 +77,22 @@ def test_unstructured_layer_competes_as_a_whole_by_hand():
 
 @quick
 @given(scores(st.integers(1, 40)), per_mille)
-def test_a_row_loses_exactly_the_asked_number(score, sparsity):
+def test_a_matrix_loses_exactly_the_asked_number_by_row(score, sparsity):
     keep = Unstructured(sparsity / 1000)(score)
     assert (keep.shape, keep.dtype) == (score.shape, torch.bool)
-    assert ((~keep).sum(-1) == sparsity * score.shape[-1] // 1000).all()
+    assert_goes_in_turns(keep, asked_for(sparsity, *score.shape[-2:]))
     assert keep.any(-1).all()
     assert_keeps_the_highest(score, keep, score.shape)
+
+
+@quick
+@given(st.integers(1, 6), st.integers(1, 40), per_mille, per_mille)
+def test_more_sparsity_keeps_no_weight_that_less_takes(rows, columns, some, more):
+    score = torch.rand(rows, columns)
+    for rank_over in ("row", "layer"):
+        low, high = (Unstructured(sparsity / 1000, rank_over) for sparsity in sorted((some, more)))
+        assert low.pruned_of(rows, columns) <= high.pruned_of(rows, columns)
+        assert not (high(score) & ~low(score)).any()
 
 
 @quick
@@ -110,11 +131,11 @@ def sliced(pattern, score, cuts):
 
 @quick
 @given(st.data(), scores(st.integers(1, 40)), per_mille)
-def test_rows_pruned_slice_by_slice_lose_exactly_the_asked_number(data, score, sparsity):
+def test_slice_by_slice_a_matrix_loses_exactly_the_asked_number_by_row(data, score, sparsity):
     pattern, cuts = Unstructured(sparsity / 1000), slices(data, score.shape[-1])
     keep = sliced(pattern, score, cuts)
     for start, end in itertools.pairwise(cuts):
-        assert ((~keep[..., :end]).sum(-1) == sparsity * end // 1000).all()
+        assert_goes_in_turns(keep[..., :end], asked_for(sparsity, score.shape[-2], end))
         assert_keeps_the_highest(score[..., start:end], keep[..., start:end], score[..., start:end].shape)
     assert pattern.holds(torch.ones_like(score).masked_fill(~keep, 0))
 
@@ -141,9 +162,8 @@ def test_nm_slice_by_slice_is_nm_at_once(data, of, num_groups):
 
 def test_what_one_slice_rounds_off_the_next_makes_up_for():
     score = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
-    # A third of one column, of two and of three: none, none, one.
-    assert sliced(Unstructured(1 / 3), score, range(7)).int().tolist() == [[1, 1, 0, 1, 1, 0]] * 2
-    # Of two weights, of four and of six: none, one, one; and again.
+    # A third of two weights: none. Of four: one, the first row's. Of six: one more, the second row's. And so on.
+    assert sliced(Unstructured(1 / 3), score, range(7)).int().tolist() == [[1, 0, 1, 1, 0, 1], [1, 1, 0, 1, 1, 0]]
     whole = sliced(Unstructured(1 / 3, rank_over="layer"), score, range(7))
     assert whole.int().tolist() == [[1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
 
@@ -166,7 +186,9 @@ def test_one_slice_of_everything_is_the_pattern(rank_over):
         (Unstructured(0.5), [[1, 0, 3, 2], [0, 0, 0, 4]], False),
         (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 0, 4]], True),
         (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 5, 4]], False),
-        (Unstructured(0.5), [[1, 0, 2], [0, 3, 4]], True),  # one of three: rounded down
+        (Unstructured(0.5), [[0, 0, 2], [0, 3, 4]], True),  # three of six
+        (Unstructured(0.5), [[0, 1, 2], [0, 0, 4]], False),  # the first row's turn comes first
+        (Unstructured(0.4), [[1, 0, 2], [0, 3, 4]], True),  # 2.4 of six: rounded down
         (Unstructured(0.5), [[1, 0, 0, 0], [0, 0, 0, 0]], True),  # more zeros than asked for
         (Counted(3, 4, "layer"), [[1, 0, 0, 0], [0, 1, 2, 3]], True),
         (Counted(3, 4), [[0, 0, 0, 0], [0, 0, 2, 3]], True),
@@ -207,17 +229,23 @@ def test_scores_may_be_transposed_views(pattern):
 @pytest.mark.parametrize(
     ("sparsity", "width", "pruned"),
     [
-        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996
-        (0.57, 100, 57),  # 0.57 * 100 is 56.99999999999999
-        (0.5, 7, 3),
-        (0.999, 100, 99),
-        (0.9999999999, 10, 9),  # rounding to a full row is no reason to empty it
-        (0.5, 1, 0),
-        (0.0, 10, 0),
+        (0.29, 100, [29, 29, 29]),  # 0.29 * 100 is 28.999999999999996
+        (0.57, 100, [57, 57, 57]),  # 0.57 * 100 is 56.99999999999999
+        (0.7, 384, [269, 269, 268]),  # 806.4 of 1152
+        (0.5, 7, [4, 3, 3]),  # 10.5 of 21
+        (0.999, 100, [99, 99, 99]),
+        (0.9999999999, 10, [9, 9, 9]),  # rounding to a full row is no reason to empty it
+        (0.5, 1, [0, 0, 0]),
+        (0.0, 10, [0, 0, 0]),
     ],
 )
-def test_the_number_pruned_is_rounded_down_as_in_decimal(sparsity, width, pruned):
-    assert (~Unstructured(sparsity)(torch.rand(3, width))).sum(-1).tolist() == [pruned] * 3
+def test_the_number_pruned_is_rounded_down_once_as_in_decimal(sparsity, width, pruned):
+    assert (~Unstructured(sparsity)(torch.rand(2, 3, width))).sum(-1).tolist() == [pruned] * 2
+    assert Unstructured(sparsity).pruned_of(3, width) == sum(pruned)
+
+
+def test_a_single_row_is_rounded_down():
+    assert (~Unstructured(0.7)(torch.rand(1, 384))).sum() == 268
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 50, float("nan")])

@@ -15,7 +15,8 @@ from statprune.methods.statistics import InputMoments
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.observe import fit_mask
 from statprune.model.segments import batch_independent
-from statprune.model.walk import _Executor, walk
+from statprune.model.streams import Executor
+from statprune.model.walk import walk
 from statprune.model.weights import InPlace
 from tiny_models import llama, t5, tokens
 
@@ -213,13 +214,13 @@ def test_results_do_not_depend_on_how_tokens_are_batched():
 
 def test_every_node_runs_once_for_each_batch_and_what_no_group_needs_never(monkeypatch, traced_llama):
     model, _, traced, inputs = traced_llama
-    runs, run = Counter(), _Executor.run
+    runs, run = Counter(), Executor.run
 
     def counted(self, node, environment):
         runs[node] += 1
         return run(self, node, environment)
 
-    monkeypatch.setattr(_Executor, "run", counted)
+    monkeypatch.setattr(Executor, "run", counted)
     groups = traced.groups[:-1]  # without lm_head
     assert [group for group, _ in walk(traced, groups, inputs, InPlace(model))] == list(groups)
 

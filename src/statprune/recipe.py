@@ -34,7 +34,7 @@ from statprune.methods.patterns import NM, PATTERNS, ModelPattern, Pattern
 from statprune.methods.pruner import WeightPruner
 from statprune.methods.registry import build_pruner, known_compensations, known_criteria
 from statprune.methods.statistics import InputMoments, Statistic
-from statprune.methods.target import TARGETS, DenseTarget, PrunedTarget
+from statprune.methods.target import TARGETS, Target
 from statprune.model.schedule import SCHEDULES, Schedule
 from statprune.presets import DEFAULT, PRESETS, USUAL_CRITERION, Preset
 from statprune.strict_yaml import YamlDumper, load, problem
@@ -202,7 +202,7 @@ class Recipe:
         """The allocation object."""
         return _built(complete("allocation", self.allocation, ALLOCATIONS), ALLOCATIONS)
 
-    def build_target(self) -> PrunedTarget | DenseTarget:
+    def build_target(self) -> Target:
         """The target object."""
         name, settings = split(complete("target", self.target, TARGETS))
         return TARGETS[name](**settings)
@@ -227,7 +227,7 @@ class Recipe:
                 pattern = NM(1, 2)
             width = pattern.group_size or 2
             moments = InputMoments.zeros(width, Statistic.GRAM).add(torch.eye(width)).add(-torch.eye(width))
-            moments = moments.with_output_gram(torch.eye(1))
+            moments = moments.with_output_gram(torch.ones(1, 1))
             criterion = _least_work(self.criterion, known_criteria())
             compensation = [_least_work(part, known_compensations()) for part in self.compensation]
             build_pruner(criterion, pattern, compensation)(torch.linspace(1.0, 2.0, width)[None], moments)

@@ -39,16 +39,20 @@ def show_plan(model: Any, selection: "Selection", how: "Recipe | Search", reason
 
 
 def expected(model: Any, selection: "Selection", how: "Recipe | Search") -> dict[str, int]:
-    """Sizes of the result: parameters, those in the weights to prune, zeros (to within a few of each row), bytes of weights."""
+    """Sizes of the result: parameters, those in the weights to prune, zeros, bytes of weights.
+
+    The zeros are exact but for an allocation, which rounds the whole model in the place of each layer.
+    """
     from statprune.recipe import Recipe
 
+    pattern = how.build_pattern()
     allocated = getattr(how.build_allocation(), "sparsity", None) if isinstance(how, Recipe) else None
-    sparsity = how.build_pattern().sparsity if allocated is None else allocated
     to_prune = sum(site.shape[0] * site.shape[1] for site in selection.sites)
+    zeros = sum(pattern.pruned_of(*site.shape) for site in selection.sites)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_to_prune": to_prune,
-        "zeros": round(sparsity * to_prune),
+        "zeros": zeros if allocated is None else round(allocated * to_prune),
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     }
 
@@ -210,6 +214,7 @@ def _steps(report: "PruningReport") -> dict[str, str]:
         "trace": "export to a graph, in vain" if report.fallback_reason else "export to a graph",
         **({"allocate": f"allocation: {allocation}, measured on the dense model"} if allocation != "uniform" else {}),
         "compare": "Wanda's mask to compare with, pruned and measured",
+        "gradients": "gradients of the loss at the layers' outputs, of the dense model",
         "check": "first batch through the dense model, before any change",
         "walk": f"walk: the calibration set through the {runner}, {times}",
         "prune": "scores, masks and compensation",

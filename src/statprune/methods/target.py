@@ -58,7 +58,9 @@ class DenseTarget:
         return toward_dense(weight, moments, parameter, share=self.share, damping=self.damping)
 
 
-TARGETS: dict[str, type[PrunedTarget | DenseTarget]] = {"pruned": PrunedTarget, "dense": DenseTarget}
+Target = PrunedTarget | DenseTarget
+
+TARGETS: dict[str, type[Target]] = {"pruned": PrunedTarget, "dense": DenseTarget}
 """By the name a recipe uses."""
 
 
