@@ -9,7 +9,7 @@ from torch import nn
 
 import statprune
 from statprune import Recipe
-from statprune.allocation import TOKENS_PER_CHUNK, allocate, total_divergence
+from statprune.allocation import allocate
 from statprune.checkpoint import save, verify
 from statprune.errors import CalibrationError, CheckpointError, NonFiniteError, SiteError
 from statprune.methods.patterns import Counted, Unstructured
@@ -176,17 +176,6 @@ def test_a_model_without_a_graph_is_shared_out_by_its_hooks(allocation):
     with pytest.warns(UserWarning, match="Falling back to module hooks"):
         twin = statprune.plan(Branching(), [torch.randn(5, 8)], Recipe("wanda", pattern="50%", allocation=allocation))
     assert sum(zeros(twin).values()) == 96
-
-
-def test_the_divergence_is_that_of_the_distributions():
-    # p = (1/2, 1/2), q = (1/4, 3/4): KL = log(2 / sqrt(3)); the logits' own level says nothing.
-    expected, predicted = torch.tensor([[5.0, 5.0]]), torch.tensor([[0.0, math.log(3)]])
-    assert float(total_divergence(expected, predicted)) == pytest.approx(math.log(2 / math.sqrt(3)))
-    many = torch.randn(2, TOKENS_PER_CHUNK, 3)
-    p, q = many.softmax(-1), (2 * many).softmax(-1)
-    by_hand = (p * (p / q).log()).sum(dtype=torch.float64)
-    assert float(total_divergence(many, 2 * many)) == pytest.approx(float(by_hand), rel=1e-5)
-    assert float(total_divergence(many, many + 3)) == pytest.approx(0, abs=1e-3)
 
 
 def test_progress_is_shown_for_every_layer_that_is_measured(model, batches, traced):

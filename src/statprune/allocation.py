@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from statprune.divergence import total_divergence
 from statprune.errors import CalibrationError, NonFiniteError, SiteError
 from statprune.methods.budget import (
     Owl,
@@ -40,9 +41,6 @@ from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup, share, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.selection import Selection
-
-TOKENS_PER_CHUNK = 1024
-"""Logits are widened to float32 this many tokens at a time, as in `perplexity`."""
 
 
 @dataclass(frozen=True)
@@ -268,22 +266,3 @@ def _dense_layers(selection: Selection, pattern: ModelPattern, harms: Tensor, sp
     ]
     dense = [LeftOut(site.name, site.shape, reason) for site in sites if site.parameter not in chosen]
     return Selection(tuple(group for group in groups if group.sites), (*selection.left_out, *dense))
-
-
-def total_divergence(expected: Tensor, predicted: Tensor) -> Tensor:
-    """The sum over positions of the Kullback-Leibler divergence from what was expected, float64.
-
-    Args:
-        expected: [..., vocabulary], logits of any float dtype.
-        predicted: [..., vocabulary], logits of what is measured.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=predicted.device)
-    pairs = (logits.flatten(0, -2).split(TOKENS_PER_CHUNK) for logits in (expected, predicted))
-    for expected_TV, predicted_TV in zip(*pairs, strict=True):
-        log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (expected_TV, predicted_TV))
-        p = log_p.exp()
-        # sum p d = sum p (d + e^-d - 1), as both distributions sum to 1. No term is negative, so that small ones do not drown
-        # in the rounding of large ones that cancel. What is impossible has a logarithm of -inf.
-        difference = torch.where(p > 0, log_p - log_q, 0.0)
-        total += (p * (difference + torch.expm1(-difference))).sum(dtype=torch.float64)
-    return total
