@@ -89,7 +89,7 @@ def error_curves(
         NonFiniteError: an error, or a probe's loss, is NaN or infinite.
         CalibrationError: without gradients, as `Probes`.
     """
-    probing = Probes(dense, dense.first(probes), "curves") if curvature is None else None
+    probing = Probes(dense, dense.sequences(probes), "curves") if curvature is None else None
     found: list[list[Tensor]] = []
     for number, (site, moments) in enumerate(dense.observe(fast_pruner(pattern).needs, dense.one_in(BATCHES)), start=1):
         weight = dense.weight(site)

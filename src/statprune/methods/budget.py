@@ -100,7 +100,8 @@ class Curves:
     """How far a layer's sparsity may be from the target."""
 
     probes: Annotated[int, Count(1, 10_000)] = 1
-    """Calibration batches that the divergence is measured on, where there are no gradients; on all ranks together."""
+    """Calibration batches of which one sequence each is what the divergence is measured on, where there are no gradients; on
+    all ranks together. Of what is no language model, the whole batches."""
 
     sparsity: BudgetSparsity = None
     """Only with N:M patterns: the fraction of the weights in scope that is to be zero."""
