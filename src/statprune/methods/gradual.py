@@ -105,7 +105,7 @@ def reach(
     rising = math.ceil(steps / 3)
     candidate, multiplier = dense, None
     for step in range(1, steps + 1):
-        masked = candidate.masked_fill(~choose(candidate, 1 - (1 - min(step / rising, 1)) ** 3), 0.0)
+        masked = candidate * choose(candidate, 1 - (1 - min(step / rising, 1)) ** 3)  # several times faster than to fill
         if step > 1:  # before, there is no X, and V is the dense weight
             multiplier = candidate - masked
             masked = masked.sub_(multiplier)

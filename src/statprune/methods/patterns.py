@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.select import keep_highest
 
 
 class Pattern(Protocol):
@@ -66,12 +67,6 @@ class ModelPattern(Pattern, Protocol):
         Raises:
             ValueError: the pattern leaves no choice of the number.
         """
-
-
-def keep_highest(score: Tensor, num_kept: int) -> Tensor:
-    """Keep exactly `num_kept` highest scores along the last dimension; ties are broken by position, never by count."""
-    keep = torch.zeros_like(score, dtype=torch.bool)
-    return keep.scatter_(-1, score.topk(num_kept, dim=-1, sorted=False).indices, True)
 
 
 @dataclass(frozen=True)
@@ -261,9 +256,10 @@ class NM:
         The groups do not go in step: one may be whole where another has its pattern already.
         """
         keep = self(score)
+        if share == 1:
+            return keep
         num_pruned = math.floor(share * (score.shape[-1] // self.of) * (self.of - self.keep))
-        lowest = score.masked_fill(keep, math.inf).topk(num_pruned, dim=-1, largest=False, sorted=False).indices
-        return torch.ones_like(keep).scatter_(-1, lowest, False)
+        return keep_highest(torch.where(keep, math.inf, score), score.shape[-1] - num_pruned)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
         """As the whole: `start` and the width are multiples of `of`."""
