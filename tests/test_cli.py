@@ -18,12 +18,14 @@ from statprune import Recipe, Search
 from statprune.checkpoint import verify
 from statprune.commands import COMMANDS, console, display
 from statprune.commands.cli import main, parse
-from statprune.errors import RecipeError
+from statprune.errors import NonFiniteError, RecipeError
 from statprune.loading import load_model, load_tokenizer
 from statprune.methods import catalog, registry
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
 from statprune.perplexity import evaluate
+from statprune.presets import PRESETS, Preset
+from statprune.report import PruningReport
 
 TEXT = "to be or not to be, that is the question\n" * 40
 
@@ -80,7 +82,8 @@ class TestPrune:
     def test_says_what_it_will_do_prunes_saves_and_the_result_verifies(self, capsys, pruned):
         out = " ".join(pruned.out.split())
         for said in (
-            "cvr+energy at 50%, schedule block, allocation owl", "model.layers.*.mlp.up_proj", "lm_head", "feeds the output",
+            "schedule block, allocation owl:spread=0.1, target pruned", "model.layers.*.mlp.up_proj", "lm_head",
+            "feeds the output",
             "2,304 of 11,952 parameters (19.3 %)", "9.6 % of all will be zero", "0.0 MB", "zeros are stored",
         ):  # fmt: skip
             assert said in out, said
@@ -182,13 +185,54 @@ class TestPerplexityBeforeAndAfter:
     def test_one_that_is_no_number_is_recorded_as_none_and_loses_nothing(
         self, capsys, tmp_path, tiny_model_folder, text, monkeypatch
     ):
-        values = iter([12.5, float("inf")])
-        monkeypatch.setattr("statprune.perplexity.evaluate", lambda *_, **__: next(values))
+        values = iter([12.5, 100.0, None])
+
+        def evaluate(*_, **__):
+            if (value := next(values)) is None:
+                raise NonFiniteError("The perplexity is inf")
+            return value
+
+        monkeypatch.setattr("statprune.perplexity.evaluate", evaluate)
         status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--text", text)
         assert status == 0, err
         assert "perplexity no number, dense 12.5000" in out
+        assert "Wanda's mask alone would give 100.0000: better than this recipe" in out
         found = verify(tmp_path / "out")["perplexity"]
-        assert (found["dense"], found["pruned"]) == (12.5, None)
+        assert (found["dense"], found["wanda"], found["pruned"]) == (12.5, 100.0, None)
+
+    def test_is_shown_beside_that_of_wandas_mask(self, capsys, tmp_path, tiny_model_folder, text):
+        given = ["--text", text, "--calibration", text, "--pattern", "1:4", "--ignore", "*.down_proj", "--json"]
+        paper = json.loads(prune(capsys, tiny_model_folder, tmp_path / "paper", *given, "--method", "paper")[1])
+        wanda = json.loads(
+            prune(capsys, tiny_model_folder, tmp_path / "wanda", *given, "--method", "wanda", "--schedule", "block")[1]
+        )
+        assert paper["perplexity"]["wanda"] == pytest.approx(wanda["perplexity"]["pruned"])
+        assert paper["perplexity"]["pruned"] != paper["perplexity"]["wanda"]
+        assert "wanda" not in wanda["perplexity"]
+        assert paper["seconds"]["compare"] > 0
+        assert "compare" not in wanda["seconds"]
+        assert f"| Wanda's mask alone | {paper['perplexity']['wanda']:.4f} |" in (tmp_path / "paper" / "README.md").read_text()
+        status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", *given[:-1], "--no-compare")
+        assert status == 0, err
+        assert "Wanda" not in out
+        assert "wanda" not in verify(tmp_path / "out")["perplexity"]
+
+    @pytest.mark.parametrize(
+        ("pruned", "wanda", "expected"),
+        [
+            (14.0, 15.0, "Wanda's mask alone would give 15.0000\n"),
+            (15.0, 15.0, "Wanda's mask alone would give 15.0000\n"),
+            (15.5, 15.0, "Wanda's mask alone would give 15.0000: better than this recipe, on this text. Try --method wanda"),
+            (15.5, None, ""),
+        ],
+    )
+    def test_says_where_wandas_mask_would_be_better(self, capsys, pruned, wanda, expected):
+        report = PruningReport(Recipe().to_dict(), "walk")
+        report.perplexity = {"dense": 9.0, "pruned": pruned, "wanda": wanda, "windows": 2, "seqlen": 16, "text": ["a.txt"]}
+        display.show_report(report, "out")
+        out = capsys.readouterr().out
+        assert expected in out
+        assert ("Wanda" in out, "better than" in out) == (wanda is not None, "better than" in expected)
 
 
 class TestZerosOfASparseFolder:
@@ -315,8 +359,12 @@ class TestRecipeOptions:
         [
             ("", Recipe()),
             ("--criterion wanda", Recipe("wanda")),
-            ("--compensation least-squares", Recipe("cvr+least-squares")),
-            ("--compensation energy:column least-squares", Recipe("cvr+energy:column+least-squares")),
+            ("--compensation least-squares", Recipe("optimal-brain+least-squares")),
+            ("--compensation energy:column least-squares", Recipe("optimal-brain+energy:column+least-squares")),
+            ("--method best --pattern 50%", Recipe("best", "50%")),
+            ("--method paper --target dense:share=0.5", Recipe("paper", target="dense:share=0.5")),
+            ('--target \'{"name": "dense", "damping": 0.1}\' --targets x', Recipe(target="dense:damping=0.1", targets=("x",))),
+            ("--method auto:gradients=false", Search(gradients=False)),
             ("--criterion ria --compensation none", Recipe("ria")),
             ("--criterion auto", Search()),
             ("--method auto:minutes=5 --pattern 50% --ignore '*.0.*'", Search("50%", 5.0, ignore=("*.0.*",))),
@@ -340,6 +388,8 @@ class TestRecipeOptions:
             ("--ignore x --schedule walk", Recipe("ria+energy:column", "1:4", "walk", ignore=("x",))),
             ("--method auto:minutes=5", Search("1:4", 5.0, ignore=("*.0.*",))),
             ("--criterion auto --pattern 50%", Search("50%", ignore=("*.0.*",))),
+            ("--method best --pattern 50%", Recipe("best", "50%", ignore=("*.0.*",))),
+            ("--method best --schedule block", Recipe("best", "1:4", "block", ignore=("*.0.*",))),
         ],
     )
     def test_win_over_a_file(self, tmp_path, words, expected):
@@ -352,9 +402,21 @@ class TestRecipeOptions:
         assert read(f"--recipe {tmp_path}/search.yaml") == Search("50%", 5.0)
         assert read(f"--recipe {tmp_path}/search.yaml --method wanda") == Recipe("wanda", "50%")
 
+    def test_what_a_preset_of_a_file_leaves_open_depends_on_the_options(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(PRESETS, "fast", Preset("Fast.", "wanda", "block", "dense", unstructured_allocation="owl"))
+        (tmp_path / "recipe.yaml").write_text("method: fast\nignore: [a]\n")
+        for words, expected in (
+            ("", Recipe("wanda", "2:4", "block", ignore=("a",), target="dense")),
+            ("--pattern 50%", Recipe("wanda", "50%", "block", ignore=("a",), allocation="owl", target="dense")),
+            ("--pattern 50% --target pruned", Recipe("wanda", "50%", "block", ignore=("a",), allocation="owl")),
+            ("--method wanda --pattern 50%", Recipe("wanda", "50%", ignore=("a",))),
+        ):
+            assert read(f"--recipe {tmp_path}/recipe.yaml {words}") == expected
+
     @pytest.mark.parametrize(
-        "words", ["--method auto --schedule block", "--method wanda --criterion cvr", "--criterion wandaa"]
-    )
+        "words", ["--method auto --schedule block", "--method best --compensation energy", "--method best+energy",
+                  "--method auto --target dense", "--method wanda --criterion cvr", "--criterion wandaa"],
+    )  # fmt: skip
     def test_what_cannot_be_together_is_refused(self, words):
         with pytest.raises(RecipeError):
             read(words)

@@ -24,7 +24,7 @@ def show_plan(model: Any, selection: "Selection", how: "Recipe | Search", reason
 
     title = f"{how.method} at {how.pattern}"
     if isinstance(how, Recipe):
-        title += f", schedule {how.schedule}, allocation {how.allocation}"
+        title += f", schedule {how.schedule}, allocation {how.allocation}, target {how.target}"
     _show_sites(title, selection)
     if reason is not None:
         console.tell(f"[yellow]{escape(reason)}[/]")
@@ -187,7 +187,20 @@ def _perplexities(measured: Mapping[str, Any] | None) -> str:
     dense, pruned = ("no number" if measured[key] is None else f"{measured[key]:.4f}" for key in ("dense", "pruned"))
     return (
         f"perplexity [bold]{pruned}[/], dense {dense}, on {measured['windows']} windows of {measured['seqlen']} tokens of "
-        f"{escape(', '.join(measured['text']))}\n"
+        f"{escape(', '.join(measured['text']))}\n{_beside_wanda(measured)}"
+    )
+
+
+def _beside_wanda(measured: Mapping[str, Any]) -> str:
+    """What Wanda's mask would have left, where that was measured and is a number."""
+    if measured.get("wanda") is None:
+        return ""
+    text = f"Wanda's mask alone would give {measured['wanda']:.4f}"
+    if measured["pruned"] is not None and measured["pruned"] <= measured["wanda"]:
+        return f"[dim]{text}[/]\n"
+    return (
+        f"[bold yellow]{text}: better than this recipe[/], on this text. Try --method wanda --schedule block, or let "
+        "'statprune tune' choose.\n"
     )
 
 
@@ -200,6 +213,8 @@ def _steps(report: "PruningReport") -> dict[str, str]:
         "tune": "candidates tried out on the calibration windows",
         "trace": "export to a graph, in vain" if report.fallback_reason else "export to a graph",
         **({"allocate": f"allocation: {allocation}, measured on the dense model"} if allocation != "uniform" else {}),
+        "compare": "Wanda's mask to compare with, pruned and measured",
+        "gradients": "gradients of the loss at the layers' outputs, of the dense model",
         "check": "first batch through the dense model, before any change",
         "walk": f"walk: the calibration set through the {runner}, {times}",
         "prune": "scores, masks and compensation",
@@ -211,7 +226,9 @@ def show_tuned(tuned: Any, next_command: str) -> None:
     """The end of `statprune tune`."""
     rows = tuned.rows()
     # Everything is in the files: the terminal may be narrow, and methods have long names.
-    shown = [key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} != {"uniform"}]
+    shown = [
+        key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} not in ({"uniform"}, {"pruned"})
+    ]
     rows = [{key: row[key] for key in shown} for row in rows]
     table = Table(title="what was tried, on most windows first", title_justify="left", title_style="bold", header_style="bold")
     for column in ("", *rows[0]):

@@ -30,14 +30,14 @@ def compare(
     Args:
         text: Where to measure: text files (several: --text a.txt b.txt), or a token file. Keep it apart from the calibration
             text.
-        methods: Criteria and compensations (several: --methods wanda cvr+energy cvr:alpha=0.25+energy:column), or mappings with
-            label and method. Default: magnitude, wanda and cvr, each without and with energy.
+        methods: Presets, or criteria and compensations (several: --methods best paper wanda cvr:alpha=0.25+energy:column), or
+            mappings with label and method. Default: magnitude, wanda, sparsegpt, paper and default.
         patterns: How sparse (several: --patterns 50% 2:4). Default: 50%, 4:8 and 2:4.
-        schedule: walk, block or one-shot.
+        schedule: walk, block or one-shot; presets have their own.
 
     Examples:
         statprune compare MODEL --calibration train.txt --text held-out.txt
-        statprune compare MODEL --calibration c4 --text held-out.txt --methods wanda cvr+least-squares --patterns 2:4
+        statprune compare MODEL --calibration c4 --text held-out.txt --methods wanda paper best --patterns 2:4
     """
     import statprune.experiments.compare as comparison
     from statprune.how import labelled
@@ -64,12 +64,13 @@ def tune(
     calibration: CalibrationOptions,
     layers: LayerOptions,
     minutes: float = 10.0,
+    no_gradients: bool = False,
 ) -> dict[str, Any]:
     """Choose the recipe for a model and a pattern: try methods on half of the calibration text, score them on the other half.
 
     The text is cut in alternate blocks before windows are drawn, so that no token is in both halves. Many methods are pruned
     from one pass over the dense model and scored on a part of the held-out half; the best go on with settings and schedules of
-    their own, on more of it; the best of those measured on all of it is chosen. wanda, cvr+energy and sparsegpt are always
+    their own, on more of it; the best of those measured on all of it is chosen. best, paper, wanda and sparsegpt are always
     among them, so the choice is never worse there. Nothing is pruned: the recipe is for
     'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
 
@@ -78,7 +79,8 @@ def tune(
     Args:
         output: Folder for recipe.yaml, tried.csv, tried.md and trials.jsonl (a line for each measurement). One that is there is
             gone on with, if the model, the calibration and the settings are the same; more --minutes try more.
-        minutes: How long it may take, without loading the model. The three baselines are measured whatever it says.
+        minutes: How long it may take, without loading the model. The baselines are measured whatever it says.
+        no_gradients: Try nothing that takes the dense model backward, which takes memory; best is then no baseline.
 
     Examples:
         statprune tune MODEL --output tuned --calibration train.txt --pattern 2:4 --minutes 10
@@ -87,7 +89,7 @@ def tune(
     from statprune.recipe import Search
     from statprune.tuning.tune import tune as tune_model
 
-    search = Search.from_dict({"minutes": minutes, **layers.given()})
+    search = Search.from_dict({"minutes": minutes, "gradients": not no_gradients, **layers.given()})
     opened = model.open(calibration)
     windows = calibration.windows(opened, halves=True)
     console.say("exporting the model to a graph")
@@ -155,9 +157,10 @@ def experiment(
         output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
             gone on with, if its protocol and versions are the same.
         model: Folders or hub names (safetensors only; several: --model FOLDER OTHER). Default: the paper's models.
-        methods: Criteria and compensations (several: --methods wanda sparsegpt+energy), or mappings with label and method.
+        methods: Presets, or criteria and compensations (several: --methods best paper sparsegpt+energy), or mappings with label
+            and method.
         patterns: How sparse (several: --patterns 50% 4:8 2:4).
-        schedule: walk, block or one-shot. Default: block, the protocol of Wanda and SparseGPT.
+        schedule: walk, block or one-shot; presets have their own. Default: block, the protocol of Wanda and SparseGPT.
         text: Where to measure: text files (several: --text a.txt b.txt), a token file, or wikitext2 from the hub. Default:
             wikitext2.
         windows: At most this many windows of the text, for a quick look. Default: all.
