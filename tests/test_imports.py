@@ -22,7 +22,11 @@ FLOORS = """
     checkpoint
     card  companions  hub  output  page  verification
     loading  configuration  completeness  weight_files
+<<<<<<< HEAD
     perplexity  report  data  results  zeros  how  recipe  grammar  presets  record
+=======
+    perplexity  divergence  report  data  results  zeros  how  recipe  grammar  record
+>>>>>>> curves
     model
     methods
     markdown  plain  clock  progress  ranks  strict_yaml  errors  versions

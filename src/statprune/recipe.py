@@ -250,6 +250,11 @@ class Recipe:
                 "is pruned is equally sparse, and the allocation chooses the ones that stay dense. Expected a sparsity of all "
                 f"of them together, up to {pattern.sparsity:g}, such as '{name}:sparsity=0.1'."
             )
+        if pattern.is_unstructured and getattr(rule, "mixed", False):
+            raise RecipeError(
+                f"Recipe(pattern='{pattern}', allocation={name!r}) with mixed: there is nothing to mix. Leave it out; it is "
+                "for N:M patterns."
+            )
         if pattern.is_unstructured and sparsity is not None:
             raise RecipeError(
                 f"Recipe(pattern='{pattern}', allocation={name!r}) with sparsity={sparsity}: the pattern says it already. "

@@ -68,6 +68,9 @@ class ModelPattern(Pattern, Protocol):
             ValueError: the pattern leaves no choice of the number.
         """
 
+    def milder(self) -> "tuple[ModelPattern, ...]":
+        """Patterns of other kinds of groups that cost a layer less, the mildest first; they prune as many weights, or fewer."""
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -98,6 +101,10 @@ class Unstructured:
     def counted(self, num_pruned: int, in_features: int) -> "Counted":
         """The same with an exact number of weights, for one matrix."""
         return Counted(num_pruned, in_features, self.rank_over)
+
+    def milder(self) -> "tuple[ModelPattern, ...]":
+        """None: `counted` has any number of weights."""
+        return ()
 
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `pruned_of(out, in)` False in each matrix."""
@@ -203,6 +210,12 @@ def _lose(score: Tensor, before: int, after: int, rank_over: str) -> Tensor:
     return torch.cat([keep_highest(part, width - gone) for part, (size, gone) in parts if size], dim=-2)
 
 
+_LONG = 8
+"""Inputs in a group from which on twice as many would not make it much milder."""
+
+_LONGEST = 1024
+
+
 @dataclass(frozen=True)
 class NM:
     """Keep `keep` of every `of` consecutive inputs: `NM(keep=2, of=4)` is 2:4.
@@ -210,10 +223,10 @@ class NM:
     Both numbers have names because projects disagree: in some, the N of N:M is what stays, in others what goes.
     """
 
-    keep: Annotated[int, Count(1, 1024)]
+    keep: Annotated[int, Count(1, _LONGEST)]
     """How many weights stay in each group; with all of them, as in 4:4, nothing is pruned."""
 
-    of: Annotated[int, Count(1, 1024)]
+    of: Annotated[int, Count(1, _LONGEST)]
     """How many consecutive inputs form a group."""
 
     def __post_init__(self) -> None:
@@ -239,6 +252,19 @@ class NM:
     def counted(self, num_pruned: int, in_features: int) -> Counted:
         """There is no choice of the number."""
         raise ValueError(f"{self} prunes the same fraction of every layer: expected an unstructured pattern, such as 50%.")
+
+    def milder(self) -> "tuple[NM, ...]":
+        """Half of its zeros, and where the groups are short as many zeros in groups of twice the size.
+
+        6:8 and 4:8 beside 2:4; 6:8 beside 4:8. Halves are taken in groups of at least 8, or where they would not be whole in
+        groups of twice the size.
+        """
+        times = 1 if self.of >= _LONG and (self.of - self.keep) % 2 == 0 else 2
+        if self.keep == self.of or times * self.of > _LONGEST:
+            return ()
+        keep, of = times * self.keep, times * self.of
+        half = NM(keep + (of - keep) // 2, of)
+        return (half,) if self.of >= _LONG else (half, NM(keep, of))
 
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `keep` True in each `of` consecutive inputs.
