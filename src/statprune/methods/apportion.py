@@ -178,13 +178,13 @@ def whole_counts(sparsities: Tensor, shapes: Sequence[tuple[int, int]], target: 
         spread: how far a layer may be from the target. One weight is kept in every row, as `Unstructured` does.
 
     Returns:
-        Counts whose sum is `Unstructured(target).num_pruned(all weights)`, or less where no more can go.
+        Counts whose sum is what `Unstructured(target)` takes from all weights in one row, or less where no more can go.
     """
     sizes = torch.tensor([rows * columns for rows, columns in shapes])
     room = torch.tensor([rows * (columns - 1) for rows, columns in shapes])
     lower = ((target - spread) * sizes).floor().long().clamp_min(0).minimum(room)
     upper = ((target + spread) * sizes).ceil().long().minimum(room)
-    total = min(Unstructured(target, "layer").pruned_of(1, int(sizes.sum())), int(upper.sum()))
+    total = min(Unstructured(target).pruned_of(1, int(sizes.sum())), int(upper.sum()))
 
     def shifted(by: float) -> Tensor:
         return ((sparsities + by) * sizes).clamp(lower, upper)

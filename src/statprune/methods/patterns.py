@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
-from statprune.methods.select import keep_highest
+from statprune.methods.select import keep_highest, keep_highest_by_sorting
 
 
 class Pattern(Protocol):
@@ -274,7 +274,8 @@ class NM:
         """
         if not self.fits(score.shape[-1]):
             raise ValueError(f"{self} on rows of {score.shape[-1]} inputs: expected a width that {self.of} divides.")
-        return keep_highest(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
+        keep_of_each = keep_highest_of_few if self.of <= FEW else keep_highest
+        return keep_of_each(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
 
     def partly(self, score: Tensor, share: float) -> Tensor:
         """[..., out, in] scores to a keep mask with a share of what the pattern prunes False in each row: its lowest scores.
@@ -288,8 +289,9 @@ class NM:
         return keep_highest(torch.where(keep, math.inf, score), score.shape[-1] - num_pruned)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
-        """As the whole: `start` and the width are multiples of `of`."""
-        return self(score)
+        """As the whole, but for which of equal scores stay; `start` and the width are multiples of `of`."""
+        # For a slice of one group, as SparseGPT has them, one call counts for more than what it does.
+        return keep_highest_by_sorting(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
 
     def pruned_of(self, rows: int, columns: int) -> int:
         """As many of each group."""

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-_FEW = 16
-"""Scores in a group that are compared pair by pair."""
+FEW = 32
+"""Scores in a group, up to which counting is faster than `topk`: five times for 4, a third for 32."""
 
 
 def keep_highest(score: Tensor, num_kept: int) -> Tensor:
-    """Keep exactly `num_kept` highest scores along the last dimension; ties are broken by position, never by count.
+    """Keep exactly `num_kept` highest scores along the last dimension; of equal ones some stay, never all or none.
 
     Args:
         score: [..., n], any float dtype, without NaN.
@@ -20,15 +20,14 @@ def keep_highest(score: Tensor, num_kept: int) -> Tensor:
     size = score.shape[-1]
     if num_kept >= size or num_kept <= 0:
         return torch.full_like(score, num_kept > 0, dtype=torch.bool)
-    if size <= _FEW:
-        keep = _by_pairs(score, num_kept)
-    elif score.device.type == "cpu" and score.dtype == torch.float32:
-        keep = _by_threshold(score, num_kept)
-    else:
-        return _by_sorting(score, num_kept)
+    if size <= FEW:
+        return _by_counting(score, num_kept)
+    if score.device.type != "cpu" or score.dtype is not torch.float32:
+        return keep_highest_by_sorting(score, num_kept)
+    keep = _by_threshold(score, num_kept)
     is_tied = keep.count_nonzero(-1) != num_kept
     if bool(is_tied.any()):
-        keep[is_tied] = _by_sorting(score[is_tied], num_kept)
+        keep[is_tied] = keep_highest_by_sorting(score[is_tied], num_kept)
     return keep
 
 
@@ -42,19 +41,18 @@ def _by_threshold(score: Tensor, num_kept: int) -> Tensor:
     return score >= torch.from_numpy(np.ascontiguousarray(lowest))
 
 
-def _by_pairs(score: Tensor, num_kept: int) -> Tensor:
-    """Each score against each: one that beats as many as go stays. Of two alike the first one wins."""
-    size = score.shape[-1]
-    one_by_one = score.unbind(-1)
-    wins = [torch.zeros_like(one, dtype=torch.int8) for one in one_by_one]
-    for first in range(size):
-        for second in range(first + 1, size):
-            is_higher = one_by_one[first] >= one_by_one[second]
-            wins[first] += is_higher
-            wins[second] += ~is_higher
-    return torch.stack(wins, dim=-1) >= size - num_kept
+def _by_counting(score: Tensor, num_kept: int) -> Tensor:
+    """A score stays if fewer than `num_kept` of its group are ahead of it: higher, or the same further left. No index, no sort."""
+    lanes = score.movedim(-1, 0).contiguous()
+    num_ahead = torch.zeros_like(lanes, dtype=torch.uint8)
+    for distance in range(1, len(lanes)):
+        is_left_ahead = lanes[:-distance] >= lanes[distance:]
+        num_ahead[distance:] += is_left_ahead
+        num_ahead[:-distance] += is_left_ahead.logical_not_()
+    return (num_ahead < num_kept).movedim(0, -1)
 
 
-def _by_sorting(score: Tensor, num_kept: int) -> Tensor:
+def keep_highest_by_sorting(score: Tensor, num_kept: int) -> Tensor:
+    """As `keep_highest`, by `topk`, which of few numbers is the fastest; which of equal ones stay is its choice."""
     keep = torch.zeros_like(score, dtype=torch.bool)
     return keep.scatter_(-1, score.topk(num_kept, dim=-1, sorted=False).indices, True)
