@@ -48,11 +48,13 @@ PRESETS: dict[str, Preset] = {
         "The best there is; with gradients of the dense model, for about four times SparseGPT's time.",
         "optimal-brain+loss-aware:steps=15",
         target="dense",
+        unstructured_allocation="curves",
         uses_gradients=True,
     ),
     "fast": Preset(
         "Most of what `best` gives, with gradients too, for less than half of its time.",
         "optimal-brain+least-squares:steps=6+loss-aware:iterations=12",
+        unstructured_allocation="curves",
         uses_gradients=True,
     ),
     "paper": Preset(

@@ -54,7 +54,7 @@ VARIATIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 TARGETS = ("dense", "dense:share=0.5", "pruned")
 """Tried with the best of what has a schedule of its own: under one-shot they are the same."""
 
-ALLOCATIONS = ("sensitivity", "owl", "uniform")
+ALLOCATIONS = ("curves", "sensitivity", "owl", "uniform")
 """Tried with the best, where the pattern is unstructured: with N:M patterns an allocation prunes fewer weights, and does not
 compare."""
 
