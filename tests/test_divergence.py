@@ -20,8 +20,8 @@ def test_the_divergence_is_that_of_the_distributions():
 
 @pytest.mark.parametrize("impossible", [-math.inf, -90.0, -120.0])
 def test_what_the_dense_model_rules_out_counts_by_what_remains(impossible):
-    # p = (1, 0), q = (1/2, 1/2): KL = log 2, whether 0 is what is asked for or what float32 makes of e^-120. With q = (0, 1), all
-    # but impossible as it is for p, the divergence is how impossible that is.
+    # p = (1, 0), q = (1/2, 1/2): KL = log 2, whether 0 is what is asked for or what float32 makes of e^-120. With q = (0, 1),
+    # all but impossible as it is for p, the divergence is how impossible that is.
     expected = torch.tensor([[0.0, impossible]])
     assert float(total_divergence(expected, torch.zeros(1, 2))) == pytest.approx(math.log(2))
     assert float(total_divergence(expected, expected.flip(-1))) == pytest.approx(-impossible)

@@ -21,8 +21,8 @@ def token_by_token(model, module, batches, loss):
     """Mean over tokens of g g^T at a module's output, each token's product on its own, float64."""
     total, num_tokens = 0.0, 0
     for batch in batches:
-        outputs = []
-        handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        outputs: list[torch.Tensor] = []
+        handle = module.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
         value = loss(model, batch)
         handle.remove()
         (gradient,) = torch.autograd.grad(value, outputs)
@@ -145,7 +145,7 @@ def test_what_has_no_loss_or_no_gradient_is_refused():
         output_grams(model, sites, inputs, loss=lambda model, batch: 1.0)
     with pytest.raises(CalibrationError, match=r"is a tensor \(\) without a gradient"):
         output_grams(model, sites, inputs, loss=lambda model, batch: torch.ones(()))
-    with pytest.raises(CalibrationError, match="the loss of calibration batch 0: .*shape"):
+    with pytest.raises(CalibrationError, match=r"the loss of calibration batch 0: .*shape"):
         output_grams(model, sites, inputs, loss=lambda model, batch: model(torch.ones(2, 3)).sum())
     with pytest.raises(NonFiniteError, match=r"NaN or infinity in the gradient at the output of 0"):
         output_grams(model, sites, inputs, loss=lambda model, batch: model(*batch.args, **batch.kwargs).sum() * torch.inf)

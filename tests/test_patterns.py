@@ -167,12 +167,23 @@ def test_nm_slice_by_slice_is_nm_at_once_but_for_equal_scores(data, of, num_grou
 
 
 @quick
-@given(scores(st.integers(1, 70)), st.data())
+@given(scores(st.integers(1, FEW)), st.data())
 def test_counting_keeps_what_sorting_does_and_the_first_of_equal_scores(score, data):
     num_kept = data.draw(st.integers(1, score.shape[-1]))
     order = score.sort(dim=-1, descending=True, stable=True).indices
     expected = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :num_kept], True)
     assert torch.equal(keep_highest(score, num_kept), expected)
+
+
+@quick
+@given(scores(st.integers(FEW + 1, 99)), st.data())
+def test_of_many_the_highest_stay_and_exactly_so_many(score, data):
+    num_kept = data.draw(st.integers(0, score.shape[-1]))
+    keep = keep_highest(score, num_kept)
+    assert (keep.sum(-1) == num_kept).all()
+    lowest_kept = torch.where(keep, score, torch.inf).amin(-1)
+    highest_gone = torch.where(keep, -torch.inf, score).amax(-1)
+    assert (lowest_kept >= highest_gone).all()
 
 
 @pytest.mark.parametrize("of", [FEW, FEW + 1])

@@ -1,20 +1,18 @@
 """The dense target: two streams against plain forward passes of two models, and the target against a direct solve."""
 
 import copy
-import weakref
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from exports import shared_trace
 from statprune.methods.pruner import PrunedWeight
-from statprune.methods.statistics import InputMoments, Statistic
-from statprune.methods.target import TARGETS, DenseTarget, PrunedTarget, toward_dense
+from statprune.methods.statistics import Statistic
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.layers import Layers
-from statprune.model.weights import Dense, InPlace, Twin
-from tiny_models import TRANSFORMER, VOCABULARY, gpt2, llama, snapshot, t5, tokens
+from statprune.model.weights import InPlace
+from tiny_models import llama, tokens
 
 CROSS = Statistic.GRAM | Statistic.CROSS
 

@@ -274,8 +274,7 @@ class NM:
         """
         if not self.fits(score.shape[-1]):
             raise ValueError(f"{self} on rows of {score.shape[-1]} inputs: expected a width that {self.of} divides.")
-        keep_of_each = keep_highest_of_few if self.of <= FEW else keep_highest
-        return keep_of_each(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
+        return keep_highest(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
 
     def partly(self, score: Tensor, share: float) -> Tensor:
         """[..., out, in] scores to a keep mask with a share of what the pattern prunes False in each row: its lowest scores.

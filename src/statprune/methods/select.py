@@ -1,4 +1,4 @@
-"""The highest scores of each row, or of each small group: exactly so many, whatever the ties, and fast, for it is asked many times."""
+"""The highest scores of each row, or of each small group: exactly so many, whatever the ties, and fast: solvers ask often."""
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ def keep_highest(score: Tensor, num_kept: int) -> Tensor:
 
 
 def _by_threshold(score: Tensor, num_kept: int) -> Tensor:
-    """All that are as high as the lowest one to keep: too many where there are ties. NumPy's partition takes a tenth of the time of
-    `topk` and `kthvalue` on a CPU."""
+    """All that are as high as the lowest one to keep: too many where there are ties.
+
+    NumPy's partition takes a tenth of the time of `topk` and `kthvalue` on a CPU.
+    """
     import numpy as np
 
     position = score.shape[-1] - num_kept
@@ -42,7 +44,7 @@ def _by_threshold(score: Tensor, num_kept: int) -> Tensor:
 
 
 def _by_counting(score: Tensor, num_kept: int) -> Tensor:
-    """A score stays if fewer than `num_kept` of its group are ahead of it: higher, or the same further left. No index, no sort."""
+    """A score stays if fewer than `num_kept` of its group are ahead of it: higher, or the same further left."""
     lanes = score.movedim(-1, 0).contiguous()
     num_ahead = torch.zeros_like(lanes, dtype=torch.uint8)
     for distance in range(1, len(lanes)):

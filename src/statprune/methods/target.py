@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, check
-from statprune.methods.least_squares import Damping, normalised_gram
+from statprune.methods.gram import normalised_gram
+from statprune.methods.least_squares import Damping
 from statprune.methods.statistics import InputMoments, Statistic
 
 Share = Annotated[float, Between(0, 1)]

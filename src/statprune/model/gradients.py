@@ -1,10 +1,11 @@
 """Gradients: what the loss makes of each output of a linear layer, from one backward pass of the dense model.
 
-For each layer, G = mean over tokens of g g^T, with g the gradient of the loss, summed over tokens, with respect to the layer's output.
-Gradients go through values alone: no parameter gets one, so the backward pass costs as much as a forward pass.
+For each layer, G = mean over tokens of g g^T, with g the gradient of the loss, summed over tokens, with respect to the layer's
+output. Gradients go through values alone: no parameter gets one, so the backward pass costs as much as a forward pass.
 
-A layer is recognised by its weight when a product with it runs, whatever module it is called from, so any callable that runs the
-model and gives a scalar is a loss: the next-token loss of a causal language model, or the training step of a LightningModule.
+A layer is recognised by its weight when a product with it runs, whatever module it is called from, so any callable that runs
+the model and gives a scalar is a loss: the next-token loss of a causal language model, or the training step of a
+LightningModule.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ def next_token_loss(model: nn.Module, inputs: ModelInputs) -> Tensor:
     tokens = inputs.kwargs.get("input_ids")
     if not is_causal(model) or not isinstance(tokens, Tensor):
         raise CalibrationError(
-            f"loss-aware: {type(model).__name__} is no causal language model that is given `input_ids`, so that its loss is not "
+            f"loss-aware: {type(model).__name__} is no causal language model that is given `input_ids`, so its loss is not "
             "known. Give prune and plan a `loss`, a function (model, inputs) -> scalar summed over tokens; StatisticalPruning "
             "takes the LightningModule's."
         )
@@ -134,8 +135,8 @@ def output_grams(
     sum_over_ranks([num_tokens, *sums.values()], process_group, "the gradients")
     if missing := [site.name for site in sites if site.parameter not in capture.seen]:
         raise SiteError(
-            f"loss-aware: no gradient reached {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}. Leave such "
-            "layers dense with `ignore`, or use least-squares. Nothing was changed."
+            f"loss-aware: no gradient reached {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}. Leave "
+            "such layers dense with `ignore`, or use least-squares. Nothing was changed."
         )
     for site in sites:
         if not bool(torch.isfinite(sums[site.parameter].diagonal()).all()):
