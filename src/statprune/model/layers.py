@@ -65,8 +65,8 @@ class Layers:
             groups: of this model, perhaps with some of their sites only.
             inputs: calibration data, on the model's device (`bind_batches`).
             schedule: which pruned weights the statistics have seen (see `walk`); without a graph, none.
-            needs: what to collect; with `Statistic.NONE` nothing is run, and the statistics are None. `Statistic.CROSS` runs the
-                dense model beside the pruned one, where there is a graph and the schedule prunes on the way.
+            needs: what to collect; with `Statistic.NONE` nothing is run, and the statistics are None. `Statistic.CROSS` runs
+                the dense model beside the pruned one, where there is a graph and the schedule prunes on the way.
             weights: what the graph computes with; by default the model's own. What is put there between two groups counts.
             process_group: of the ranks whose sums are added up.
             forward_context: entered around model code.
