@@ -1,6 +1,5 @@
 """Allocation from end to end, on models of a few hundred weights."""
 
-import math
 import re
 
 import pytest
