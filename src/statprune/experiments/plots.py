@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from statprune.errors import ExperimentError, nearest
+from statprune.experiments.beside import REFERENCE
 from statprune.experiments.grid import finished, ratio, spread, three_digits
-from statprune.experiments.tables import REFERENCE, group, pattern_of, pruned, sparsity
+from statprune.experiments.grouping import group, pattern_of, pruned, sparsity
 from statprune.results import DENSE, Result
 
 if TYPE_CHECKING:
