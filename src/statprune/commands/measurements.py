@@ -150,8 +150,8 @@ def experiment(
     that was interrupted goes on where it stopped.
 
     Args:
-        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation, which are the paper's; correction, which is
-            not: better corrections, what they gain and what they cost; or all, which is every one of these.
+        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation, which are the paper's; correction and frontier,
+            which are not: better corrections, and the best there is, what they lose and cost beside SparseGPT; or all of these.
         output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
             gone on with, if its protocol and versions are the same.
         model: Folders or hub names (safetensors only; several: --model FOLDER OTHER). Default: the paper's models.

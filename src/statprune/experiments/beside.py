@@ -44,7 +44,7 @@ def beside(results: Sequence[Result], columns: Sequence[str], column: Callable[[
         columns: in the order in which they are shown.
         column: the one that a pruned result stands in.
     """
-    cells: Cells = group(pruned(results), lambda r: (_row(r), column(r)))
+    cells = cells_by(results, column)
     for metric, title in _TITLES.items():
         if any(finished(cell, metric.name) for cell in cells.values()):
             yield title
@@ -73,6 +73,15 @@ def beside(results: Sequence[Result], columns: Sequence[str], column: Callable[[
         yield grid(["method"], columns, peaks)
 
 
+def cells_by(results: Sequence[Result], column: Callable[[Result], str]) -> Cells:
+    """The pruned results of one model by place."""
+    return group(pruned(results), lambda r: _place(r.label, column(r)))
+
+
+def _place(label: str, column: str) -> tuple[Row, str]:
+    return (label,), column
+
+
 def loss_shares(results: Sequence[Result], cells: Cells) -> dict[tuple[Row, str], float]:
     """`(perplexity - dense) / (reference - dense)` of the cells of one model; nothing where it was not measured dense."""
     dense = dense_perplexity(results)
@@ -95,7 +104,7 @@ def shares(cells: Cells, metric: str, *, above: float = 0.0) -> dict[tuple[Row, 
     """
     found = {}
     for (row, column), cell in cells.items():
-        own, reference = (_by_calibration(some, metric) for some in (cell, cells.get(((REFERENCE,), column), ())))
+        own, reference = (_by_calibration(some, metric) for some in (cell, cells.get(_place(REFERENCE, column), ())))
         if (None, None) in own:
             own = dict.fromkeys(reference, own[None, None])
         both = own.keys() & reference.keys()
@@ -103,10 +112,6 @@ def shares(cells: Cells, metric: str, *, above: float = 0.0) -> dict[tuple[Row, 
         if expected > 0:
             found[row, column] = sum(own[key] - above for key in both) / expected
     return found
-
-
-def _row(result: Result) -> Row:
-    return (result.label,)
 
 
 def _by_calibration(cell: Sequence[Result], metric: str) -> dict[tuple[int | None, int | None], float]:
