@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 import statprune.zeros
 from statprune import Recipe, Search
 from statprune.checkpoint import verify
-from statprune.commands import COMMANDS, display
+from statprune.commands import COMMANDS, console, display
 from statprune.commands.cli import main, parse
-from statprune.errors import RecipeError
+from statprune.errors import NonFiniteError, RecipeError
 from statprune.loading import load_model, load_tokenizer
 from statprune.methods import catalog, registry
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
 from statprune.perplexity import evaluate
+from statprune.report import PruningReport
 
 TEXT = "to be or not to be, that is the question\n" * 40
 
@@ -182,13 +183,54 @@ class TestPerplexityBeforeAndAfter:
     def test_one_that_is_no_number_is_recorded_as_none_and_loses_nothing(
         self, capsys, tmp_path, tiny_model_folder, text, monkeypatch
     ):
-        values = iter([12.5, float("inf")])
-        monkeypatch.setattr("statprune.perplexity.evaluate", lambda *_, **__: next(values))
+        values = iter([12.5, 100.0, None])
+
+        def evaluate(*_, **__):
+            if (value := next(values)) is None:
+                raise NonFiniteError("The perplexity is inf")
+            return value
+
+        monkeypatch.setattr("statprune.perplexity.evaluate", evaluate)
         status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", "--text", text)
         assert status == 0, err
         assert "perplexity no number, dense 12.5000" in out
+        assert "Wanda's mask alone would give 100.0000: better than this recipe" in out
         found = verify(tmp_path / "out")["perplexity"]
-        assert (found["dense"], found["pruned"]) == (12.5, None)
+        assert (found["dense"], found["wanda"], found["pruned"]) == (12.5, 100.0, None)
+
+    def test_is_shown_beside_that_of_wandas_mask(self, capsys, tmp_path, tiny_model_folder, text):
+        given = ["--text", text, "--calibration", text, "--pattern", "1:4", "--ignore", "*.down_proj", "--json"]
+        paper = json.loads(prune(capsys, tiny_model_folder, tmp_path / "paper", *given, "--method", "paper")[1])
+        wanda = json.loads(
+            prune(capsys, tiny_model_folder, tmp_path / "wanda", *given, "--method", "wanda", "--schedule", "block")[1]
+        )
+        assert paper["perplexity"]["wanda"] == pytest.approx(wanda["perplexity"]["pruned"])
+        assert paper["perplexity"]["pruned"] != paper["perplexity"]["wanda"]
+        assert "wanda" not in wanda["perplexity"]
+        assert paper["seconds"]["compare"] > 0
+        assert "compare" not in wanda["seconds"]
+        assert f"| Wanda's mask alone | {paper['perplexity']['wanda']:.4f} |" in (tmp_path / "paper" / "README.md").read_text()
+        status, out, err = prune(capsys, tiny_model_folder, tmp_path / "out", *given[:-1], "--no-compare")
+        assert status == 0, err
+        assert "Wanda" not in out
+        assert "wanda" not in verify(tmp_path / "out")["perplexity"]
+
+    @pytest.mark.parametrize(
+        ("pruned", "wanda", "expected"),
+        [
+            (14.0, 15.0, "Wanda's mask alone would give 15.0000\n"),
+            (15.0, 15.0, "Wanda's mask alone would give 15.0000\n"),
+            (15.5, 15.0, "Wanda's mask alone would give 15.0000: better than this recipe, on this text. Try --method wanda"),
+            (15.5, None, ""),
+        ],
+    )
+    def test_says_where_wandas_mask_would_be_better(self, capsys, pruned, wanda, expected):
+        report = PruningReport(Recipe().to_dict(), "walk")
+        report.perplexity = {"dense": 9.0, "pruned": pruned, "wanda": wanda, "windows": 2, "seqlen": 16, "text": ["a.txt"]}
+        display.show_report(report, "out")
+        out = capsys.readouterr().out
+        assert expected in out
+        assert ("Wanda" in out, "better than" in out) == (wanda is not None, "better than" in expected)
 
 
 class TestZerosOfASparseFolder:
@@ -670,8 +712,8 @@ class TestHelp:
 class TestProgress:
     def test_is_a_line_for_each_finished_tenth_with_times(self, capsys, monkeypatch):
         seconds = iter(range(0, 1000, 3))  # a step takes three seconds
-        monkeypatch.setattr(display.time, "perf_counter", lambda: float(next(seconds)))
-        with display.progress("walking") as progress:
+        monkeypatch.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
+        with console.progress("walking") as progress:
             for done in range(1, 41):
                 progress(done, 40, f"layer {done}")
         lines = capsys.readouterr().err.splitlines()
@@ -680,7 +722,7 @@ class TestProgress:
         assert len(lines) == 10
 
     def test_is_a_line_for_each_step_where_steps_are_long(self, capsys):
-        with display.progress("measuring", each=True) as progress:
+        with console.progress("measuring", each=True) as progress:
             for done in range(26):
                 progress(done, 25, "")
         assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
@@ -689,8 +731,8 @@ class TestProgress:
 
     def test_is_a_line_each_minute_too(self, capsys, monkeypatch):
         seconds = iter(range(0, 10000, 25))
-        monkeypatch.setattr(display.time, "perf_counter", lambda: float(next(seconds)))
-        with display.progress("walking") as progress:
+        monkeypatch.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
+        with console.progress("walking") as progress:
             for done in range(1, 41):
                 progress(done, 400, "")
         lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
@@ -698,15 +740,15 @@ class TestProgress:
 
     def test_preparations_do_not_count_for_what_is_left(self, capsys, monkeypatch):
         seconds = iter([0.0, 100.0, 102.0, 104.0])  # the first step ends after 100 s, the others take 2
-        monkeypatch.setattr(display.time, "perf_counter", lambda: next(seconds))
-        with display.progress("walking", each=True) as progress:
+        monkeypatch.setattr(console.time, "perf_counter", lambda: next(seconds))
+        with console.progress("walking", each=True) as progress:
             for done in (1, 2, 3):
                 progress(done, 10, "")
         lines = capsys.readouterr().err.splitlines()
         assert [line.split(", ")[2] for line in lines] == ["about 15:00 left", "about 0:16 left", "about 0:14 left"]
 
     def test_begins_again_with_other_work(self, capsys):
-        with display.progress("choosing and pruning") as progress:
+        with console.progress("choosing and pruning") as progress:
             for total in (2, 3):
                 for done in range(1, total + 1):
                     progress(done, total, "")
@@ -715,11 +757,11 @@ class TestProgress:
     @pytest.fixture
     def terminal(self, monkeypatch):
         shown = io.StringIO()
-        monkeypatch.setattr(display, "notes", Console(file=shown, force_terminal=True, width=100))
+        monkeypatch.setattr(console, "notes", Console(file=shown, force_terminal=True, width=100))
         return shown
 
     def test_on_a_terminal_is_a_bar_that_appears_with_the_first_step(self, terminal):
-        with display.progress("walking") as progress:
+        with console.progress("walking") as progress:
             progress(0, 40, "nothing")
             assert terminal.getvalue() == ""
             progress(4, 40, "a layer with a name that is as long as names of layers are in models of vision and of language")
@@ -729,7 +771,7 @@ class TestProgress:
         assert "…" in terminal.getvalue()
 
     def test_of_work_that_does_not_apply_is_nothing(self, terminal, capsys):
-        with display.progress("walking"):
+        with console.progress("walking"):
             pass
         assert terminal.getvalue() == ""
         assert capsys.readouterr().err == ""
@@ -746,7 +788,7 @@ class TestProgress:
             shown = capsys.readouterr().err
             return [name for name in ("one", "of transformers", "of a download") if f"{name}:" in shown]
 
-        with display.only_own_bars():
+        with console.only_own_bars():
             assert bars() == ["of a download"]
         assert bars() == ["one", "of transformers", "of a download"]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import statprune
-from statprune.commands import COMMANDS, display
+from statprune.commands import COMMANDS, console
 from statprune.commands.cli import main, parse
 from statprune.errors import StatpruneError
 from statprune.methods.budget import ALLOCATIONS
@@ -366,10 +366,10 @@ class TestEnds:
     def test_a_reader_that_goes_away_stops_no_work(self, tmp_path):
         code = """if True:
             import sys
-            from statprune.commands import display
+            from statprune.commands import console
             for _ in range(2000):
-                display.show_text("x" * 100)
-            display.show_json({"a": 1})
+                console.show_text("x" * 100)
+            console.show_json({"a": 1})
             open(sys.argv[1], "w").close()
         """
         words = [sys.executable, "-c", code, str(tmp_path / "finished")]
@@ -383,12 +383,12 @@ class TestEnds:
 
 class TestWhatIsPrinted:
     def does(self):
-        display.say("working")
+        console.say("working")
         warnings.warn("mind the\ngap", stacklevel=1)
-        with display.progress("walking") as progress:
+        with console.progress("walking") as progress:
             progress(1, 1, "layer")
-        display.console.print("[bold]done[/]")
-        display.show_text("| a [bold] :smile: |")
+        console.console.print("[bold]done[/]")
+        console.show_text("| a [bold] :smile: |")
         return {"value": float("nan"), "values": [1.5, float("inf")], "path": "ä"}
 
     @pytest.mark.parametrize(
@@ -415,10 +415,10 @@ class TestWhatIsPrinted:
         assert all(line.startswith(expected) for line, expected in zip(shown, err, strict=True))
 
     def test_without_a_terminal_there_are_signs_of_life(self, capsys, verify_does, monkeypatch):
-        monkeypatch.setattr(display, "LONGEST_SILENCE", 0.1)
+        monkeypatch.setattr(console, "LONGEST_SILENCE", 0.1)
 
         def does():
-            display.say("loading")
+            console.say("loading")
             time.sleep(0.35)
             return {}
 

@@ -22,7 +22,7 @@ FLOORS = """
     checkpoint
     card  companions  hub  output  page  verification
     loading  configuration  completeness  weight_files
-    perplexity  divergence  report  data  results  zeros  how  recipe  grammar  record
+    perplexity  divergence  report  data  results  zeros  how  recipe  grammar  presets  record
     model
     methods
     markdown  plain  clock  progress  ranks  strict_yaml  errors  versions

@@ -224,7 +224,7 @@ def test_layers_that_share_inputs_share_one_normalised_gram(monkeypatch):
     weight, pruned, keep, moments = layer(9, 4, 8)
     made = []
     monkeypatch.setattr(
-        "statprune.methods.least_squares._normalised", lambda *args: made.append(args) or (torch.eye(8), torch.ones(1, 8))
+        "statprune.methods.gram._normalised", lambda *args: made.append(args) or (torch.eye(8), torch.ones(1, 8))
     )
     for _ in range(3):
         LeastSquares()(weight, pruned, keep, moments)
@@ -276,21 +276,22 @@ def test_steps_end_at_exactly_the_pattern(seed, criterion, pattern, steps, out_f
 
 
 def in_steps(weight: Tensor, gram: Tensor, choose, steps: int, damping: float) -> tuple[Tensor, Tensor]:
-    """ADMM as Boza 2024 writes it, with a Gram H whose diagonal is 1 + damping and in the weights that belong to it:
+    """ADMM with a Gram H whose diagonal is 1 + damping, in the weights that belong to it, a penalty p for each channel:
 
-    X = (W H + 0.3 (Z - U)) (H + 0.3)^-1, then Z = X + U masked, then U = U + X - Z.
+    X = (W H + p (Z - U)) (H + p)^-1, then Z = X + U masked, then U = U + X - Z; p = 3 / [H^-1]_jj.
     """
     scale = gram.double().diagonal().rsqrt()
     normal = gram.double() * scale * scale[:, None]
     normal += damping * torch.eye(len(gram))
+    penalty = 3 / torch.linalg.inv(normal + max(0, 0.001 - damping) * torch.eye(len(gram))).diagonal()
     dense, multiplier = weight.double() / scale, torch.zeros_like(weight, dtype=torch.float64)
-    solved = dense
+    solved, rising = dense, -(-steps // 3)
     for step in range(1, steps + 1):
         candidate = solved + multiplier
-        masked = candidate * choose((candidate * scale).float(), 1 - (1 - step / steps) ** 3)
+        masked = candidate * choose((candidate * scale).float(), 1 - (1 - min(step / rising, 1)) ** 3)
         multiplier = multiplier if step == 1 else candidate - masked
-        right = dense @ normal + 0.3 * (masked - multiplier)
-        solved = torch.linalg.solve(normal + 0.3 * torch.eye(len(gram)), right, left=False)
+        right = dense @ normal + penalty * (masked - multiplier)
+        solved = torch.linalg.solve(normal + penalty.diag(), right, left=False)
     candidate = (solved + multiplier) * scale
     keep = choose(candidate.float(), 1.0)
     return candidate * keep, keep
@@ -319,7 +320,7 @@ def test_the_inverse_is_made_anew_for_each_damping():
 def test_a_gram_that_has_no_inverse_is_refused_with_what_can_be_done():
     moments = InputMoments.zeros(2, needs=Statistic.GRAM).add(torch.ones(1, 2))
     moments.gram.copy_(torch.tensor([[1.0, 3.0], [3.0, 1.0]]))
-    with pytest.raises(ValueError, match=r"cannot be factorised.* `ignore`, or take the mask at once, with steps=0"):
+    with pytest.raises(ValueError, match=r"cannot be factorised.* `ignore`, or use a method without the Gram"):
         GradualMask(wanda, NM(1, 2), 2)(torch.ones(2, 2), moments)
 
 
@@ -357,7 +358,7 @@ def test_a_mask_that_is_reached_in_steps_loses_less(pattern: Pattern):
 
 @pytest.mark.parametrize("method", ["sparsegpt+least-squares:steps=5", "cvr+energy+least-squares:steps=5"])
 def test_steps_need_a_criterion_right_before(method):
-    with pytest.raises(ValueError, match=r"steps=5: a mask is reached in steps where least squares follow a criterion"):
+    with pytest.raises(ValueError, match=r"least-squares:steps=5: a mask is reached in steps where the compensation follows a criterion"):
         Recipe(method)
 
 

@@ -53,6 +53,11 @@ COMPENSATION_SETTINGS = {
         "tolerance": st.floats(0, 0.9),
         "damping": st.floats(0, 10),
     },
+    "loss-aware": {
+        "iterations": st.integers(1, 99),
+        "shrinkage": st.floats(0.01, 1),
+        "damping": st.floats(0, 10),
+    },
 }
 
 

@@ -87,9 +87,10 @@ def prune(
             padding with 0; names that `forward` does not have are left out), rows of `datasets`, or tuples, of which the
             arguments that `forward` requires are taken, so `(x, y)` gives x. Shapes may differ from batch to batch. A tensor
             [windows, length] is cut into batches.
-        how: a `Recipe`, a method's short name (`"cvr+energy"`), a mapping of a recipe's keys, or a `Search` (`"auto"`), which
-            chooses a recipe by trying candidates on these batches, one half to prune on and the other to score on; it is then
-            carried out with all of them. None: the paper's method at 2:4.
+        how: a `Recipe`, a method's short name (`"best"`, `"wanda"`), a mapping of a recipe's keys, or a `Search` (`"auto"`),
+            which chooses a recipe by trying candidates on these batches, one half to prune on and the other to score on; it is
+            then carried out with all of them. None: `"default"` at 2:4, the best that needs no gradients and costs no more than
+            SparseGPT; `"paper"` is the paper's method.
         pattern: in the place of that of `how`.
         traced: the graph from an earlier plan for this model, or for another instance of it (`PruningPlan.traced`), which saves
             the export; batches must have the shapes it was traced with.

@@ -70,6 +70,7 @@ def render(record: dict[str, Any]) -> str:
         ("method", _method(recipe)),
         ("schedule", str(record["schedule"])),
         ("allocation", _words(recipe.get("allocation"))),
+        ("target", _words(recipe.get("target", "pruned"))),
         ("pruned weights", f"{len(record['sites'])} of {base['class']}, {100 * record['sparsity']:.2f} % zeros"),
         ("left dense", f"{len(record['left_out'])} weights, with the reason for each in `pruning.json`"),
         ("energy", f"{100 * record['energy_ratio']:.1f} % of the dense weights' sum of squares"),
@@ -142,7 +143,8 @@ def _calibration(record: dict[str, Any]) -> str:
 def _perplexity(evaluation: dict[str, Any] | None) -> list[str]:
     if not evaluation:
         return []
-    rows = [(name, f"{evaluation[name]:.4f}") for name in ("dense", "pruned") if isinstance(evaluation.get(name), float)]
+    shown = {"dense": "dense", "pruned": "pruned", "wanda": "Wanda's mask alone"}
+    rows = [(shown[name], f"{evaluation[name]:.4f}") for name in shown if isinstance(evaluation.get(name), float)]
     texts = evaluation.get("text") or []
     text = ", ".join(_last(one) for one in ([texts] if isinstance(texts, str) else texts))
     told = [f"on {text}" if text else "", f"windows of {evaluation['seqlen']} tokens" if "seqlen" in evaluation else ""]

@@ -4,9 +4,11 @@ wanda                           a criterion
 cvr+energy                      a criterion, and a compensation of what it leaves
 sparsegpt+energy                a pruner that chooses and updates at once, and a compensation on top
 cvr+least-squares+energy        several compensations, one after the other
+best                            a preset, which stands alone, for a whole recipe
 cvr:alpha=0.25+energy:column    with settings: NAME=VALUE, or the bare name of a switch, which turns the other switches off
 50%   2:4   50%:rank_over=layer                 patterns
 uniform   owl:spread=0.1                        allocations
+pruned   dense:share=0.5                        targets
 
 text  ->  read_method, read_pattern, complete  ->  {"name": "cvr", "alpha": 0.25, "exponent": 0.25, "eps": 1e-08}
 text  <-  write_method, write_pattern, write   <-
@@ -25,6 +27,7 @@ from statprune.errors import RecipeError, nearest, shown
 from statprune.methods.bounds import bounds_in, is_finite
 from statprune.methods.patterns import PATTERNS, SHORTHAND_HELP, ModelPattern, parse_shorthand
 from statprune.methods.registry import NAME, kind_of, known_compensations, known_criteria, settings_of, usual_ranking
+from statprune.presets import PRESETS
 from statprune.strict_yaml import YamlDumper, load, problem
 
 Part = str | Mapping[str, Any]
@@ -55,6 +58,8 @@ def read_method(method: object) -> tuple[Whole, list[Whole]]:
             f"The method {shown(method)} is not understood: expected CRITERION or CRITERION+COMPENSATION, each with settings "
             "or without, such as 'wanda', 'cvr+energy' or 'cvr:alpha=0.25+energy:column'."
         )
+    if len(parts) == 1 and (name := parts[0].partition(":")[0]) not in PRESETS:
+        one_of("criterion", name, {**known_criteria(), **PRESETS})
     return complete_parts(parts[0], parts[1:])
 
 
@@ -62,8 +67,15 @@ def complete_parts(criterion: Part, compensation: Part | Sequence[Part]) -> tupl
     """A criterion and one or several compensations, as texts or mappings, with every setting; `none` is no compensation.
 
     Raises:
-        RecipeError: a name or setting does not exist.
+        RecipeError: a name or setting does not exist, or the criterion is a preset.
     """
+    named = criterion.get("name") if isinstance(criterion, Mapping) else criterion
+    name = named.partition(":")[0] if isinstance(named, str) else named
+    if isinstance(name, str) and name in PRESETS:
+        raise RecipeError(
+            f"{name!r} is a preset, which stands for a whole recipe: give it alone, as the method, without settings or "
+            f"compensations. To change its method, spell that out: {PRESETS[name].method!r}."
+        )
     several = isinstance(compensation, Sequence) and not isinstance(compensation, str)
     given = list(compensation) if several else [compensation]
     if len(given) > MOST_COMPENSATIONS:

@@ -6,10 +6,15 @@ from typing import Any
 
 from statprune.errors import RecipeError
 from statprune.grammar import complete_parts, read_method, write_method
+from statprune.presets import PRESETS, USUAL_CRITERION
 from statprune.recipe import Recipe, Search, is_auto, load_yaml, scope_to_dict
 
 How = Recipe | Search | str | Mapping[str, Any]
-"""A recipe, a search, a method's short name (`"cvr+energy"`, `"auto:minutes=5"`), or a mapping of a recipe's keys."""
+"""A recipe, a search, a method's short name (`"best"`, `"cvr+energy"`, `"auto:minutes=5"`), or a mapping of a recipe's keys."""
+
+
+_OWN = ("schedule", "target", "allocation")
+"""What a method may have of its own."""
 
 
 def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
@@ -18,6 +23,7 @@ def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
     Args:
         how: None for the default recipe.
         others: fields by keyword, `criterion` and `compensation` too; they win over `how`, and None stands for nothing given.
+            A preset among them is a whole recipe, whose schedule, target and allocation win over those of `how` too.
 
     Raises:
         RecipeError: as the constructors; it is nothing of the kind.
@@ -33,15 +39,17 @@ def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
         data = dict(how or {})
     else:
         raise RecipeError(
-            f"how={how!r} is a {type(how).__name__}: expected a Recipe, a Search, a method's short name such as 'cvr+energy', "
+            f"how={how!r} is a {type(how).__name__}: expected a Recipe, a Search, a method's short name such as 'best', "
             "or a mapping of a recipe's keys."
         )
     is_search = isinstance(how, Search) and "method" not in others and "criterion" not in others
     if isinstance(how, Search) and not is_search:
-        data.pop("minutes")
+        data = {key: value for key, value in data.items() if key not in ("minutes", "gradients")}
     replaced = _in_place_of(data, others)
     if "method" in replaced:
         data = {key: value for key, value in data.items() if key not in ("criterion", "compensation")}
+    if _is_preset(others.get("method")):
+        data = {key: value for key, value in data.items() if key not in _OWN}
     merged = {**data, **replaced}
     if is_search or is_auto(merged.get("method", merged.get("criterion"))):
         return Search.from_dict(merged)
@@ -54,32 +62,43 @@ def read_yaml(path: str | Path) -> Recipe | Search:
 
 
 Method = str | Mapping[str, Any]
-"""A short name such as `"cvr+energy"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps a `label`
-to show it by, a `schedule` and an `allocation`."""
+"""A short name such as `"best"` or `"wanda"`, or a mapping with `method` or else `criterion` and `compensation`, and perhaps a
+`label` to show it by, a `schedule`, a `target` and an `allocation`."""
 
 
 def labelled(method: Method, **others: Any) -> tuple[str, Recipe | Search]:
     """A method's label, and its recipe or search; the other fields by keyword, which the method's own win over.
 
+    What a preset has is its own. Its label is its name; another method's says where allocation or target are not the usual.
+
     Raises:
         RecipeError: the mapping has other keys; or as the constructors.
     """
     keys = {"method"} if isinstance(method, str) else {key for key in method if key != "label"}
-    allowed = {"schedule", "allocation"} | ({"method"} if "method" in keys else {"criterion", "compensation"})
+    allowed = {*_OWN} | ({"method"} if "method" in keys else {"criterion", "compensation"})
     if not keys <= allowed:
         assert isinstance(method, Mapping)
         raise RecipeError(
             f"The method {dict(method)} has the keys {', '.join(map(str, method))}: expected `method`, or else `criterion` and "
-            "`compensation`; and perhaps `label`, `schedule` and `allocation`."
+            "`compensation`; and perhaps `label`, `schedule`, `target` and `allocation`."
         )
     own = {"method": method} if isinstance(method, str) else {key: method[key] for key in keys}
-    if is_auto(own.get("method", own.get("criterion"))):
-        others = {key: value for key, value in others.items() if key not in ("schedule", "allocation")}
+    name = own.get("method", own.get("criterion"))
+    if is_auto(name) or _is_preset(name):
+        others = {key: value for key, value in others.items() if key not in _OWN}
     how = read_how({**others, **own})
-    usual = str(method) if isinstance(method, str) else how.method
-    if isinstance(how, Recipe) and how.allocation != "uniform":
-        usual = f"{usual} ({how.allocation.partition(':')[0]})"
-    return str(method.get("label", usual)) if isinstance(method, Mapping) else usual, how
+    if isinstance(method, Mapping) and "label" in method:
+        return str(method["label"]), how
+    usual = str(method) if isinstance(method, str) else str(name) if _is_preset(name) else how.method
+    if isinstance(how, Recipe):
+        told = {"allocation": how.allocation.partition(":")[0], "target": how.target}
+        words = [told[key] for key in told if (key in keys if _is_preset(name) else told[key] not in ("uniform", "pruned"))]
+        usual += f" ({', '.join(words)})" if words else ""
+    return usual, how
+
+
+def _is_preset(method: object) -> bool:
+    return isinstance(method, str) and method in PRESETS
 
 
 def _in_place_of(data: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,5 +111,5 @@ def _in_place_of(data: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str
     parts = {"criterion": criterion, "compensation": compensations, **others}
     if is_auto(parts["criterion"]):
         return {**others, "method": parts["criterion"]}
-    method = write_method(*complete_parts(parts["criterion"] or "cvr", parts["compensation"] or "none"))
+    method = write_method(*complete_parts(parts["criterion"] or USUAL_CRITERION, parts["compensation"] or "none"))
     return {**{key: value for key, value in others.items() if key not in ("criterion", "compensation")}, "method": method}

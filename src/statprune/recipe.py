@@ -1,7 +1,8 @@
 """Recipe: which method, which pattern, on which weights, in which order. Search: the same, with the method to be found.
 
 A recipe is total: it can prune. It is plain data, hashable, the same in Python, in YAML and in `pruning.json`: each part is a
-text (see `grammar`), and the settings in it are the keyword arguments of the function that its name stands for.
+text (see `grammar`), and the settings in it are the keyword arguments of the function that its name stands for. What it leaves
+open is what the method's preset has (see `presets`), and after construction nothing is open.
 """
 
 import re
@@ -33,7 +34,9 @@ from statprune.methods.patterns import NM, PATTERNS, ModelPattern, Pattern
 from statprune.methods.pruner import WeightPruner
 from statprune.methods.registry import build_pruner, known_compensations, known_criteria
 from statprune.methods.statistics import InputMoments, Statistic
+from statprune.methods.target import TARGETS, DenseTarget, PrunedTarget
 from statprune.model.schedule import SCHEDULES, Schedule
+from statprune.presets import DEFAULT, PRESETS, USUAL_CRITERION, Preset
 from statprune.strict_yaml import YamlDumper, load, problem
 
 _Read = TypeVar("_Read")
@@ -43,29 +46,36 @@ Minutes = Annotated[float, Between(0, 7 * 24 * 60, without=(0,))]
 OnIndivisible = Literal["error", "skip"]
 ON_INDIVISIBLE = ("error", "skip")
 
+_OPEN: Any = None
+"""Of a field that takes what the method's preset has. Afterwards it is a text, which its type says."""
+
 _TRIED_WIDTH = 16
 """Columns of the weight that a recipe tries itself out on, at most."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to prune. Bad values are refused here, before a model is touched.
+    """How to prune: the method, the pattern, the schedule, the target, the allocation, and which layers.
 
-    Texts are stored in their shortest form, so that two ways to write a recipe compare and save as one.
+    Bad values are refused here, before a model is touched. Texts are stored in their shortest form, so that two ways to write a
+    recipe compare and save as one, and a preset as what it stands for: `Recipe("best", pattern="50%")` equals the recipe that
+    spells it out. What is given beside a preset wins: `Recipe("best", target="pruned")`. Where no preset says otherwise, the
+    schedule is walk, the target pruned and the allocation uniform.
 
     Raises:
-        RecipeError: a name or a setting does not exist, or a value is out of range.
+        RecipeError: a name or a setting does not exist, or a value is out of range; a preset with settings or compensations.
     """
 
-    method: str = "cvr+energy"
+    method: str = DEFAULT
     """What chooses the weights, and what corrects those that stay: `"wanda"`, `"cvr+energy"`, `"sparsegpt"`, with settings
-    `"cvr:alpha=0.25+energy:column"`, with several corrections one after the other. The default is the paper's."""
+    `"cvr:alpha=0.25+energy:column"`, with several corrections one after the other. Or a preset: `"default"`, `"best"`,
+    `"fast"`, or `"paper"`, which is the paper's method."""
 
     pattern: str = "2:4"
     """`"50%"`, or `"2:4"`, `"4:8"`, any N:M. Unstructured weights compete within their output row, and with sparsegpt within a
     block of columns; `"50%:rank_over=layer"` and `"50%:rank_over=row"` say otherwise."""
 
-    schedule: Schedule = "walk"
+    schedule: Schedule = _OPEN
     """`"walk"`: each layer's statistics already see all pruned layers before it. `"block"`: those in the blocks before its own,
     as Wanda's and SparseGPT's code has it. `"one-shot"`: all see the dense model. `"block"` takes two forward passes over
     the calibration batches, the others one."""
@@ -81,27 +91,39 @@ class Recipe:
     on_indivisible: OnIndivisible = "error"
     """What to do with a layer whose width an N:M pattern does not divide: refuse, or leave it dense and report it."""
 
-    allocation: str = "uniform"
+    allocation: str = _OPEN
     """How the sparsity is shared out: `"uniform"`, every layer alike; `"owl"`, blocks with more outliers keep more;
     `"sensitivity"`, by the measured harm of pruning each layer. With settings `"owl:spread=0.1"`. An unstructured pattern's
     sparsity is then that of all weights together. With an N:M pattern `"owl:sparsity=0.4"` says which fraction of the weights
     is to be zero, and the allocation which layers stay dense."""
 
+    target: str = _OPEN
+    """What each layer is to give: `"pruned"`, what its dense weight makes of the inputs that the pruned layers before it give;
+    `"dense"`, what the dense model has there, so that a layer also makes up for those before it. `"dense:share=0.5"` lies
+    between. `"dense"` takes a forward pass of the dense model more."""
+
     def __post_init__(self) -> None:
-        _check_texts("Recipe", method=self.method, allocation=self.allocation)
+        texts = {"method": self.method, "allocation": self.allocation, "target": self.target}
+        _check_texts("Recipe", **{key: text for key, text in texts.items() if text is not None or key == "method"})
         if is_auto(self.method):
             raise RecipeError(
                 f"Recipe(method={self.method!r}): a recipe names its method. statprune.Search(minutes=...) finds one; prune, "
                 "plan and the command take it, or the text 'auto:minutes=10', in a recipe's place."
             )
-        criterion, compensations = read_method(self.method)
+        preset = PRESETS.get(self.method, Preset("", self.method))
+        criterion, compensations = read_method(preset.method)
         pattern = complete_pattern(_read_pattern("Recipe", self.pattern), criterion["name"])
-        allocation = complete("allocation", self.allocation, ALLOCATIONS)
-        one_of("schedule", self.schedule, SCHEDULES)
+        schedule = preset.schedule if self.schedule is None else self.schedule
+        one_of("schedule", schedule, SCHEDULES)
+        usual = preset.unstructured_allocation if _built(pattern, PATTERNS).is_unstructured else preset.allocation
+        allocation = complete("allocation", usual if self.allocation is None else self.allocation, ALLOCATIONS)
+        target = complete("target", preset.target if self.target is None else self.target, TARGETS)
         # Frozen: two ways to write one thing become the same text here, once.
         object.__setattr__(self, "method", write_method(criterion, compensations))
         object.__setattr__(self, "pattern", write_pattern(pattern, criterion["name"]))
+        object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "allocation", write(allocation, ALLOCATIONS))
+        object.__setattr__(self, "target", write(target, TARGETS))
         _keep_scope(self)
         self._try_out()
         self._check_allocation(allocation)
@@ -111,7 +133,7 @@ class Recipe:
         """A recipe from plain data, as YAML and `pruning.json` hold it: parts may be texts, or mappings with every setting.
 
         `criterion` and `compensation` (one, or a list) may stand in the place of `method`. A criterion alone is the whole
-        method; a compensation alone goes with cvr. Where both ways are there they must agree.
+        method; a compensation alone goes with the criterion of the default. Where both ways are there they must agree.
 
         Raises:
             RecipeError: as the constructor; an unknown key; `method` and its parts differ.
@@ -119,7 +141,7 @@ class Recipe:
         _check_keys("Recipe", data, [*(one.name for one in fields(cls)), "criterion", "compensation"])
         given = {key: value for key, value in data.items() if key not in ("criterion", "compensation")}
         if {"criterion", "compensation"} & data.keys():
-            parts = complete_parts(data.get("criterion", "cvr"), data.get("compensation", "none"))
+            parts = complete_parts(data.get("criterion", USUAL_CRITERION), data.get("compensation", "none"))
             method = write_method(*parts)
             if "method" in data and write_method(*read_method(data["method"])) != method:
                 raise RecipeError(
@@ -149,6 +171,7 @@ class Recipe:
             **scope_to_dict(self),
             "pattern": self._pattern,
             "allocation": complete("allocation", self.allocation, ALLOCATIONS),
+            "target": complete("target", self.target, TARGETS),
         }
 
     def to_yaml(self) -> str:
@@ -165,15 +188,24 @@ class Recipe:
         """What corrects the weights that stay, as they are applied: names and every setting."""
         return tuple(read_method(self.method)[1])
 
+    @property
+    def conditions(self) -> str:
+        """Under which the method works, for people: the schedule, and allocation and target where they are not the usual."""
+        others = [text for text, usual in ((self.allocation, "uniform"), (self.target, "pruned")) if text != usual]
+        return ", ".join([self.schedule, *others])
+
     def build_pattern(self) -> ModelPattern:
         """The pattern object."""
-        name, settings = split(self._pattern)
-        return PATTERNS[name](**settings)
+        return _built(self._pattern, PATTERNS)
 
     def build_allocation(self) -> AllocationRule:
         """The allocation object."""
-        name, settings = split(complete("allocation", self.allocation, ALLOCATIONS))
-        return ALLOCATIONS[name](**settings)
+        return _built(complete("allocation", self.allocation, ALLOCATIONS), ALLOCATIONS)
+
+    def build_target(self) -> PrunedTarget | DenseTarget:
+        """The target object."""
+        name, settings = split(complete("target", self.target, TARGETS))
+        return TARGETS[name](**settings)
 
     def pruner(self, pattern: Pattern | None = None) -> WeightPruner:
         """The function that prunes one weight, with a pattern of its own where an allocation gives it one."""
@@ -195,6 +227,7 @@ class Recipe:
                 pattern = NM(1, 2)
             width = pattern.group_size or 2
             moments = InputMoments.zeros(width, Statistic.GRAM).add(torch.eye(width)).add(-torch.eye(width))
+            moments = moments.with_output_gram(torch.eye(1))
             criterion = _least_work(self.criterion, known_criteria())
             compensation = [_least_work(part, known_compensations()) for part in self.compensation]
             build_pruner(criterion, pattern, compensation)(torch.linspace(1.0, 2.0, width)[None], moments)
@@ -205,8 +238,9 @@ class Recipe:
     def _check_allocation(self, allocation: Whole) -> None:
         try:
             rule, pattern = self.build_allocation(), self.build_pattern()
+            self.build_target()
         except (ValueError, TypeError) as e:
-            raise RecipeError(f"Recipe(allocation={self.allocation!r}): {e}") from e
+            raise RecipeError(f"Recipe(allocation={self.allocation!r}, target={self.target!r}): {e}") from e
         name, sparsity = allocation["name"], getattr(rule, "sparsity", None)
         if name == "uniform":
             return
@@ -225,7 +259,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for: the method, schedule and allocation that lose least on this model, by trying them out (see `tune`).
+    """What to look for: the method, schedule, target and allocation that lose least on this model, by trying (see `tune`).
 
     Wherever a recipe can stand it can stand too, also as the text `"auto"` or `"auto:minutes=5"`. What it gives is a recipe.
 
@@ -248,18 +282,23 @@ class Search:
     on_indivisible: OnIndivisible = "error"
     """As a recipe's."""
 
+    gradients: bool = True
+    """Whether to try what takes the dense model backward once, which needs memory for the activations of a batch."""
+
     def __post_init__(self) -> None:
         try:
             check("Search", Search, minutes=self.minutes)
         except ValueError as e:
             raise RecipeError(str(e)) from e
+        if not isinstance(self.gradients, bool):
+            raise RecipeError(f"Search(gradients={shown(self.gradients)}): expected true or false.")
         object.__setattr__(self, "pattern", write_pattern(_read_pattern("Search", self.pattern)))
         _keep_scope(self)
         self.recipe("magnitude")  # a pattern or a scope that cannot be is refused now
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Search":
-        """A search from plain data; `method: auto:minutes=5` may stand in the place of `minutes`.
+        """A search from plain data; `method: auto:minutes=5` may stand in the place of `minutes`, and so on.
 
         Raises:
             RecipeError: as the constructor; a key that a search has not, as it is what is looked for.
@@ -267,14 +306,14 @@ class Search:
         given = dict(data)
         method, *compensations = re.split(r"\+(?=[A-Za-z])", str(given.pop("method", given.pop("criterion", AUTO))))
         given |= {"compensation": "+".join(compensations)} if compensations else {}
-        minutes = {key: value for key, value in complete("method", method, {AUTO: _auto}).items() if key == "minutes"}
-        for key in ("schedule", "allocation", "compensation"):
+        _, own = split(complete("method", method, {AUTO: _auto}))
+        for key in SEARCHED:
             if key in given:
                 raise RecipeError(
                     f"Search({key}={given[key]!r}): the search tries these itself. Leave it out, or name a method."
                 )
         _check_keys("Search", given, [one.name for one in fields(cls)])
-        given = {**(minutes if ":" in method else {}), **given}
+        given = {**(own if ":" in method else {}), **given}
         if isinstance(given.get("pattern"), Mapping):
             given["pattern"] = _TEXTS["pattern"](given["pattern"])
         return cls(**given)
@@ -285,20 +324,24 @@ class Search:
 
     @property
     def method(self) -> str:
-        """The text that stands for it: `"auto"`, with the minutes where they are not the default."""
-        return write({"name": AUTO, "minutes": self.minutes}, {AUTO: _auto})
+        """The text that stands for it: `"auto"`, with the settings that are not the default."""
+        return write({"name": AUTO, "minutes": self.minutes, "gradients": self.gradients}, {AUTO: _auto})
 
     def build_pattern(self) -> ModelPattern:
         """The pattern object, as most methods have it."""
         return self.recipe("magnitude").build_pattern()
 
-    def recipe(self, method: str, schedule: Schedule = "walk") -> Recipe:
-        """A candidate."""
-        return Recipe(method, self.pattern, schedule, self.targets, self.ignore, self.on_indivisible)
+    def recipe(self, method: str, **own: Any) -> Recipe:
+        """A candidate, with a schedule, a target and an allocation of its own where it has them."""
+        scope = {"targets": self.targets, "ignore": self.ignore, "on_indivisible": self.on_indivisible}
+        return Recipe(method, self.pattern, **scope, **own)  # type: ignore[arg-type]
 
 
 AUTO = "auto"
 """Where a method is asked for, this asks for a search."""
+
+SEARCHED = ("schedule", "allocation", "target", "compensation")
+"""Keys of a recipe that a search finds out, beside the criterion."""
 
 
 def is_auto(method: object) -> bool:
@@ -306,8 +349,14 @@ def is_auto(method: object) -> bool:
     return isinstance(method, str) and re.split("[:+]", method)[0] == AUTO
 
 
-def _auto(*, minutes: Minutes = 10.0) -> None:
+def _auto(*, minutes: Minutes = 10.0, gradients: bool = True) -> None:
     """The settings of the text `auto`."""
+
+
+def _built(part: Whole, known: Mapping[str, Callable[..., _Read]]) -> _Read:
+    """The object of a completed part."""
+    name, settings = split(part)
+    return known[name](**settings)
 
 
 def _least_work(part: Whole, known: Mapping[str, Callable[..., Any]]) -> Whole:
@@ -379,5 +428,6 @@ def _are_names(names: object) -> bool:
 _TEXTS: dict[str, Any] = {
     "pattern": lambda part: write_pattern(read_pattern(part)),
     "allocation": lambda part: write(complete("allocation", part, ALLOCATIONS), ALLOCATIONS),
+    "target": lambda part: write(complete("target", part, TARGETS), TARGETS),
 }
 """How a mapping of the part becomes its text."""

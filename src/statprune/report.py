@@ -86,7 +86,7 @@ class PruningReport:
     """Calibration tokens that the first layer saw; padding does not count."""
     seconds: dict[str, float] = field(default_factory=dict)
     """`trace`, `allocate`, `check`, `walk`, `prune`; before them `tune`, where a search chose the recipe; a command adds
-    `save`."""
+    `compare`, for Wanda's mask, and `save`."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes, by the same names: how high memory has gone by the end of each step (`clock.peak_memory`), whoever used it; of the
     first rank. Empty where the system does not tell."""
@@ -98,7 +98,7 @@ class PruningReport:
     """Where a search chose the recipe: that search, what was tried, and on what; else None."""
     perplexity: dict[str, Any] | None = None
     """Where it was measured before and after: `dense` and `pruned` (None where that is no number), on so many `windows` of
-    `seqlen` tokens of `text` (a list of names)."""
+    `seqlen` tokens of `text` (a list of names); and perhaps `wanda`, what Wanda's mask alone would have left there."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":

@@ -1,6 +1,6 @@
 """What each subcommand of `statprune` does: a function each, thin over the library; its arguments are the options.
 
-It shows people what it does with `display`, and returns the same as plain data, which is what --json prints.
+It shows people what it does with `console` and `display`, and returns the same as plain data, which is what --json prints.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple, get_type_hints
 
-from statprune.commands import COMMANDS, display, endings, options
+from statprune.commands import COMMANDS, console, endings, options
 from statprune.commands.command_line import in_place
 from statprune.commands.parsers import parser_of_all, refuse
 
@@ -36,26 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             call = parse(words)
             as_json = call.show.json
-            with display.showing(as_json=as_json, quiet=call.show.quiet):
+            with console.showing(as_json=as_json, quiet=call.show.quiet):
                 result = call.function(**call.given)
             if as_json:
-                display.show_json(result)
+                console.show_json(result)
             return 0
         except endings.UsageError as e:
             if as_json:
-                display.show_json({"error": e.message, "kind": "UsageError"})
+                console.show_json({"error": e.message, "kind": "UsageError"})
             raise
         except (Exception, KeyboardInterrupt) as e:
             endings.show_traceback(e)
             if signals or isinstance(e, KeyboardInterrupt):
                 text, status = endings.stopped_by(signals[0] if signals else signal.SIGINT)
-                display.show_end(text)
+                console.show_end(text)
             else:
                 text, status = endings.explain(e), endings.FAILED
-                display.show_error(text)
+                console.show_error(text)
             if as_json:
                 with contextlib.suppress(OSError):  # where that is the error
-                    display.show_json({"error": text, "kind": type(e).__name__})
+                    console.show_json({"error": text, "kind": type(e).__name__})
             return status
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from typing import Any
 
-from statprune.commands import display
+from statprune.commands import console, display
 from statprune.commands.options import (
     RANDOM_TOKENS,
     CalibrationOptions,
@@ -30,14 +30,14 @@ def compare(
     Args:
         text: Where to measure: text files (several: --text a.txt b.txt), or a token file. Keep it apart from the calibration
             text.
-        methods: Criteria and compensations (several: --methods wanda cvr+energy cvr:alpha=0.25+energy:column), or mappings with
-            label and method. Default: magnitude, wanda and cvr, each without and with energy.
+        methods: Presets, or criteria and compensations (several: --methods best paper wanda cvr:alpha=0.25+energy:column), or
+            mappings with label and method. Default: magnitude, wanda, sparsegpt, paper and default.
         patterns: How sparse (several: --patterns 50% 2:4). Default: 50%, 4:8 and 2:4.
-        schedule: walk, block or one-shot.
+        schedule: walk, block or one-shot; presets have their own.
 
     Examples:
         statprune compare MODEL --calibration train.txt --text held-out.txt
-        statprune compare MODEL --calibration c4 --text held-out.txt --methods wanda cvr+least-squares --patterns 2:4
+        statprune compare MODEL --calibration c4 --text held-out.txt --methods wanda paper best --patterns 2:4
     """
     import statprune.experiments.compare as comparison
     from statprune.how import labelled
@@ -47,14 +47,14 @@ def compare(
     how = [labelled(method)[1] for method in methods or ()]
     windows = calibration.windows(opened, halves=any(isinstance(one, Search) for one in how))
     held_out = opened.held_out(text)
-    display.say("measuring the dense model, and exporting it to a graph")
-    with display.progress("comparing", each=True) as progress:
+    console.say("measuring the dense model, and exporting it to a graph")
+    with console.progress("comparing", each=True) as progress:
         cells = comparison.compare(
             opened.model, windows, held_out,
             methods=methods or comparison.METHODS, patterns=patterns or comparison.PATTERNS,
             schedule=schedule, batch_size=calibration.batch_size, progress=progress,
         )  # fmt: skip
-    display.show_text(comparison.markdown_table(cells))
+    console.show_text(comparison.markdown_table(cells))
     return {"seqlen": opened.seqlen, "samples": calibration.samples, "cells": [dataclasses.asdict(cell) for cell in cells]}
 
 
@@ -64,12 +64,13 @@ def tune(
     calibration: CalibrationOptions,
     layers: LayerOptions,
     minutes: float = 10.0,
+    no_gradients: bool = False,
 ) -> dict[str, Any]:
     """Choose the recipe for a model and a pattern: try methods on half of the calibration text, score them on the other half.
 
     The text is cut in alternate blocks before windows are drawn, so that no token is in both halves. Many methods are pruned
     from one pass over the dense model and scored on a part of the held-out half; the best go on with settings and schedules of
-    their own, on more of it; the best of those measured on all of it is chosen. wanda, cvr+energy and sparsegpt are always
+    their own, on more of it; the best of those measured on all of it is chosen. best, paper, wanda and sparsegpt are always
     among them, so the choice is never worse there. Nothing is pruned: the recipe is for
     'statprune prune MODEL --recipe OUTPUT/recipe.yaml'. An interrupted run goes on where it stopped.
 
@@ -78,7 +79,8 @@ def tune(
     Args:
         output: Folder for recipe.yaml, tried.csv, tried.md and trials.jsonl (a line for each measurement). One that is there is
             gone on with, if the model, the calibration and the settings are the same; more --minutes try more.
-        minutes: How long it may take, without loading the model. The three baselines are measured whatever it says.
+        minutes: How long it may take, without loading the model. The baselines are measured whatever it says.
+        no_gradients: Try nothing that takes the dense model backward, which takes memory; best is then no baseline.
 
     Examples:
         statprune tune MODEL --output tuned --calibration train.txt --pattern 2:4 --minutes 10
@@ -87,13 +89,13 @@ def tune(
     from statprune.recipe import Search
     from statprune.tuning.tune import tune as tune_model
 
-    search = Search.from_dict({"minutes": minutes, **layers.given()})
+    search = Search.from_dict({"minutes": minutes, "gradients": not no_gradients, **layers.given()})
     opened = model.open(calibration)
     windows = calibration.windows(opened, halves=True)
-    display.say("exporting the model to a graph")
-    with display.progress("seconds of the budget") as progress:
+    console.say("exporting the model to a graph")
+    with console.progress("seconds of the budget") as progress:
         tuned = tune_model(
-            opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=display.say,
+            opened.model, windows.split(calibration.batch_size), output=output, progress=progress, say=console.say,
             **dataclasses.asdict(search),
         )  # fmt: skip
     following = ["--recipe", f"{output}/recipe.yaml", "--output", "sparse"]
@@ -117,7 +119,7 @@ def benchmark(model: ModelOptions, calibration: CalibrationOptions = RANDOM_TOKE
 
     opened = model.open(calibration, rounds=rounds)
     windows = calibration.windows(opened)
-    with display.progress("measuring", each=True) as progress:
+    with console.progress("measuring", each=True) as progress:
         cost = measure_walk(opened.model, windows.split(calibration.batch_size), rounds=rounds, progress=progress)
     display.show_walk_cost(cost, windows.numel())
     return display.walk_cost_data(cost, windows.numel())
@@ -155,9 +157,10 @@ def experiment(
         output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
             gone on with, if its protocol and versions are the same.
         model: Folders or hub names (safetensors only; several: --model FOLDER OTHER). Default: the paper's models.
-        methods: Criteria and compensations (several: --methods wanda sparsegpt+energy), or mappings with label and method.
+        methods: Presets, or criteria and compensations (several: --methods best paper sparsegpt+energy), or mappings with label
+            and method.
         patterns: How sparse (several: --patterns 50% 4:8 2:4).
-        schedule: walk, block or one-shot. Default: block, the protocol of Wanda and SparseGPT.
+        schedule: walk, block or one-shot; presets have their own. Default: block, the protocol of Wanda and SparseGPT.
         text: Where to measure: text files (several: --text a.txt b.txt), a token file, or wikitext2 from the hub. Default:
             wikitext2.
         windows: At most this many windows of the text, for a quick look. Default: all.
@@ -179,12 +182,12 @@ def experiment(
     from statprune.experiments.run import run
 
     experiments = load_experiments(name, given)
-    with display.progress(name, each=True) as progress:
-        outcome = run(experiments, output, progress=progress, say=display.say)
+    with console.progress(name, each=True) as progress:
+        outcome = run(experiments, output, progress=progress, say=console.say)
     for title, table in outcome.tables.items():
-        display.show_text(f"\n## {title}\n\n{table}")
+        console.show_text(f"\n## {title}\n\n{table}")
     if outcome.contents:
-        display.say(f"{outcome.contents} are in {output}")
+        console.say(f"{outcome.contents} are in {output}")
     if outcome.failures:
         raise ExperimentError("\n  ".join([f"{len(outcome.failures)} failed:", *outcome.failures]))
     return {"output": output, "tables": outcome.tables, "pictures": outcome.pictures}
@@ -207,8 +210,8 @@ def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int
     from statprune.experiments.compare import markdown_table
     from statprune.experiments.quickstart import quickstart as run
 
-    with display.progress("training and comparing") as progress:
-        cells = run(output, steps=steps, seed=seed, progress=progress, say=display.say)
-    display.show_text(markdown_table(cells))
+    with console.progress("training and comparing") as progress:
+        cells = run(output, steps=steps, seed=seed, progress=progress, say=console.say)
+    console.show_text(markdown_table(cells))
     display.show_next_steps(output)
     return {"output": output, "cells": [dataclasses.asdict(cell) for cell in cells]}

@@ -1,12 +1,12 @@
 """The commands about one model: prune, evaluate, inspect, verify, push, merge."""
 
-import math
+import contextlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from statprune.commands import display
+from statprune.commands import console, display
 from statprune.commands.options import (
     MODEL_SAMPLES,
     CalibrationOptions,
@@ -16,7 +16,7 @@ from statprune.commands.options import (
     RecipeOptions,
     WindowOptions,
 )
-from statprune.errors import CalibrationError
+from statprune.errors import CalibrationError, NonFiniteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ def prune(
     recipe: RecipeOptions,
     calibration: CalibrationOptions = MODEL_SAMPLES,
     text: list[str] | None = None,
+    no_compare: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
@@ -45,7 +46,10 @@ def prune(
     Args:
         output: Folder to write; must not exist, but for --overwrite.
         text: Measure the perplexity before and after on text files (several: --text a.txt b.txt), a token file or wikitext2, as
-            'statprune evaluate' does, and keep it in the record. It should not be the calibration text.
+            'statprune evaluate' does, and keep it in the record. It should not be the calibration text. Wanda's mask is
+            measured there too, and where that would leave the model better, it is said.
+        no_compare: With --text, leave Wanda's mask out. It takes two forward passes over the calibration windows and one over
+            the text, and while it is measured a second copy of the pruned weights.
         dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
         overwrite: Replace an output that statprune wrote, when the new one is verified.
         max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
@@ -53,6 +57,8 @@ def prune(
     Examples:
         statprune prune MODEL --output sparse --dry-run
         statprune prune MODEL --output sparse --pattern 2:4 --calibration train.txt --text held-out.txt
+        statprune prune MODEL --output sparse --method best --calibration train.txt
+        statprune prune MODEL --output sparse --method paper --calibration train.txt
         statprune prune MODEL --output sparse --pattern 50% --method sparsegpt --schedule block --calibration c4
         statprune prune MODEL --output sparse --recipe tuned/recipe.yaml --pattern 4:8
         statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
@@ -70,8 +76,8 @@ def prune(
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
-    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=display.say) as place:
-        return _prune(model, place, how, calibration, text, max_shard_size)
+    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=console.say) as place:
+        return _prune(model, place, how, calibration, text, not no_compare, max_shard_size)
 
 
 def _prune(
@@ -80,6 +86,7 @@ def _prune(
     how: "Recipe | Search",
     calibration: CalibrationOptions,
     text: list[str] | None,
+    compares: bool,
     max_shard_size: str | None,
 ) -> dict[str, Any]:
     import statprune.checkpoint as checkpoint
@@ -96,7 +103,7 @@ def _prune(
     opened.tokenizer_for(calibration.calibration or ["generated"])  # one that is broken is refused before the export
     seconds: dict[str, float] = {}
     with timed(seconds, "trace"):
-        display.say("exporting the model to a graph")
+        console.say("exporting the model to a graph")
         layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     drawn = calibration.places(opened, halves=isinstance(how, Search))
@@ -104,35 +111,74 @@ def _prune(
     perplexity: dict[str, Any] = {}
     if held_out is not None:
         perplexity["dense"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the dense model")
+        if compares and how.method not in _NOT_COMPARED:
+            with timed(seconds, "compare"):
+                perplexity["wanda"] = _wandas(opened, list(windows.split(calibration.batch_size)), held_out, how, layers)
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
-    with display.progress(title) as progress, warnings.catch_warnings():
-        if layers.reason is not None:  # it was said already
-            warnings.filterwarnings("ignore", message=re.escape(layers.reason))
+    with console.progress(title) as progress, _said_already(layers.reason):
         report = prune_model(
-            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=display.say
+            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=console.say
         )
     if held_out is not None:
-        perplexity["pruned"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
+        perplexity["pruned"] = _perplexity_or_none(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
         report.perplexity = {**perplexity, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
     }  # fmt: skip
-    report.seconds["trace"] += seconds["trace"]
-    display.say(f"saving to {place.output}, and verifying what was written")
+    report.seconds["trace"] += seconds.pop("trace")
+    report.seconds |= seconds
+    console.say(f"saving to {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):
         checkpoint.save(opened.model, report, place, protocol=protocol, source=model.model, max_shard_size=max_shard_size)
     display.show_report(report, str(place.output))
     return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
 
 
-def _perplexity(opened: Opened, windows: "Tensor", batch_size: int, title: str) -> float | None:
-    """Of the model as it is now; None where it is no number, which the result of a pruning is not lost for."""
+_NOT_COMPARED = ("wanda", "magnitude")
+"""Methods that are Wanda's mask, or are asked for because they need no calibration."""
+
+
+def _wandas(
+    opened: Opened, batches: "Sequence[Tensor]", held_out: "Tensor", how: "Recipe | Search", layers: "Layers"
+) -> float | None:
+    """The perplexity that Wanda's mask alone would leave, at the same pattern and as its authors calibrate it."""
+    from statprune.api import plan
+    from statprune.recipe import Recipe
+
+    recipe = Recipe("wanda", how.pattern, "block", how.targets, how.ignore, how.on_indivisible)
+    with console.progress("Wanda's mask, to compare with") as progress, _said_already(layers.reason):
+        twin = plan(opened.model, batches, recipe, traced=layers, progress=progress)
+    return _perplexity_or_none(opened, held_out, len(batches[0]), "perplexity with Wanda's mask", twin.weights)
+
+
+@contextlib.contextmanager
+def _said_already(reason: str | None) -> Iterator[None]:
+    """Without the warning of why there is no graph."""
+    with warnings.catch_warnings():
+        if reason is not None:
+            warnings.filterwarnings("ignore", message=re.escape(reason))
+        yield
+
+
+def _perplexity_or_none(
+    opened: Opened, windows: "Tensor", batch_size: int, title: str, weights: "Mapping[str, Tensor] | None" = None
+) -> float | None:
+    """As `_perplexity`; None where it is no number, which the result of a pruning is not lost for."""
+    try:
+        return _perplexity(opened, windows, batch_size, title, weights)
+    except NonFiniteError:
+        return None
+
+
+def _perplexity(
+    opened: Opened, windows: "Tensor", batch_size: int, title: str, weights: "Mapping[str, Tensor] | None" = None
+) -> float:
+    """Of the model as it is now, or with other weights in the place of its own."""
     from statprune.perplexity import evaluate as evaluate_model
 
-    with display.progress(title) as progress:
-        found = evaluate_model(opened.model, windows, batch_size=batch_size, progress=progress)
-    return found if math.isfinite(found) else None
+    with console.progress(title) as progress:
+        return evaluate_model(opened.model, windows, batch_size=batch_size, weights=weights, progress=progress)
 
 
 def _look(
@@ -146,7 +192,7 @@ def _look(
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
 
-    display.say(f"exporting {path} to a graph, without its weights")
+    console.say(f"exporting {path} to a graph, without its weights")
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     model = empty_model(path, torch_dtype, revision)
     try:
@@ -175,7 +221,7 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> di
 
     opened = model.open(windows)
     tokens, tokenizer = opened.held_out(text), opened.tokenizer_for(text)
-    with display.progress("evaluating") as progress:
+    with console.progress("evaluating") as progress:
         perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
@@ -221,7 +267,7 @@ def inspect(model: str, recipe: RecipeOptions, revision: str | None = None) -> d
     recorded = read_recorded(model)
     if recorded is None and not looks_sparse(model, sites):
         return display.survey_data(selection)
-    with display.progress("counting zeros") as progress:
+    with console.progress("counting zeros") as progress:
         zeros = count_zeros(model, sites, recorded, progress=progress)
     display.show_zeros(zeros, recorded)
     return {**display.survey_data(selection), **display.zeros_data(zeros, recorded)}
@@ -243,7 +289,7 @@ def verify(folder: str, digest: str | None = None) -> dict[str, Any]:
     """
     from statprune.verification import verify as verify_folder
 
-    with display.progress("verifying") as progress:
+    with console.progress("verifying") as progress:
         record = verify_folder(folder, progress, digest=digest)
     display.show_verified(folder, record)
     return display.verified_data(folder, record)
@@ -293,7 +339,7 @@ def push(folder: str, repository: str, private: bool = False) -> dict[str, Any]:
     """
     from statprune.hub import push as push_folder
 
-    address = push_folder(folder, repository, private=private or None, say=display.say)
+    address = push_folder(folder, repository, private=private or None, say=console.say)
     display.show_pushed(folder, address)
     return {"folder": folder, "repository": repository, "address": address}
 
@@ -322,17 +368,17 @@ def merge(model: str, adapter: str, output: str, overwrite: bool = False, max_sh
 
     check_adapter_folder(adapter)
     checkpoint.check_shard_size(max_shard_size)
-    with checkpoint.reserve(output, overwrite=overwrite, source=model, say=display.say) as place:
-        with display.progress("verifying") as progress:
+    with checkpoint.reserve(output, overwrite=overwrite, source=model, say=console.say) as place:
+        with console.progress("verifying") as progress:
             record = checkpoint.verify(model, progress)
         before = PruningReport.from_dict(record)
-        display.say(f"loading {model}, and merging {adapter}")
+        console.say(f"loading {model}, and merging {adapter}")
         sparse = load_model(model)
         checkpoint.check_model(sparse, place)
         merged = merge_adapters(load_adapter(sparse, adapter), before)
         after = remeasure(before, merged)
         protocol = {**record["protocol"], "merged_adapters": [*record["protocol"].get("merged_adapters", ()), adapter]}
-        display.say(f"saving to {place.output}, and verifying what was written")
+        console.say(f"saving to {place.output}, and verifying what was written")
         checkpoint.save(merged, after, place, protocol=protocol, source=model, max_shard_size=max_shard_size)
     display.show_merged(before, after, output)
     return display.merged_data(before, after, output)

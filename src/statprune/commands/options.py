@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from statprune.commands import display
+from statprune.commands import console
 from statprune.errors import CalibrationError
 from statprune.model.schedule import Schedule
 
@@ -121,7 +121,7 @@ class ModelOptions:
         from statprune.loading import load_causal
 
         seqlen = self.check(windows, **numbers)
-        display.say(f"loading {self.model}")
+        console.say(f"loading {self.model}")
         return Opened(load_causal(self.model, self.dtype, self.device, self.revision), self.model, self.revision, seqlen)
 
     def check(self, windows: WindowOptions, **numbers: int) -> int:
@@ -185,7 +185,7 @@ class CalibrationOptions(WindowOptions):
             generator = torch.Generator().manual_seed(self.seed)
             vocabulary = opened.model.config.get_text_config().vocab_size
             return torch.randint(vocabulary, (self.samples, opened.seqlen), generator=generator)
-        with display.progress("calibration windows") as progress:
+        with console.progress("calibration windows") as progress:
             return calibration_windows(
                 self.calibration, tokenizer=opened.tokenizer_for(self.calibration), model=opened.model,
                 samples=self.samples, seqlen=opened.seqlen, seed=self.seed, halves=halves, progress=progress,
@@ -236,9 +236,9 @@ class RecipeOptions(LayerOptions):
     """YAML file with a recipe; other options win over what stands in it."""
 
     method: str | None = None
-    """Criterion and compensations in one word, such as wanda, cvr+energy, cvr:alpha=0.25+energy:column or
-    cvr+least-squares:steps=15; or auto (auto:minutes=5), which tries methods out on the calibration windows first, see
-    'statprune tune'. Default: cvr+energy."""
+    """A preset: $presets. Or a criterion and compensations in one word, such as wanda, cvr+energy,
+    cvr:alpha=0.25+energy:column or optimal-brain+least-squares:steps=15; or auto (auto:minutes=5), which tries methods out on
+    the calibration windows first, see 'statprune tune'. Default: default."""
 
     criterion: dict[str, Any] | str | None = None
     """Which weights to keep: $criteria; or auto. With settings as in cvr:alpha=0.25, or as a mapping. Given alone, nothing is
@@ -246,15 +246,18 @@ class RecipeOptions(LayerOptions):
 
     compensation: list[dict[str, Any] | str] | None = None
     """What is done with the kept weights: $compensations (several, one after the other:
-    --compensation least-squares energy:column). Given alone, it goes with cvr."""
+    --compensation least-squares energy:column). Given alone, it goes with optimal-brain."""
 
     schedule: Schedule | None = None
     """walk: each layer is calibrated on all pruned layers before it; block: on the pruned blocks before its own, as Wanda and
-    SparseGPT publish it; one-shot: on the dense model. Default: walk."""
+    SparseGPT publish it; one-shot: on the dense model. Default: the preset's, or walk."""
 
     allocation: dict[str, Any] | str | None = None
     """How the sparsity is shared out: $allocations. With settings as in owl:spread=0.1; with an N:M pattern
-    owl:sparsity=0.4, and some layers stay dense. Default: uniform."""
+    owl:sparsity=0.4, and some layers stay dense. Default: the preset's, or uniform."""
+
+    target: dict[str, Any] | str | None = None
+    """What each layer is to give: $targets. With settings as in dense:share=0.5. Default: the preset's, or pruned."""
 
     def read(self) -> "Recipe | Search":
         """What the options ask for; they win over the recipe file.
@@ -263,15 +266,17 @@ class RecipeOptions(LayerOptions):
             RecipeError: the file cannot be read, or a name or a value does not exist.
         """
         from statprune.how import read_how, read_yaml
-        from statprune.recipe import AUTO
+        from statprune.recipe import AUTO, Search, load_yaml
 
         given = {key: value for key, value in self.given().items() if key != "recipe"}
         if self.recipe is None:
             return read_how(**given)
-        how: How = read_yaml(self.recipe)
+        found = read_yaml(self.recipe)
+        # What the file says, as it stands there: what a preset leaves open may depend on the options.
+        how: How = found if isinstance(found, Search) else load_yaml(self.recipe, dict)
         if str(self.method or self.criterion).partition(":")[0] == AUTO:
             # Of the file, what a search does not look for itself.
-            how = {field.name: getattr(how, field.name) for field in fields(LayerOptions)}
+            how = {field.name: getattr(found, field.name) for field in fields(LayerOptions)}
         return read_how(how, **given)
 
 

@@ -19,6 +19,7 @@ from statprune.commands import COMMANDS, endings
 from statprune.commands.option import Option, first_line, options_of
 from statprune.errors import nearest
 from statprune.methods.catalog import Entry, catalog
+from statprune.presets import PRESETS
 from statprune.versions import versions
 
 TEACHING = """
@@ -200,7 +201,7 @@ def _add(group: Any, option: Option) -> None:
 
 def _explained(option: Option) -> str:
     """The help with names from the registry in it, and what happens where the option is not given."""
-    names = {name: ", ".join(entries) for name, entries in catalog().items()}
+    names = {"presets": ", ".join(PRESETS), **{name: ", ".join(entries) for name, entries in catalog().items()}}
     text = Template(" ".join(option.help.split())).substitute(names)
     if option.is_required:
         return text if option.is_positional else f"{text} Required."
@@ -233,25 +234,32 @@ def _broken(line: str) -> list[str]:
 
 
 def _lists(known: Sequence[Option]) -> Iterator[str]:
-    """What the registry has for these options: each entry with the first line of its docstring, and with its settings."""
+    """What there is for these options: each name with what it is, and with its settings or what it stands for."""
     names = {option.name for option in known}
-    for title, entries in catalog().items():
+    lists = {title: {name: _texts(entry) for name, entry in entries.items()} for title, entries in catalog().items()}
+    presets = {name: [preset.summary.replace("`", ""), preset.spelled_out] for name, preset in PRESETS.items()}
+    for title, rows in ({"presets": presets} | lists).items():
         if names & _LISTED_FOR[title]:
-            yield "\n".join([f"{title}:", *(line for name, entry in entries.items() for line in _entry(name, entry))])
+            yield "\n".join([f"{title}:", *(line for name, texts in rows.items() for line in _row(name, texts))])
 
 
-def _entry(name: str, entry: Entry) -> list[str]:
-    indent = " " * 20
+def _texts(entry: Entry) -> list[str]:
     settings = " ".join(f"{key}={'...' if value is Parameter.empty else value}" for key, value in entry.settings.items())
-    texts = [entry.summary.replace("`", "") or "no docstring", f"settings: {settings}" if settings else ""]
-    lines = [line for text in texts for line in textwrap.wrap(text, _width() - len(indent))]
+    return [entry.summary.replace("`", "") or "no docstring", f"settings: {settings}" if settings else ""]
+
+
+def _row(name: str, texts: Sequence[str]) -> list[str]:
+    indent = " " * 20
+    lines = [line for text in texts for line in textwrap.wrap(text, _width() - len(indent), break_on_hyphens=False)]
     return [f"  {name:<{len(indent) - 2}}{lines[0]}", *(indent + line for line in lines[1:])]
 
 
 _LISTED_FOR = {
+    "presets": {"method", "methods"},
     "criteria": {"method", "methods"},
     "compensations": {"method", "methods"},
     "patterns": {"pattern", "patterns"},
     "allocations": {"allocation"},
+    "targets": {"target"},
 }
 """Options whose commands show a list of the registry."""

@@ -19,7 +19,7 @@ from statprune.model.schedule import Schedule
 from statprune.perplexity import evaluate
 from statprune.progress import Progress, silent
 
-METHODS = ("magnitude", "wanda", "cvr", "magnitude+energy", "wanda+energy", "cvr+energy")
+METHODS = ("magnitude", "wanda", "sparsegpt", "paper", "default")
 PATTERNS = ("50%", "4:8", "2:4")
 
 
@@ -58,7 +58,7 @@ def compare(
         evaluation: other token windows [windows, length].
         methods: what to compare.
         patterns: at which sparsities.
-        schedule: `"walk"`, `"block"` or `"one-shot"`, for all that have none of their own.
+        schedule: `"walk"`, `"block"` or `"one-shot"`, for all that have none of their own, as presets have.
         batch_size: windows in one forward pass.
         progress: called after each cell, with its perplexity.
 

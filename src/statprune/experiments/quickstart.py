@@ -25,7 +25,9 @@ from statprune.recipe import Recipe
 from statprune.training.callback import StatisticalPruning
 from statprune.training.modules import CausalLM, TextData
 
-METHODS = ("magnitude", "wanda", "cvr", "cvr+energy")
+METHODS = ("magnitude", "wanda", "paper", "default")
+"""The last is the one that is saved."""
+
 PATTERNS = ("50%", "2:4")
 VOCABULARY = 1024
 SEQLEN = 128

@@ -288,8 +288,7 @@ def _draw(experiment: str, results: Sequence[Result], output: Path, say: Say) ->
 
 
 def _described(recipe: Recipe) -> str:
-    allocation = recipe.allocation.partition(":")[0]
-    return f"{recipe.method} ({recipe.schedule}{'' if allocation == 'uniform' else f', {allocation}'})"
+    return f"{recipe.method} ({recipe.conditions})"
 
 
 def _short(model: str, models: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ class Entry:
 
 @functools.cache
 def catalog() -> dict[str, dict[str, Entry]]:
-    """Criteria, compensations, patterns and allocations, in the order of their tables.
+    """Criteria, compensations, patterns, allocations and targets, in the order of their tables.
 
     Raises:
         RecipeError: a package of others has an entry point that cannot be used.
@@ -44,7 +44,11 @@ def catalog() -> dict[str, dict[str, Entry]]:
     else:
         criteria = _table("criteria", "CRITERIA") | _table("registry", "PRUNERS")
         compensations = _table("compensations", "COMPENSATIONS")
-    return {"criteria": criteria, "compensations": compensations, "patterns": patterns, "allocations": allocations}
+    targets = _table("target", "TARGETS")
+    return {
+        "criteria": criteria, "compensations": compensations, "patterns": patterns, "allocations": allocations,
+        "targets": targets,
+    }  # fmt: skip
 
 
 def _imported(known: Mapping[str, Callable[..., Any]]) -> dict[str, Entry]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from statprune.methods.bounds import Between, check
 from statprune.methods.gradual import least_squares
+from statprune.methods.loss_aware import loss_aware
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
 
@@ -151,5 +152,6 @@ COMPENSATIONS: dict[str, Callable[..., Any]] = {
     "energy": energy,
     "activation-energy": activation_energy,
     "least-squares": least_squares,
+    "loss-aware": loss_aware,
 }
 """Compensations by the name a recipe uses."""

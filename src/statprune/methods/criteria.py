@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, check
-from statprune.methods.inverse import inverse_factor
+from statprune.methods.gram import channel_freedom
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -140,10 +140,11 @@ def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: Annotated[f
     Args:
         weight: [..., out, in], any float dtype.
         moments: of the layer's inputs, with the Gram.
-        damping: added to H's diagonal, as a fraction of its mean; without it H may have no inverse.
+        damping: added to H's diagonal, as a fraction of each entry; 0.001 at least, without which H may have no inverse.
 
     Returns:
-        [..., out, in], float32; the root of Hassibi & Stork's (1993) saliency `W_ij^2 / (2 [H^-1]_jj)` but for a factor.
+        [..., out, in], float32; the root of Hassibi & Stork's (1993) saliency `W_ij^2 / (2 [H^-1]_jj)` but for a factor. A
+        channel that was always 0 scores 0.
 
     Raises:
         ValueError: there is no Gram, or it cannot be factorised.
@@ -151,11 +152,10 @@ def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: Annotated[f
     Deviation: the saliency is that of a single weight; that many go together is left to a compensation such as least-squares.
     """
     check("optimal-brain", optimal_brain, damping=damping)
-    gram = moments.gram
-    if gram is None:
+    if moments.gram is None:
         raise ValueError("optimal-brain needs the Gram of the layer's inputs: expected moments collected with `gram=True`.")
-    factor_II = moments.derive(("inverse factor", damping), lambda: inverse_factor(gram, damping))
-    return weight.float().abs() / factor_II.square().sum(dim=-2).sqrt_()[..., None, :]
+    alone_I = moments.gram.diagonal(dim1=-2, dim2=-1).sqrt() / channel_freedom(moments, damping).sqrt()
+    return weight.float().abs() * alone_I[..., None, :]
 
 
 CRITERIA = {

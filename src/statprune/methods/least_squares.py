@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.gram import normalised_gram
 from statprune.methods.statistics import InputMoments, Statistic
 
 Iterations = Annotated[int, Count(1, 1000)]
@@ -73,30 +74,6 @@ class LeastSquares:
                 "Leave the layer dense with `ignore`, or use a compensation without the Gram, such as energy."
             )
         return solution.mul_(scale_1I).masked_fill_(~keep, 0.0)
-
-
-def normalised_gram(moments: InputMoments | None, damping: float) -> tuple[Tensor, Tensor]:
-    """The Gram [..., in, in] with ones on its diagonal, plus the damping; and the weights' scale [..., 1, in] beside it.
-
-    Computed once for all layers that share the statistics. A channel that was always 0 gets the scale 1 and stays 0 in the
-    Gram: nothing moves its weights.
-
-    Raises:
-        ValueError: the statistics have no Gram.
-    """
-    if moments is None or moments.gram is None:
-        raise ValueError("least-squares needs the Gram of the layer's inputs: expected moments collected with Statistic.GRAM.")
-    gram = moments.gram
-    found: tuple[Tensor, Tensor] = moments.derive(("normalised gram", damping), lambda: _normalised(gram, damping))
-    return found
-
-
-def _normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    diagonal_I = gram.diagonal(dim1=-2, dim2=-1)
-    scale_I = torch.where(diagonal_I > 0, diagonal_I, 1.0).rsqrt()
-    gram_II = gram * scale_I[..., :, None] * scale_I[..., None, :]
-    gram_II.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)
-    return gram_II, scale_I[..., None, :]
 
 
 def _conjugate_gradients(

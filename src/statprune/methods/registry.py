@@ -31,8 +31,8 @@ NAME = r"[A-Za-z][\w-]*"
 PRUNERS: dict[str, Callable[..., WeightPruner]] = {"sparsegpt": SparseGPT}
 """Pruners that choose and update at once, by the name a recipe uses."""
 
-RESERVED = ("auto",)
-"""Names that no criterion may have: where a method is asked for, they stand for the search for one."""
+RESERVED = ("auto", "default", "best", "fast", "paper")
+"""Names that no criterion may have: where a method is asked for, they stand for the search for one, and for the presets."""
 
 
 @functools.cache

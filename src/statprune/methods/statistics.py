@@ -6,9 +6,11 @@ Peers that keep running means get the pooled variance wrong (FLAP, DSnoT) or nor
 neither can happen to a sum.
 """
 
-from collections.abc import Callable, Hashable
+import copy
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +33,14 @@ class Statistic(Flag):
 
     SAMPLE = auto()
     """A few of the tokens themselves, to measure on them what pruning does to the output. The moments always come with it."""
+
+    CROSS = auto()
+    """The products with what the dense model has where this layer's inputs are, from a second stream. The Gram always comes
+    with it."""
+
+    CURVATURE = auto()
+    """The gradients of the loss with respect to the layer's outputs. Not collected where inputs are observed: it takes a
+    backward pass of the dense model."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -107,6 +117,18 @@ class InputMoments:
     sample: InputSample | None = None
     """Of the tokens that were added here, not on other ranks; None where nobody asked for it."""
 
+    cross: Tensor | None = None
+    """[..., in, in], float32: sum of x_d x_p^T over tokens: x_p is what enters the layer, x_d what enters it in the dense
+    model. None where nobody asked, where the two are still the same, and where all layers that read x have their `targets`."""
+
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    """[..., out, in], float32, by the parameter's name: sum of (W x_d + h_d - h_p) x_p^T over tokens, for layers whose output
+    is added to a residual stream h. Empty where nobody asked, and where dense and pruned are still the same."""
+
+    output_gram: Tensor | None = None
+    """[out, out], float32, of one layer: mean over tokens of g g^T, where g is the gradient of the summed token loss of the
+    dense model with respect to the layer's output. See `with_output_gram`."""
+
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -117,6 +139,8 @@ class InputMoments:
         *,
         stack: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
+        has_cross: bool = False,
+        targets: Mapping[str, int] = MappingProxyType({}),
     ) -> "InputMoments":
         """No tokens seen yet.
 
@@ -125,15 +149,20 @@ class InputMoments:
             needs: what to collect; the moments always are.
             stack: leading dimensions, of matrices with tokens of their own.
             device: of the inputs.
+            has_cross: whether `add_dense` collects `cross`.
+            targets: `out` of the layers, by parameter name, for which `add_dense` collects `targets`.
         """
+        has_gram = bool((Statistic.GRAM | Statistic.CROSS) & needs)
         # A Lightning validation loop runs in inference mode; sums that outlive it must be ordinary tensors.
         with torch.inference_mode(False):
             return cls(
                 num_tokens=torch.zeros(stack, dtype=torch.int64, device=device),
                 sum=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
                 sum_sq=torch.zeros(*stack, in_features, dtype=torch.float64, device=device),
-                gram=torch.zeros(*stack, in_features, in_features, device=device) if Statistic.GRAM in needs else None,
+                gram=torch.zeros(*stack, in_features, in_features, device=device) if has_gram else None,
                 sample=InputSample() if Statistic.SAMPLE in needs else None,
+                cross=torch.zeros(*stack, in_features, in_features, device=device) if has_cross else None,
+                targets={name: torch.zeros(*stack, out, in_features, device=device) for name, out in targets.items()},
             )
 
     def add(self, inputs: Tensor, keep_token: Tensor | None = None) -> "InputMoments":
@@ -146,14 +175,7 @@ class InputMoments:
         Raises:
             ValueError: the mask has another number of positions than the inputs.
         """
-        tokens_TI = inputs.detach().reshape(-1, inputs.shape[-1])
-        if keep_token is not None:
-            if keep_token.numel() != tokens_TI.shape[0]:
-                raise ValueError(
-                    f"InputMoments.add(inputs {tuple(inputs.shape)}, keep_token {tuple(keep_token.shape)}): "
-                    f"expected {tokens_TI.shape[0]} mask elements, one for each token, got {keep_token.numel()}."
-                )
-            tokens_TI = tokens_TI[keep_token.reshape(-1).to(device=tokens_TI.device, dtype=torch.bool)]
+        tokens_TI = _kept(inputs, keep_token)
         self._derived.clear()
         if self.sample is not None:
             self.sample.add(tokens_TI)
@@ -171,10 +193,47 @@ class InputMoments:
         self.sum_sq += ones_T @ wide_TI.square_()
         return self
 
+    def add_dense(
+        self,
+        inputs: Tensor,
+        dense: Tensor,
+        outputs: Mapping[str, Tensor],
+        keep_token: Tensor | None = None,
+    ) -> "InputMoments":
+        """Add what the dense model has in the places of tokens that `add` has seen, in place, and return self.
+
+        Args:
+            inputs: [*, in], any float dtype: what `add` was called with.
+            dense: [*, in], any float dtype: the same tokens in the dense model.
+            outputs: [*, out] each, by parameter name: W x_d + h_d - h_p, of every layer in `targets`.
+            keep_token: as for `add`.
+
+        Raises:
+            ValueError: as `add`.
+        """
+        tokens_TI = _kept(inputs, keep_token).float()
+        self._derived.clear()
+        with torch.autocast(tokens_TI.device.type, enabled=False):
+            if self.cross is not None:
+                self.cross.addmm_(_kept(dense, keep_token).float().t(), tokens_TI)
+            for name, target_OI in self.targets.items():
+                target_OI.addmm_(_kept(outputs[name], keep_token).float().t(), tokens_TI)
+        return self
+
     def merge(self, other: "InputMoments") -> "InputMoments":
         """The statistics of both token sets together, as a new object; without a sample, which is no sum."""
         gram = self.gram + other.gram if self.gram is not None and other.gram is not None else None
-        return InputMoments(self.num_tokens + other.num_tokens, self.sum + other.sum, self.sum_sq + other.sum_sq, gram)
+        cross = self.cross + other.cross if self.cross is not None and other.cross is not None else None
+        return InputMoments(
+            self.num_tokens + other.num_tokens, self.sum + other.sum, self.sum_sq + other.sum_sq, gram, cross=cross,
+            targets={name: self.targets[name] + other.targets[name] for name in self.targets.keys() & other.targets.keys()},
+        )  # fmt: skip
+
+    def with_output_gram(self, output_gram: Tensor | None) -> "InputMoments":
+        """The same with one layer's curvature: [out, out], float32; all else, and what was derived of it, is shared."""
+        own = copy.copy(self)
+        own.output_gram = output_gram
+        return own
 
     def derive(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
         """What follows from these statistics alone, computed once for all the layers that share them (a factorisation)."""
@@ -185,7 +244,8 @@ class InputMoments:
 
     def totals(self) -> list[Tensor]:
         """The tensors that add up over ranks."""
-        return [self.num_tokens, self.sum, self.sum_sq, *([self.gram] if self.gram is not None else [])]
+        products = [product for product in (self.gram, self.cross) if product is not None]
+        return [self.num_tokens, self.sum, self.sum_sq, *products, *self.targets.values()]
 
     @property
     def mean(self) -> Tensor:
@@ -207,3 +267,16 @@ class InputMoments:
     def is_finite(self) -> bool:
         """Whether every input that was added was finite (a sum beyond the range of its dtype counts as infinite)."""
         return all(bool(torch.isfinite(total).all()) for total in self.totals())
+
+
+def _kept(tokens: Tensor, keep_token: Tensor | None) -> Tensor:
+    """[tokens, channels] of [*, channels], without the padding."""
+    tokens_TI = tokens.detach().reshape(-1, tokens.shape[-1])
+    if keep_token is None:
+        return tokens_TI
+    if keep_token.numel() != tokens_TI.shape[0]:
+        raise ValueError(
+            f"InputMoments.add(inputs {tuple(tokens.shape)}, keep_token {tuple(keep_token.shape)}): "
+            f"expected {tokens_TI.shape[0]} mask elements, one for each token, got {keep_token.numel()}."
+        )
+    return tokens_TI[keep_token.reshape(-1).to(device=tokens_TI.device, dtype=torch.bool)]

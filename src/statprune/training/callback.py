@@ -48,8 +48,8 @@ class StatisticalPruning(Callback):
     """Prune the model of a LightningModule.
 
     Args:
-        recipe: how to prune, as for `statprune.prune`: a `Recipe`, a method's short name such as `"cvr+energy"`, a mapping of a
-            recipe's keys, or a `Search` (`"auto"`). None: the paper's method at 2:4. A search chooses once, at the first probe
+        recipe: how to prune, as for `statprune.prune`: a `Recipe`, a method's short name such as `"best"`, a mapping of a
+            recipe's keys, or a `Search` (`"auto"`). None: the default at 2:4. A search chooses once, at the first probe
             or when pruning, by trying candidates out on the calibration batches, and the choice is then kept.
         pattern: in the place of that of `recipe`, such as `"50%"` or `"2:4"`.
         module: attribute path of the module to prune, such as `"model"`. Default: the transformers model that the

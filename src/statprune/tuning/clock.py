@@ -10,33 +10,39 @@ from statprune.recipe import Recipe
 from statprune.tuning.trials import Trial
 
 PASSES: dict[Schedule, int] = {"walk": 1, "one-shot": 1, "block": 2}
-"""Forward passes over the pruning half."""
+"""Forward passes over the pruning half, for the target pruned."""
+
+
+def _passes(recipe: Recipe) -> int:
+    return PASSES[recipe.schedule] + (recipe.target != "pruned")
 
 
 class Prices:
     """Seconds, never less than the most that was measured; the baselines, which come first, teach the first prices."""
 
     def __init__(self) -> None:
-        self._pass = self._prune = self._solve = self._score = 0.0
+        self._pass = self._prune = self._score = 0.0
+        self._solve: dict[tuple[str, ...], float] = {}
 
     def learn(self, trial: Trial, *, is_shared: bool = False) -> None:
         """Take a measurement in; where its statistics were shared they are no price of one pass."""
         if not is_shared:
-            self._pass = max(self._pass, trial.statistics_seconds / PASSES[trial.recipe.schedule])
+            self._pass = max(self._pass, trial.statistics_seconds / _passes(trial.recipe))
         if steps := _steps(trial.recipe):
-            self._solve = max(self._solve, trial.pruning_seconds / steps)
+            solver = _solver(trial.recipe)
+            self._solve[solver] = max(self._solve.get(solver, 0.0), trial.pruning_seconds / steps)
         else:
             self._prune = max(self._prune, trial.pruning_seconds)
         self._score = max(self._score, trial.scoring_seconds / trial.windows)
 
-    def statistics(self, schedule: Schedule) -> float:
-        """Of the passes of a schedule."""
-        return self._pass * PASSES[schedule]
+    def statistics(self, recipe: Recipe) -> float:
+        """Of the passes of its schedule and its target."""
+        return self._pass * _passes(recipe)
 
     def pruning(self, recipe: Recipe) -> float:
-        """Of scores, masks and compensation; a step of least squares counts as all of SparseGPT until one was measured."""
+        """Of scores, masks and compensation; a step of a solver counts as all of SparseGPT until one of it was measured."""
         steps = _steps(recipe)
-        return steps * (self._solve or self._prune) if steps else self._prune
+        return steps * (self._solve.get(_solver(recipe)) or self._prune) if steps else self._prune
 
     def scoring(self, windows: int) -> float:
         """Of the forward passes over so many held-out windows."""
@@ -44,8 +50,13 @@ class Prices:
 
 
 def _steps(recipe: Recipe) -> int:
-    """Solutions of least squares for each weight; 0 where there are none."""
-    return sum(part.get("steps", 0) for part in recipe.compensation)
+    """Solutions for each weight; 0 where there are none. What has gradients finishes with one, whatever its steps."""
+    return sum(max(part.get("steps", 0), int("shrinkage" in part)) for part in recipe.compensation)
+
+
+def _solver(recipe: Recipe) -> tuple[str, ...]:
+    """What solves: a step costs in each what it costs."""
+    return tuple(part["name"] for part in recipe.compensation if "steps" in part)
 
 
 class Stopwatch:

@@ -82,7 +82,7 @@ class Tuned:
         return {
             "perplexity": self.winner.perplexity,
             "dense_perplexity": self.dense_perplexity,
-            "finalists": finite({f"{one.recipe.method}, {one.recipe.schedule}": one.perplexity for one in self.finalists}),
+            "finalists": finite({f"{one.recipe.method}, {one.recipe.conditions}": one.perplexity for one in self.finalists}),
             "measurements": len(self.trials),
             "pruning_windows": self.pruning_windows,
             "held_out_windows": self.held_out_windows,

@@ -23,12 +23,15 @@ from statprune.recipe import Recipe, Search
 from statprune.results import digest
 from statprune.selection import select
 from statprune.tuning.candidates import (
-    BASELINE_SCHEDULE,
     BASELINES,
     KNOWN_GOOD,
     METHODS,
     SCHEDULES,
+    UNSHARED,
+    Keys,
     allocations,
+    refinements,
+    uses_gradients,
     variations,
 )
 from statprune.tuning.clock import Prices, Stopwatch
@@ -69,22 +72,23 @@ class SearchRun:
         self.prices = Prices()
         self.num_scoring = len(halves.scoring)
         self.notes: list[str] = []
+        self.baselines = self._recipes(BASELINES)
+        self.known_good = self._recipes(KNOWN_GOOD)
 
     def run(self) -> Tuned:
         """All rungs."""
         everything = self._windows(self.num_scoring)
         dense = self._dense(everything)
-        for method in BASELINES:
-            self._measure("baseline", self._recipe(method, BASELINE_SCHEDULE), [self.num_scoring])
+        for recipe in self.baselines:
+            self._measure("baseline", recipe, [self.num_scoring])
         took = self.watch.spent()
         scores: list[float] = []
         # Before the shared rungs, so that a small budget is not used up when its turn comes.
-        skipped = self._with_schedules([self._recipe(KNOWN_GOOD[0], BASELINE_SCHEDULE)], scores)
+        skipped = self._with_schedules(self.known_good, scores)
         promising = self._shared_rungs()
         skipped += self._with_schedules(self._last_candidates([trial.recipe for trial in promising]), scores)
-        finalists = [trial for trial in self.trials.all if trial.windows == everything]
-        winner = finalists[ranking([trial.perplexity for trial in finalists])[0]]
-        if skipped and len(finalists) <= len(BASELINES):
+        finalists, winner = self._finalists(), self._best()
+        if skipped and len(finalists) <= len(self.baselines):
             self.notes = [
                 f"{self.seconds / 60:g} minutes were too few: only the baselines were measured, which took {took:.0f} s. "
                 f"Expect something better from {math.ceil(took / 15)} minutes or more."
@@ -101,8 +105,24 @@ class SearchRun:
             write(self.output, tuned)
         return tuned
 
-    def _recipe(self, method: str, schedule: Schedule) -> Recipe:
-        return self.search.recipe(method, schedule)
+    def _recipes(self, candidates: Sequence[Keys]) -> list[Recipe]:
+        """Those that the search allows."""
+        return [recipe for recipe in (self.search.recipe(**keys) for keys in candidates) if self._is_allowed(recipe)]
+
+    def _is_allowed(self, recipe: Recipe) -> bool:
+        return self.search.gradients or not uses_gradients(recipe)
+
+    def _methods(self, schedule: Schedule) -> list[Recipe]:
+        return self._recipes([{"method": method, "schedule": schedule} for method in METHODS])
+
+    def _finalists(self) -> list[Trial]:
+        """The measurements on the whole held-out half so far."""
+        return [trial for trial in self.trials.all if trial.windows == self._windows(self.num_scoring)]
+
+    def _best(self) -> Trial:
+        """Of the finalists so far."""
+        finalists = self._finalists()
+        return finalists[ranking([trial.perplexity for trial in finalists])[0]]
 
     def _windows(self, num_batches: int) -> int:
         return _count(self.halves.scoring[:num_batches])
@@ -123,7 +143,7 @@ class SearchRun:
 
     def _shared_rungs(self) -> list[Trial]:
         """Methods, then variations of the best of them, all on the dense model's statistics; the best of both."""
-        methods = [self._recipe(method, "one-shot") for method in METHODS]
+        methods = self._methods("one-shot")
         trials = self._shared_rung("methods", methods, FIRST_SHARE)
         best = [trials[index].recipe for index in ranking([trial.perplexity for trial in trials])[:PARENTS]]
         varied = {recipe.method: recipe for parent in best for recipe in variations(parent)}
@@ -141,7 +161,7 @@ class SearchRun:
         for trial in filter(None, known):
             self.prices.learn(trial, is_shared=True)
         at_once = min(len(recipes), twins_at_once(self.layers, recipes[0]))
-        one_pass, scoring = self.prices.statistics("one-shot"), self.prices.scoring(windows)
+        one_pass, scoring = self.prices.statistics(recipes[0]), self.prices.scoring(windows)
         costs = [
             self.watch.agreed(0.0 if trial else one_pass / at_once + self.prices.pruning(recipe) + scoring)
             for trial, recipe in zip(known, recipes, strict=True)
@@ -200,13 +220,14 @@ class SearchRun:
 
     def _last_candidates(self, promising: Sequence[Recipe]) -> list[Recipe]:
         if not promising:
-            return [self._recipe(method, BASELINE_SCHEDULE) for method in (*KNOWN_GOOD[1:], *METHODS)]
+            return self._methods(UNSHARED)
         *usual, last = SCHEDULES
         varied = [[replace(recipe, schedule=schedule) for schedule in usual] for recipe in promising]
         best = varied[0]
         rest = [*allocations(best[0]), *(recipe for others in varied[1:] for recipe in others)]
-        candidates = [*best, *rest, replace(promising[0], schedule=last)]
-        return [recipe for recipe in candidates if recipe != self._recipe(KNOWN_GOOD[0], BASELINE_SCHEDULE)]
+        candidates = [*refinements(self._best().recipe), *best, *rest, replace(promising[0], schedule=last)]
+        measured = [*self.baselines, *self.known_good]
+        return [one for one in dict.fromkeys(candidates) if one not in measured and self._is_allowed(one)]
 
     def _measure(self, rung: str, recipe: Recipe, stages: Sequence[int], rivals: list[float] | None = None) -> None:
         """Score a recipe on more and more held-out batches, as long as it is among the best of its rivals.
@@ -234,12 +255,12 @@ class SearchRun:
     def _prune(self, recipe: Recipe, *, is_limited: bool) -> tuple[Scorer, float, float]:
         """A twin to score, and the seconds of statistics and of pruning."""
         scoring = self.watch.agreed(self.prices.scoring(self._windows(self.num_scoring)))
-        price = self.watch.agreed(self.prices.statistics(recipe.schedule) + self.prices.pruning(recipe) + scoring)
+        price = self.watch.agreed(self.prices.statistics(recipe) + self.prices.pruning(recipe) + scoring)
         if is_limited and price > self.watch.left():
             raise _OutOfTime
 
         def advance(done: int, total: int, what: str) -> None:
-            self._advance(f"{recipe.method}, {recipe.schedule}: {what}")
+            self._advance(f"{recipe.method}, {recipe.conditions}: {what}")
             if is_limited and done < total and self.watch.left() < scoring:
                 raise _OutOfTime
 
@@ -255,7 +276,7 @@ class SearchRun:
 
     def _tell(self, trial: Trial) -> None:
         self.say(
-            f"{trial.recipe.method}, {trial.recipe.schedule}: perplexity {trial.perplexity:.4f} on {trial.windows} windows"
+            f"{trial.recipe.method}, {trial.recipe.conditions}: perplexity {trial.perplexity:.4f} on {trial.windows} windows"
         )
 
     def _advance(self, what: str) -> None:
@@ -275,10 +296,10 @@ def _count(batches: Sequence[dict[str, Tensor]]) -> int:
 
 
 def protocol(model: nn.Module, halves: Halves, search: Search) -> dict[str, Any]:
-    """What trials must have in common to compare; the minutes are no part of it."""
+    """What trials must have in common to compare; how much is tried is no part of it."""
     tokens = {f"{index}.{name}": batch[name] for index, batch in enumerate(halves.pruning + halves.scoring) for name in batch}
     first = next(model.parameters())
-    scope = {name: value for name, value in search.to_dict().items() if name != "minutes"}
+    scope = {name: value for name, value in search.to_dict().items() if name not in ("minutes", "gradients")}
     return {
         "model": digest(dict(model.named_parameters())), "calibration": digest(tokens), "batch_size": halves.batch_size,
         "dtype": str(first.dtype).removeprefix("torch."), "device": first.device.type, **scope,

@@ -48,7 +48,8 @@ class Trial:
         """Plain data for a table."""
         return {
             "rung": self.rung, "method": self.recipe.method, "schedule": self.recipe.schedule,
-            "allocation": self.recipe.allocation, "windows": self.windows, "perplexity": self.perplexity,
+            "allocation": self.recipe.allocation, "target": self.recipe.target, "windows": self.windows,
+            "perplexity": self.perplexity,
             "statistics seconds": round(self.statistics_seconds, 3), "pruning seconds": round(self.pruning_seconds, 3),
         }  # fmt: skip
 

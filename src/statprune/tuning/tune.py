@@ -38,6 +38,7 @@ def tune(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     on_indivisible: OnIndivisible = "error",
+    gradients: bool = True,
     traced: Layers | TracedModel | None = None,
     process_group: ProcessGroup = None,
     progress: Progress = silent,
@@ -52,13 +53,14 @@ def tune(
             held out: candidates are pruned on the first, third, ... and scored on the second, fourth, ... They should not
             overlap: `calibration_windows(..., halves=True)` draws such ones.
         pattern: as in a recipe.
-        minutes: how long it may take. The baselines (`wanda`, `cvr+energy`, `sparsegpt`) are measured whatever it says; a
+        minutes: how long it may take. The baselines (`best`, `paper`, `wanda`, `sparsegpt`) are measured whatever it says; a
             longer budget tries more, and with enough of it the choice does not depend on the clock.
         output: folder for the table of what was tried and `recipe.yaml`. A run that was interrupted goes on from it, and one
             that is finished goes further with more minutes.
         targets: as in a recipe; so are the next two.
         ignore: globs on names.
         on_indivisible: `"error"` or `"skip"`.
+        gradients: whether to try what takes the dense model backward once, `best` among it.
         traced: as for `prune`; so is the next.
         process_group: the ranks that search together.
         progress: called with (seconds used, seconds in all, what is being done).
@@ -81,7 +83,7 @@ def tune(
         CalibrationWarning: more than a tenth of the held-out tokens stand in a window to prune on too.
     """
     with together(process_group, device_of(model), "statprune.tune"):
-        search = Search(pattern, minutes, targets, ignore, on_indivisible)  # type: ignore[arg-type]
+        search = Search(pattern, minutes, targets, ignore, on_indivisible, gradients)  # type: ignore[arg-type]
         check_has_perplexity(model)
         inputs = bind_batches(model, batches)
         check_start(model, search, inputs, process_group)

@@ -1,0 +1,240 @@
+"""Gradients: what the loss makes of each output of a linear layer, from one backward pass of the dense model.
+
+For each layer, G = mean over tokens of g g^T, with g the gradient of the loss, summed over tokens, with respect to the layer's output.
+Gradients go through values alone: no parameter gets one, so the backward pass costs as much as a forward pass.
+
+A layer is recognised by its weight when a product with it runs, whatever module it is called from, so any callable that runs the
+model and gives a scalar is a loss: the next-token loss of a causal language model, or the training step of a LightningModule.
+"""
+
+import contextlib
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from statprune.errors import CalibrationError, NonFiniteError, SiteError, first_line
+from statprune.model.inputs import ModelInputs
+from statprune.model.kinds import is_causal, predictions_of
+from statprune.model.observe import ForwardContext
+from statprune.model.sites import LinearSite
+from statprune.progress import Progress, silent
+from statprune.ranks import ProcessGroup, sum_over_ranks
+
+Loss = Callable[[nn.Module, ModelInputs], Tensor]
+"""The loss of a batch, summed over its tokens: a scalar that depends on the model's weights."""
+
+TOKENS = 6144
+"""As many of the calibration set's first tokens make the gradients, in whole batches: more changed little on SmolLM2."""
+
+_IN_MEMORY = 2**32
+"""Bytes of all Grams together above which they lie in a file that is mapped into memory, and the system pages."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the gradients of each layer's output are."""
+
+    sums: dict[str, Tensor]
+    """By parameter name: [out, out], float32, sum of g g^T over tokens."""
+
+    num_tokens: int
+
+    def gram(self, parameter: str) -> Tensor:
+        """[out, out], float32: G."""
+        return self.sums[parameter] / self.num_tokens
+
+    def diagonal(self, parameter: str) -> Tensor:
+        """[out], float32: the mean squared gradient of each output."""
+        return self.sums[parameter].diagonal() / self.num_tokens
+
+
+def next_token_loss(model: nn.Module, inputs: ModelInputs) -> Tensor:
+    """The cross-entropy of each next token of `input_ids`, padding left out, summed; in float32.
+
+    Raises:
+        CalibrationError: the model is no causal language model, or its inputs are no tokens.
+    """
+    tokens = inputs.kwargs.get("input_ids")
+    if not is_causal(model) or not isinstance(tokens, Tensor):
+        raise CalibrationError(
+            f"loss-aware: {type(model).__name__} is no causal language model that is given `input_ids`, so that its loss is not "
+            "known. Give prune and plan a `loss`, a function (model, inputs) -> scalar summed over tokens; StatisticalPruning "
+            "takes the LightningModule's."
+        )
+    logits = predictions_of(model(*inputs.args, **inputs.kwargs))
+    assert logits is not None
+    labels = tokens[..., 1:]
+    mask = inputs.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape:
+        labels = labels.masked_fill(mask[..., 1:] == 0, -100)
+    return nn.functional.cross_entropy(
+        logits[..., :-1, :].float().flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def output_grams(
+    model: nn.Module,
+    sites: Sequence[LinearSite],
+    batches: Sequence[ModelInputs],
+    *,
+    loss: Loss | None = None,
+    tokens: int = TOKENS,
+    process_group: ProcessGroup = None,
+    progress: Progress = silent,
+    forward_context: ForwardContext = contextlib.nullcontext,
+) -> Curvature:
+    """G of each site, from the first batches of the calibration set.
+
+    Args:
+        model: dense; left as it was, without gradients. Its mode is as `undisturbed` makes it.
+        sites: of the model.
+        batches: on the model's device.
+        loss: of a batch; by default `next_token_loss`.
+        tokens: batches are taken until they hold as many, at least one.
+        process_group: of the ranks whose sums are added up, each with batches of its own.
+        progress: called after each batch.
+        forward_context: entered around model code.
+
+    Raises:
+        CalibrationError: there is no loss, or it depends on no layer's output.
+        SiteError: a layer does not run as a product that is known, so that it has no gradient.
+        NonFiniteError: NaN or infinity in a gradient.
+    """
+    loss = loss or next_token_loss
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    chosen = _first(batches, tokens)
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
+        sums = _zeros(sites, device)
+        capture = _Capture(model, sites, sums)
+        for number, batch in enumerate(chosen):
+            with forward_context():
+                try:
+                    with capture:
+                        total = loss(model, ModelInputs(*tree_map(_ordinary, (batch.args, batch.kwargs))))
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as e:
+                    raise CalibrationError(f"loss-aware: the loss of calibration batch {number}: {first_line(e)}.") from e
+            if not isinstance(total, Tensor) or total.numel() != 1 or not total.requires_grad:
+                raise CalibrationError(
+                    f"loss-aware: the loss of calibration batch {number} is {_describe(total)}: expected a scalar tensor that "
+                    "depends on the model's layers."
+                )
+            total.backward()  # type: ignore[no-untyped-call]
+            progress(number + 1, len(chosen), "gradients")
+    num_tokens = torch.tensor([sum(_num_tokens(batch) for batch in chosen)], device=device)
+    sum_over_ranks([num_tokens, *sums.values()], process_group, "the gradients")
+    if missing := [site.name for site in sites if site.parameter not in capture.seen]:
+        raise SiteError(
+            f"loss-aware: no gradient reached {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}. Leave such "
+            "layers dense with `ignore`, or use least-squares. Nothing was changed."
+        )
+    for site in sites:
+        if not bool(torch.isfinite(sums[site.parameter].diagonal()).all()):
+            raise NonFiniteError(
+                f"loss-aware: NaN or infinity in the gradient at the output of {site.name}. In float16, try bfloat16 or "
+                "float32. Nothing was changed."
+            )
+    return Curvature(sums, int(num_tokens))
+
+
+class _Capture(TorchFunctionMode):
+    """Adds up g g^T where a product with a site's weight runs."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[LinearSite], sums: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.sums, self.seen = sums, set[str]()
+        # A transpose of a weight is another tensor on the same memory.
+        self.site_of = {model.get_parameter(site.parameter).untyped_storage().data_ptr(): site for site in sites}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and isinstance(result, Tensor):
+            site = next(filter(None, map(self._site, (*args, *(kwargs or {}).values()))), None)
+            if site is not None and result.shape[-1] == site.shape[0]:
+                if not result.requires_grad:
+                    result.requires_grad_()  # the first layers: nothing before them needs a gradient
+                result.register_hook(lambda gradient: self._add(site, gradient))
+        return result
+
+    def _site(self, argument: Any) -> LinearSite | None:
+        if not isinstance(argument, Tensor) or argument.ndim != 2:
+            return None
+        site = self.site_of.get(argument.untyped_storage().data_ptr())
+        return site if site is not None and argument.numel() == site.shape[0] * site.shape[1] else None
+
+    @torch.no_grad()
+    def _add(self, site: LinearSite, gradient: Tensor) -> None:
+        self.seen.add(site.parameter)
+        rows_TO = gradient.reshape(-1, gradient.shape[-1]).float()
+        total = self.sums[site.parameter]
+        with torch.autocast(rows_TO.device.type, enabled=False):
+            if total.device == rows_TO.device:
+                total.addmm_(rows_TO.t(), rows_TO)
+            else:
+                total += (rows_TO.t() @ rows_TO).to(total.device)
+
+
+_PRODUCTS = {
+    nn.functional.linear, torch.addmm, torch.Tensor.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
+    torch.mm, torch.Tensor.mm,
+}  # fmt: skip
+
+
+def _first(batches: Sequence[ModelInputs], tokens: int) -> list[ModelInputs]:
+    chosen: list[ModelInputs] = []
+    for batch in batches:
+        if sum(map(_num_tokens, chosen)) >= tokens:
+            break
+        chosen.append(batch)
+    return chosen
+
+
+def _num_tokens(batch: ModelInputs) -> int:
+    """Positions of the first input that has any; rows where it has no more than those."""
+    first = batch.kwargs.get("input_ids", batch.tensors()[0])
+    return int(first.numel() if not first.is_floating_point() else first.numel() // max(1, first.shape[-1]))
+
+
+def _ordinary(value: Any) -> Any:
+    """Outside of inference mode, what was made in it takes part in no gradient."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient, which would take memory for one more model and half of the time again."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _zeros(sites: Sequence[LinearSite], device: torch.device) -> dict[str, Tensor]:
+    sizes = [site.shape[0] ** 2 for site in sites]
+    if 4 * sum(sizes) <= _IN_MEMORY:
+        return {site.parameter: torch.zeros(site.shape[0], site.shape[0], device=device) for site in sites}
+    folder = tempfile.TemporaryDirectory(prefix="statprune-gradients-")
+    flat = torch.from_file(str(Path(folder.name) / "grams"), shared=True, size=sum(sizes))  # zeros, and none of them in memory
+    weakref.finalize(flat.untyped_storage(), folder.cleanup)
+    return {
+        site.parameter: part.view(site.shape[0], site.shape[0]) for site, part in zip(sites, flat.split(sizes), strict=True)
+    }
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}" + ("" if value.requires_grad else " without a gradient")
+    return f"a {type(value).__name__}"
