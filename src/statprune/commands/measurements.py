@@ -169,13 +169,14 @@ def experiment(
         seeds: Of the choice of calibration sequences (several: --seeds 0 1 2).
         tasks: Of zero-shot: names of lm-evaluation-harness, perhaps with a metric (hellaswag:acc_norm); task files (FILE.yaml);
             or next-line, which is made from --text and needs no data set (several: --tasks boolq next-line).
-        questions: Of zero-shot: at most this many of each task. Default: all.
+        questions: Of zero-shot: at most this many of each task. Default: all; of next-line 2600, so that its standard error is
+            below one point.
         rounds: Of runtime: how often each time is taken; the median counts. Default: 5.
 
     Examples:
         statprune experiment perplexity --output results --model MODEL --calibration train.txt --text held-out.txt
         statprune experiment all --output results --model MODEL OTHER --windows 20
-        statprune experiment zero-shot --output results --model MODEL --tasks next-line --text held-out.txt --questions 200
+        statprune experiment zero-shot --output results --model MODEL --tasks next-line --text held-out.txt
     """
     given = {key: value for key, value in locals().items() if key not in ("name", "output")}
     from statprune.experiments.definition import load_experiments

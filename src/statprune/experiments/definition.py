@@ -84,7 +84,7 @@ class Experiment:
     """Of the experiment `zero-shot`."""
 
     questions: int | None = None
-    """At most this many of each task; None for all."""
+    """At most this many of each task; None for all, and for 2,600 of `next-line`."""
 
     rounds: int = 5
     """Of the experiment `runtime`: how often each time is taken; the median counts."""
