@@ -505,8 +505,9 @@ class TestCommand:
         cells = lines(tmp_path / "out")
         assert [cell["label"] for cell in cells] == ["dense", "magnitude", "wanda"]
         for cell in cells:
-            accuracies = [value for name, value in cell["values"].items() if name != "average"]
+            accuracies = [value for name, value in cell["values"].items() if name in ("to-be acc", "next-line acc_norm")]
             assert cell["values"]["average"] == pytest.approx(sum(accuracies) / 2)
+            assert len(cell["values"]) == 6  # and a standard error of each
 
     def test_a_task_whose_data_cannot_be_had_says_what_to_provide_and_the_rest_is_measured(self, tmp_path, settings, capsys):
         own = {**settings, "methods": ["wanda"], "tasks": ["boolq"], "sizes": [1], "rounds": 1}
@@ -610,8 +611,8 @@ class TestCompare:
             "",
             "| KL from dense [nats per token] | 50% |",
             "|---|---:|",
-            r"| a\|b | **0.2500** |",
-            "| c | 0.5000 |",
+            r"| a\|b | **0.250** |",
+            "| c | 0.500 |",
         ]
 
     def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows):

@@ -13,7 +13,6 @@ from statprune.experiments.grid import (
     Row,
     entry,
     finished,
-    four_decimals,
     grid,
     ratio,
     three_digits,
@@ -24,8 +23,8 @@ from statprune.results import Result
 REFERENCE = "sparsegpt"
 """The label of the method that the others are shown beside."""
 
-DIVERGENCE = Metric("divergence", four_decimals)
-LOSS = Metric("loss", four_decimals, best=None, error=f"loss {STANDARD_ERROR}")
+DIVERGENCE = Metric("divergence", three_digits)
+LOSS = Metric("loss", three_digits, best=None, error=f"loss {STANDARD_ERROR}")
 
 _TITLES = {
     DIVERGENCE: "Kullback-Leibler divergence from the dense model's predictions, in nats per token:",

@@ -11,7 +11,7 @@ from statprune.api import plan
 from statprune.divergence import evaluate_beside
 from statprune.errors import NonFiniteError
 from statprune.experiments.cost import measured
-from statprune.experiments.grid import Entry, Row, four_decimals, grid, two_decimals
+from statprune.experiments.grid import Entry, Row, grid, three_digits, two_decimals
 from statprune.how import Method, labelled
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
@@ -88,7 +88,7 @@ def markdown_table(cells: Iterable[Cell]) -> str:
     dense, *others = list(cells)
     grids = [_grid(f"perplexity (dense {dense.perplexity:.2f})", others, lambda cell: cell.perplexity, two_decimals)]
     if any(cell.divergence is not None for cell in others):
-        grids.append(_grid("KL from dense [nats per token]", others, lambda cell: cell.divergence, four_decimals))
+        grids.append(_grid("KL from dense [nats per token]", others, lambda cell: cell.divergence, three_digits))
     return "\n\n".join(grids)
 
 
@@ -96,7 +96,6 @@ def _grid(head: str, cells: Sequence[Cell], value: Callable[[Cell], float | None
     entries: dict[tuple[Row, str], Entry] = {}
     for cell in cells:
         found = value(cell)
-        number = math.nan if found is None else found
-        text = show(number)
-        entries[(cell.method,), cell.pattern] = Entry(text, competes=float(text) if math.isfinite(number) else None)
+        text = "nan" if found is None or not math.isfinite(found) else show(found)
+        entries[(cell.method,), cell.pattern] = Entry(text, competes=None if text == "nan" else float(text))
     return grid([head], list(dict.fromkeys(cell.pattern for cell in cells)), entries)

@@ -109,11 +109,6 @@ def two_decimals(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def four_decimals(value: float) -> str:
-    """Four decimals, two from 10 on: a divergence."""
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
-
-
 def three_digits(value: float) -> str:
     """Three digits that count, never an exponent."""
     decimals = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
