@@ -49,7 +49,8 @@ NONE = 1e-6
 
 @pytest.fixture
 def few(monkeypatch):
-    """Four methods, and few variations of two of them."""
+    """Four methods, few variations of two of them, and one preset beside the baselines."""
+    monkeypatch.setattr("statprune.tuning.search.KNOWN_GOOD", ({"method": "default"},))
     monkeypatch.setattr("statprune.tuning.search.METHODS", FEW)
     monkeypatch.setattr("statprune.tuning.candidates.VARIATIONS", {"cvr": {"alpha": (1.0,)}, "energy": {"strength": (0.5,)}})
 
@@ -292,8 +293,9 @@ def test_padding_counts_neither_in_the_statistics_nor_in_the_score(few):
     }
     batches = [{name: value[rows] for name, value in padded.items()} for rows in (slice(0, 2), slice(2, 4))]
     model = llama()
-    with_padding = statprune.tune(model, batches, minutes=NONE)
-    without = statprune.tune(model, windows.split(2), minutes=NONE)
+    # Without gradients: where a mask is reached in many steps, rounding has a say.
+    with_padding = statprune.tune(model, batches, minutes=NONE, gradients=False)
+    without = statprune.tune(model, windows.split(2), minutes=NONE, gradients=False)
     expected = [one.perplexity for one in without.trials]
     assert [one.perplexity for one in with_padding.trials] == pytest.approx(expected, rel=1e-5)
 
@@ -327,7 +329,7 @@ def test_allocations_are_tried_where_they_prune_as_many_weights():
 
 
 def test_the_best_is_refined_by_one_thing_at_a_time():
-    for name in ("best", "default", "paper"):
+    for name in ("best", "default", "fast", "paper"):
         recipe = Recipe(name, "50%", ignore=["a"])
         found = list(refinements(recipe))
         assert recipe not in found
@@ -378,7 +380,10 @@ def _chosen_by_a_rank(rank):
     torch.manual_seed(1)
     windows, model = tokens(16, 12), llama()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("statprune.tuning.search.METHODS", ("cvr+least-squares", "wanda+energy", "ria", "cvr"))
+        monkeypatch.setattr("statprune.tuning.search.METHODS", ("cvr+least-squares", "wanda+energy"))
+        monkeypatch.setattr("statprune.tuning.search.KNOWN_GOOD", ())
+        monkeypatch.setattr("statprune.tuning.candidates.TARGETS", ("dense",))
+        monkeypatch.setattr("statprune.tuning.candidates.VARIATIONS", {"cvr": {"alpha": (1.0,)}})
         if rank == 1:  # whose clock does not count
             monkeypatch.setattr("statprune.tuning.search.Stopwatch.here", lambda self: 1e9)
             monkeypatch.setattr("statprune.tuning.search.Prices.pruning", lambda self, recipe: 1e9)

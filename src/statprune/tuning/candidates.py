@@ -77,7 +77,8 @@ def variations(recipe: Recipe) -> Iterator[Recipe]:
     for name, settings in VARIATIONS.items():
         for index, part in enumerate(parts):
             for setting, value in ((setting, value) for setting, values in settings.items() for value in values):
-                if part["name"] == name and part[setting] != value:
+                # A mask is reached in steps by what follows the criterion at once.
+                if part["name"] == name and part[setting] != value and (setting != "steps" or index == 1):
                     changed = [*parts[:index], {**part, setting: value}, *parts[index + 1 :]]
                     yield replace(recipe, method=write_method(changed[0], changed[1:]))
 
