@@ -651,8 +651,10 @@ def test_compare_prints_a_markdown_table_and_leaves_the_model_alone(capsys, tiny
     cells = [line for line in printed.err.splitlines() if line.startswith("· comparing: ")]
     assert [line.split(",")[0] for line in cells] == [f"· comparing: {done} of 6" for done in range(1, 7)]
     assert "left: wanda 50%: " in cells[0]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["wanda", "cvr+energy", "CVR 0"]
-    assert sum(line.count("**") for line in lines) == 4
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["wanda", "cvr+energy", "CVR 0"]
+    assert lines[6].startswith("| KL from dense")
+    assert [line.split("|")[1].strip() for line in lines[8:]] == ["wanda", "cvr+energy", "CVR 0"]
+    assert sum(line.count("**") for line in lines[:5]) == 4
     after = load_file(f"{tiny_model_folder}/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -15,7 +15,7 @@ import statprune
 from statprune import Recipe
 from statprune.allocation import allocate
 from statprune.allocation.curves import error_curves, fast_pruner, points, sampled_rows
-from statprune.allocation.dense import DenseModel
+from statprune.allocation.dense import PROBE_LENGTH, DenseModel
 from statprune.checkpoint import save, verify
 from statprune.errors import CheckpointError, NonFiniteError
 from statprune.methods.apportion import choose, curve_at, least_error_sparsities, whole_counts
@@ -371,3 +371,19 @@ def test_all_ranks_come_to_the_allocation_of_one_process(two_ranks, pattern, all
     assert first == second
     # Grams are float32 sums, added up in another order, and a weight more or less is what that may make of it.
     assert {name: own[0] for name, own in first.items()} == pytest.approx({name: own[0] for name, own in alone.items()}, abs=2)
+
+
+def test_a_probe_is_the_beginning_of_the_sequence_with_the_least_padding():
+    batch = {"input_ids": torch.arange(20).view(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.int64)}
+    batch["attention_mask"][0, :6] = batch["attention_mask"][1, :2] = 0
+    (found,) = dense_of(llama(), [batch]).sequences(1)
+    assert found.kwargs["input_ids"].tolist() == [list(range(12, 20))]
+    assert found.kwargs["attention_mask"].tolist() == [[1] * 8]
+    model = llama(max_position_embeddings=PROBE_LENGTH + 9)
+    (found,) = dense_of(model, [tokens(3, PROBE_LENGTH + 9), tokens(3, 4)]).sequences(1)
+    assert found.tensors()[0].shape == (1, PROBE_LENGTH)
+    # What is no language model has no sequences.
+    assert dense_of(classifier(), [torch.randn(6, 8)]).sequences(1)[0].tensors()[0].shape == (6, 8)
+    # Nor has a batch whose tensors are not all [rows, length].
+    mixed = {"input_ids": tokens(2, 5), "position_ids": torch.arange(5)[None]}
+    assert dense_of(llama(), [mixed]).sequences(1)[0].tensors()[0].shape == (2, 5)

@@ -19,6 +19,7 @@ from torch import nn
 from statprune import Recipe, Search, plan
 from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
+from statprune.divergence import evaluate_beside
 from statprune.errors import ExperimentError, RecipeError, ResultsError, TracingError
 from statprune.experiments import run as running
 from statprune.experiments.compare import Cell, compare, markdown_table
@@ -365,7 +366,12 @@ class TestRun:
         dense, magnitude, wanda = lines(tmp_path / "out")
         assert [cell["label"] for cell in (dense, magnitude, wanda)] == ["dense", "magnitude", "wanda"]
         assert dense["values"] == {"perplexity": evaluate(model, held_out, batch_size=2)}
-        assert wanda["values"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+        values = wanda["values"]
+        assert values["perplexity"] == pytest.approx(expected, rel=1e-6)
+        assert values["loss"] == pytest.approx(math.log(expected / dense["values"]["perplexity"]), abs=1e-6)
+        beside = evaluate_beside(model, held_out, batch_size=2, weights=twin.weights)
+        assert values["divergence"] == pytest.approx(beside.divergence, rel=1e-4)
+        assert values["loss standard error"] == pytest.approx(beside.standard_error, rel=1e-4)
         assert (wanda["samples"], wanda["seed"], magnitude["samples"]) == (2, 0, None)
         assert wanda["recipe"] == Recipe("wanda", "50%", "block").to_dict()
         assert wanda["seconds"] > wanda["values"]["pruning seconds"] > 0
@@ -515,8 +521,9 @@ class TestCommand:
         cells = lines(tmp_path / "out")
         assert [cell["label"] for cell in cells] == ["dense", "magnitude", "wanda"]
         for cell in cells:
-            accuracies = [value for name, value in cell["values"].items() if name != "average"]
+            accuracies = [value for name, value in cell["values"].items() if name in ("to-be acc", "next-line acc_norm")]
             assert cell["values"]["average"] == pytest.approx(sum(accuracies) / 2)
+            assert len(cell["values"]) == 6  # and a standard error of each
 
     def test_a_task_whose_data_cannot_be_had_says_what_to_provide_and_the_rest_is_measured(self, tmp_path, settings, capsys):
         own = {**settings, "methods": ["wanda"], "tasks": ["boolq"], "sizes": [1], "rounds": 1}
@@ -607,12 +614,21 @@ class TestMeasuring:
 
 class TestCompare:
     def test_the_best_of_each_pattern_is_bold_and_a_label_ends_no_cell(self):
-        cells = [Cell("dense", "", 5.0, 0.0, {}), Cell("a|b", "50%", 7.0, 1.0, {}), Cell("c", "50%", 6.0, 1.0, {})]
+        cells = [
+            Cell("dense", "", 5.0, 0.0, {}),
+            Cell("a|b", "50%", 7.0, 1.0, {}, divergence=0.25),
+            Cell("c", "50%", 6.0, 1.0, {}, divergence=0.5),
+        ]
         assert markdown_table(cells).splitlines() == [
             "| perplexity (dense 5.00) | 50% |",
-            "|---|---|",
+            "|---|---:|",
             r"| a\|b | 7.00 |",
             "| c | **6.00** |",
+            "",
+            "| KL from dense [nats per token] | 50% |",
+            "|---|---:|",
+            r"| a\|b | **0.250** |",
+            "| c | 0.500 |",
         ]
 
     def test_a_cell_is_what_plan_and_evaluate_give_and_each_is_told(self, model, windows):
@@ -624,7 +640,9 @@ class TestCompare:
         twin = plan(model, windows[:2].split(2), Recipe("wanda", "2:4"))
         assert [(cell.method, cell.pattern) for cell in cells] == [("dense", ""), ("wanda", "2:4"), ("cvr+energy", "2:4")]
         assert cells[0].perplexity == evaluate(model, windows[2:], batch_size=2)
-        assert cells[1].perplexity == evaluate(model, windows[2:], batch_size=2, weights=twin.weights)
+        found = evaluate_beside(model, windows[2:], batch_size=2, weights=twin.weights)
+        assert (cells[1].perplexity, cells[1].divergence) == (found.perplexity, found.divergence)
+        assert cells[0].divergence is None
         assert cells[1].recipe == Recipe("wanda", "2:4").to_dict()
         assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
         assert told[1][2] == f"cvr+energy 2:4: {cells[2].perplexity:.3f}"

@@ -21,8 +21,8 @@ def token_by_token(model, module, batches, loss):
     """Mean over tokens of g g^T at a module's output, each token's product on its own, float64."""
     total, num_tokens = 0.0, 0
     for batch in batches:
-        outputs = []
-        handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+        outputs: list[torch.Tensor] = []
+        handle = module.register_forward_hook(lambda module, args, output, outputs=outputs: outputs.append(output))
         value = loss(model, batch)
         handle.remove()
         (gradient,) = torch.autograd.grad(value, outputs)
@@ -74,7 +74,7 @@ def test_a_loss_of_any_module_and_a_weight_that_is_read_twice():
     inputs = bind_batches(model, [torch.randn(5, 8, generator=torch.Generator().manual_seed(1))])
     sites = {site.parameter: site for site in sites_of_functional(model, inputs)}
     curvature = output_grams(
-        model, list(sites.values()), inputs, loss=lambda model, batch: model(**batch.kwargs).square().sum()
+        model, list(sites.values()), inputs, loss=lambda model, batch, index: model(**batch.kwargs).square().sum()
     )
     x = inputs[0].kwargs["x"]
     first = (x @ model.first.t()).detach().requires_grad_()
@@ -140,15 +140,17 @@ def test_what_has_no_loss_or_no_gradient_is_refused():
     ):
         output_grams(model, sites, inputs)
     with pytest.raises(CalibrationError, match=r"is a tensor \(4, 3\): expected a scalar tensor"):
-        output_grams(model, sites, inputs, loss=lambda model, batch: model(*batch.args, **batch.kwargs))
+        output_grams(model, sites, inputs, loss=lambda model, batch, index: model(*batch.args, **batch.kwargs))
     with pytest.raises(CalibrationError, match=r"is a float: expected a scalar tensor"):
-        output_grams(model, sites, inputs, loss=lambda model, batch: 1.0)
+        output_grams(model, sites, inputs, loss=lambda model, batch, index: 1.0)
     with pytest.raises(CalibrationError, match=r"is a tensor \(\) without a gradient"):
-        output_grams(model, sites, inputs, loss=lambda model, batch: torch.ones(()))
-    with pytest.raises(CalibrationError, match="the loss of calibration batch 0: .*shape"):
-        output_grams(model, sites, inputs, loss=lambda model, batch: model(torch.ones(2, 3)).sum())
+        output_grams(model, sites, inputs, loss=lambda model, batch, index: torch.ones(()))
+    with pytest.raises(CalibrationError, match=r"the loss of calibration batch 0: .*shape"):
+        output_grams(model, sites, inputs, loss=lambda model, batch, index: model(torch.ones(2, 3)).sum())
     with pytest.raises(NonFiniteError, match=r"NaN or infinity in the gradient at the output of 0"):
-        output_grams(model, sites, inputs, loss=lambda model, batch: model(*batch.args, **batch.kwargs).sum() * torch.inf)
+        output_grams(
+            model, sites, inputs, loss=lambda model, batch, index: model(*batch.args, **batch.kwargs).sum() * torch.inf
+        )
     first = model[0]
     with pytest.raises(SiteError, match=r"no gradient reached 2"):
-        output_grams(model, sites, inputs, loss=lambda model, batch: first(*batch.args, **batch.kwargs).sum())
+        output_grams(model, sites, inputs, loss=lambda model, batch, index: first(*batch.args, **batch.kwargs).sum())

@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from statprune.methods.patterns import NM, Counted, Unstructured, parse_shorthand
+from statprune.methods.select import FEW, keep_highest
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -56,6 +57,7 @@ def test_two_of_four_by_hand():
     # two stay in each four consecutive inputs; N:M as "N pruned" could not be told apart here, see the next test
     score = torch.tensor([[9.0, 1.0, 3.0, 4.0, 0.1, 0.4, 0.2, 0.3]])
     assert NM(keep=2, of=4)(score).int().tolist() == [[1, 0, 0, 1, 0, 1, 0, 1]]
+    assert NM(keep=2, of=4)(torch.full((1, 4), 2.0)).int().tolist() == [[1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [[0, 0, 1, 0]]), (3, [[1, 0, 1, 1]]), (4, [[1, 1, 1, 1]])])
@@ -154,10 +156,41 @@ def test_a_layer_pruned_slice_by_slice_loses_exactly_the_asked_number(data, scor
 
 @quick
 @given(st.data(), st.integers(1, 9), st.integers(1, 5))
-def test_nm_slice_by_slice_is_nm_at_once(data, of, num_groups):
+def test_nm_slice_by_slice_is_nm_at_once_but_for_equal_scores(data, of, num_groups):
     pattern = NM(data.draw(st.integers(1, of)), of)
     score = data.draw(scores(st.just(of * num_groups)))
-    assert torch.equal(sliced(pattern, score, slices(data, of * num_groups, of)), pattern(score))
+    kept = [
+        score.masked_fill(~keep, -1).unflatten(-1, (-1, of)).sort(-1).values
+        for keep in (sliced(pattern, score, slices(data, of * num_groups, of)), pattern(score))
+    ]
+    assert torch.equal(*kept)
+
+
+@quick
+@given(scores(st.integers(1, FEW)), st.data())
+def test_counting_keeps_what_sorting_does_and_the_first_of_equal_scores(score, data):
+    num_kept = data.draw(st.integers(1, score.shape[-1]))
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    expected = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :num_kept], True)
+    assert torch.equal(keep_highest(score, num_kept), expected)
+
+
+@quick
+@given(scores(st.integers(FEW + 1, 99)), st.data())
+def test_of_many_the_highest_stay_and_exactly_so_many(score, data):
+    num_kept = data.draw(st.integers(0, score.shape[-1]))
+    keep = keep_highest(score, num_kept)
+    assert (keep.sum(-1) == num_kept).all()
+    lowest_kept = torch.where(keep, score, torch.inf).amin(-1)
+    highest_gone = torch.where(keep, -torch.inf, score).amax(-1)
+    assert (lowest_kept >= highest_gone).all()
+
+
+@pytest.mark.parametrize("of", [FEW, FEW + 1])
+def test_long_groups_are_no_other_than_short_ones(of):
+    score = torch.rand(3, 2 * of)
+    groups = NM(of // 3, of)(score).unflatten(-1, (-1, of))
+    assert torch.equal(groups, keep_highest(score.unflatten(-1, (-1, of)), of // 3))
 
 
 def test_what_one_slice_rounds_off_the_next_makes_up_for():

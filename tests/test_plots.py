@@ -37,7 +37,30 @@ CORRECTION = [
     dense(9.0),
     Result("perplexity", "tiny", "sparsegpt", "50%", 128, 0, values={"perplexity": 12.0, "pruning seconds": 4.0}),
 ]
-RESULTS = {"sparsity": SPARSITY, "calibration": CALIBRATION, "runtime": RUNTIME, "correction": CORRECTION}
+
+
+def costly(label, pattern, perplexity, seconds, model="tiny", seed=0):
+    values = {"perplexity": perplexity, "pruning seconds": seconds}
+    return Result("perplexity", model, label, pattern, 128, seed, values=values)
+
+
+FRONTIER = [
+    dense(10.0),
+    costly("sparsegpt", "2:4", 14.0, 4.0),
+    costly("sparsegpt", "50%", 12.0, 4.0),
+    costly("best", "2:4", 11.0, 16.0),
+    costly("fast", "2:4", 12.0, 6.0),
+    costly("best", "50%", 9.0, 16.0),
+    costly("magnitude", "50%", 50.0, 0.1),
+    dense(20.0, "other"),
+    costly("sparsegpt", "50%", 30.0, 10.0, "other"),
+    costly("fast", "50%", 25.0, 10.0, "other"),
+    dense(20.0, "alone"),
+    costly("fast", "50%", 25.0, 10.0, "alone"),
+]
+RESULTS = {
+    "sparsity": SPARSITY, "calibration": CALIBRATION, "runtime": RUNTIME, "correction": CORRECTION, "frontier": FRONTIER,
+}  # fmt: skip
 
 
 def lines(axes):
@@ -190,3 +213,38 @@ def test_correction_is_a_point_a_method_and_the_front_of_those_that_nothing_beat
     (front,) = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     assert list(zip(*front.get_data(), strict=True)) == [(2.0, 13.0), (4.0, 11.0)]
     assert "dense" in legend(drawn)
+
+
+def test_the_frontier_has_a_panel_a_model_and_shares_of_sparsegpts_loss_and_time():
+    drawn = figure("frontier", FRONTIER)
+    assert [axes.get_title("left") for axes in drawn.axes] == ["tiny", "other"]  # `alone` has nothing to stand beside
+    points = {
+        (axes.get_title("left"), label): (*line.get_xdata(), *line.get_ydata())
+        for axes in drawn.axes
+        for label, line in lines(axes).items()
+        if not label.startswith("_")
+    }
+    assert points == {
+        ("tiny", "best 2:4"): (4.0, 0.25),
+        ("tiny", "fast 2:4"): (1.5, 0.5),
+        ("tiny", "sparsegpt"): (1, 1),
+        ("other", "fast 50%"): (1.0, 0.5),
+        ("other", "sparsegpt"): (1, 1),
+    }
+    assert all(axes.get_xscale() == axes.get_yscale() == "log" for axes in drawn.axes)
+    # What is at or below the dense model has no place on a logarithmic axis, magnitude would squeeze the rest: so in words.
+    (text,) = drawn.axes[0].texts
+    assert text.get_text() == "beyond the edges:\nbest 50%\nmagnitude 50%"
+    assert not drawn.axes[1].texts
+    assert legend(drawn) == ["best", "fast", "sparsegpt, any pattern", "50%", "2:4"]
+
+
+def test_a_method_has_one_marker_and_a_pattern_one_colour_in_all_panels():
+    tiny, other = (lines(axes) for axes in figure("frontier", FRONTIER).axes)
+    assert tiny["fast 2:4"].get_marker() == other["fast 50%"].get_marker() != tiny["best 2:4"].get_marker()
+    assert tiny["fast 2:4"].get_color() == tiny["best 2:4"].get_color() != other["fast 50%"].get_color()
+
+
+def test_a_frontier_without_its_reference_is_refused():
+    with pytest.raises(ExperimentError, match="got no finished result of a method beside sparsegpt's"):
+        figure("frontier", [dense(20.0), costly("fast", "50%", 25.0, 10.0)])

@@ -8,8 +8,9 @@ import pytest
 
 from statprune.errors import ExperimentError
 from statprune.experiments.grid import ratio, superscript, three_digits, two_decimals
+from statprune.experiments.grouping import sparsity
 from statprune.experiments.published import Published
-from statprune.experiments.tables import COLUMNS, markdown, sparsity, write_csv
+from statprune.experiments.tables import COLUMNS, markdown, write_csv
 from statprune.results import Result, ResultsFile
 
 PUBLISHED = Published.load(Path(__file__).parents[1] / "configs" / "paper" / "published.yaml")
@@ -92,7 +93,7 @@ def test_a_number_with_two_known_errors_has_two_marks():
 
 
 @pytest.mark.parametrize(
-    "experiment", ["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction"]
+    "experiment", ["perplexity", "zero-shot", "runtime", "sparsity", "calibration", "ablation", "correction", "frontier"]
 )
 def test_without_published_numbers_there_is_no_word_of_the_paper(experiment):
     values = {"perplexity": 5.0, "average": 0.5, "statistics": 1.0, "pruning": 1.0, "total": 2.0}
@@ -134,6 +135,30 @@ def test_zero_shot_is_in_percent_with_a_table_of_tasks_for_each_model():
         "| method | sparsity | rte accuracy | average |",
         "|---|---|---:|---:|",
         "| cvr | 50% | **50.00** | **50.00** |",
+    ]
+
+
+def test_accuracies_have_the_standard_error_of_their_questions():
+    def scored(label, accuracy, seed):
+        values = {"next-line acc_norm": accuracy, "average": accuracy}
+        errors = {f"{name} standard error": 0.01 for name in values}
+        return Result("zero-shot", "tiny", label, "50%", 128, seed, values={**values, **errors})
+
+    found = lines("zero-shot", [scored("wanda", 0.6, 0), scored("wanda", 0.62, 1), scored("cvr", 0.65, 0)])
+    assert found == [
+        "| method | sparsity | tiny |",
+        "|---|---|---:|",
+        "| wanda | 50% | 61.00 ± 1.00 |",
+        "| cvr | 50% | **65.00 ± 1.00** |",
+        "",
+        "Accuracies in % ± one standard error over the questions.",
+        "",
+        "**tiny**",
+        "",
+        "| method | sparsity | next-line acc_norm | average |",
+        "|---|---|---:|---:|",
+        "| wanda | 50% | 61.00 ± 1.00 | 61.00 ± 1.00 |",
+        "| cvr | 50% | **65.00 ± 1.00** | **65.00 ± 1.00** |",
     ]
 
 
@@ -242,65 +267,107 @@ def test_ablation_has_a_column_for_each_model_and_pattern():
     ]
 
 
-def test_correction_has_the_shares_of_what_sparsegpt_loses_and_takes():
-    def cell(label, pattern, perplexity, seconds, seed=0, peak_memory=None):
-        values = {"perplexity": perplexity, "pruning seconds": seconds}
+@pytest.mark.parametrize("experiment", ["frontier", "correction"])
+def test_the_frontier_has_what_each_method_loses_and_takes_beside_sparsegpt(experiment):
+    def cell(label, pattern, perplexity, divergence, seconds, seed=0, peak_memory=None):
+        values = {
+            "perplexity": perplexity, "divergence": divergence, "loss": math.log(perplexity / 10), "loss standard error": 0.01,
+            "pruning seconds": seconds,
+        }  # fmt: skip
         return Result("perplexity", "tiny", label, pattern, 128, seed, values=values, peak_memory=peak_memory)
 
     results = [
         measured("dense", "", 10.0),
-        cell("sparsegpt", "2:4", 14.0, 4.0),
-        cell("cvr+least-squares", "2:4", 11.0, 1.0, peak_memory=3 * 2**20),
-        cell("sparsegpt", "70%", 12.0, 4.0),
-        cell("cvr+least-squares", "70%", 11.0, 1.0, seed=0),
-        cell("cvr+least-squares", "70%", 12.0, 3.0, seed=1),
+        cell("sparsegpt", "2:4", 14.0, 0.4, 4.0),
+        cell("best", "2:4", 11.0, 0.05, 16.0, peak_memory=3 * 2**20),
+        *(cell("sparsegpt", "70%", 12.0 + 2 * seed, 0.2, 4.0, seed) for seed in (0, 1)),
+        *(cell("best", "70%", 11.0 + seed, 0.1, 2.0 + 2 * seed, seed) for seed in (0, 1, 2)),
         failed("wanda", "70%"),
+        replace(cell("magnitude", "70%", 16.0, 0.6, 0.04), samples=None, seed=None),
     ]
     results[2] = replace(results[2], chosen="ria (walk)")
-    assert lines("correction", results) == [
+    # Seed 2 of `best` counts for its perplexity, and not for its share, as SparseGPT was not run with it: (1 + 2) / (2 + 4).
+    # What needs no calibration stands beside both of SparseGPT's: 12 / 6.
+    assert lines(experiment, results) == [
         "**tiny**",
         "",
         "| perplexity (dense 10.00) | 70% | 2:4 |",
         "|---|---:|---:|",
-        "| sparsegpt | 12.00 | 14.00 |",
-        "| cvr+least-squares | **11.50 ± 0.71** | **11.00** |",
+        "| sparsegpt | 13.00 ± 1.41 | 14.00 |",
+        "| best | **12.00 ± 1.00** | **11.00** |",
         "| wanda | failed |  |",
+        "| magnitude | 16.00 |  |",
         "",
-        "What is lost over dense, as a share of what sparsegpt loses:",
-        "",
-        "| method | 70% | 2:4 |",
-        "|---|---:|---:|",
-        "| sparsegpt | 1.00x | 1.00x |",
-        "| cvr+least-squares | **0.75x** | **0.25x** |",
-        "",
-        "Seconds to calibrate and prune, as a share of sparsegpt's:",
+        "Kullback-Leibler divergence from the dense model's predictions, in nats per token:",
         "",
         "| method | 70% | 2:4 |",
         "|---|---:|---:|",
-        "| sparsegpt | 1.00x | 1.00x |",
-        "| cvr+least-squares | 0.50x | 0.25x |",
+        "| sparsegpt | 0.200 ± 0 | 0.400 |",
+        "| best | **0.100 ± 0** | **0.0500** |",
+        "| wanda | failed |  |",
+        "| magnitude | 0.600 |  |",
+        "",
+        "How much less likely the text is than to the dense model, in nats per token ± one standard error over its windows:",
+        "",
+        "| method | 70% | 2:4 |",
+        "|---|---:|---:|",
+        "| sparsegpt | 0.259 ± 0.0100 | 0.336 ± 0.0100 |",
+        "| best | 0.180 ± 0.0100 | 0.0953 ± 0.0100 |",
+        "| wanda | failed |  |",
+        "| magnitude | 0.470 ± 0.0100 |  |",
+        "",
+        "Share of what sparsegpt loses, by perplexity / by divergence, in so much of its time:",
+        "",
+        "| method | 70% | 2:4 |",
+        "|---|---:|---:|",
+        "| sparsegpt | 1.00 / 1.00 in 1.00x | 1.00 / 1.00 in 1.00x |",
+        "| best | **0.50** / 0.50 in 0.75x | **0.25** / 0.12 in 4.00x |",
+        "| magnitude | 2.00 / 3.00 in 0.01x |  |",
+        "",
+        "Memory beyond what was held before, at most [MiB]:",
+        "",
+        "| method | 70% | 2:4 |",
+        "|---|---:|---:|",
+        "| best |  | 3.00 |",
         "",
         "What auto chose: 2:4, seed 0: ria (walk).",
-        "",
-        "Memory beyond what was held before, while pruning and measuring, at most [MiB]:",
-        "",
-        "| method | 70% | 2:4 |",
-        "|---|---:|---:|",
-        "| cvr+least-squares |  | 3.00 |",
     ]
 
 
+def test_the_papers_tables_are_followed_by_what_is_known_beside_the_perplexity():
+    values = {"perplexity": 6.0, "divergence": 0.25}
+    results = [measured("dense", "", 5.0), replace(measured("wanda", "50%", 6.0), values=values)]
+    expected = [
+        "Kullback-Leibler divergence from the dense model's predictions, in nats per token:",
+        "",
+        "| method | 50% |",
+        "|---|---:|",
+        "| wanda | **0.250** |",
+    ]
+    for experiment in ("perplexity", "ablation"):
+        assert lines(experiment, results)[-7:] == ["**tiny**", "", *expected]
+    assert lines("sparsity", results)[-5:] == expected
+    expected[2], expected[4] = "| method | 128 |", "| wanda | **0.250** |"
+    assert lines("calibration", results)[-5:] == expected
+
+
+def test_a_share_of_nothing_is_none():
+    lost = {"sparsegpt": 5.0, "wanda": 6.0}
+    results = [measured("dense", "", 5.0), *(measured(label, "50%", value) for label, value in lost.items())]
+    assert not any("Share" in line for line in lines("frontier", results))
+    assert not any("Share" in line for line in lines("frontier", results[1:]))  # and none without the dense model
+
+
+MEASURES = {"correction": "perplexity", "frontier": "perplexity"}
 RESULTS = Path(__file__).parents[1] / "configs" / "paper" / "results"
 
 
-@pytest.mark.parametrize(
-    "path", [RESULTS / "runtime.md", *sorted(RESULTS.glob("correction/*/*.md"))], ids=lambda path: path.parent.name
-)
+@pytest.mark.parametrize("path", [RESULTS / "runtime.md", *sorted(RESULTS.glob("*/*/*.md"))], ids=lambda path: path.parent.name)
 def test_the_tables_that_we_show_come_from_the_results_beside_them(path):
     cells = path.with_name("cells.jsonl")
     head = json.loads(cells.read_text(encoding="utf-8").partition("\n")[0])
     results = ResultsFile(cells, head["protocol"], head["versions"]).results()
-    shown = [result for result in results if path.stem == "correction" or result.measure == path.stem]
+    shown = [result for result in results if result.measure == MEASURES.get(path.stem, path.stem)]
     assert markdown(path.stem, shown, PUBLISHED) + "\n" == path.read_text(encoding="utf-8")
 
 

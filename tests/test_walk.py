@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import statprune
 from exports import shared_trace
-from statprune.methods.statistics import InputMoments
+from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.observe import fit_mask
 from statprune.model.segments import batch_independent
@@ -341,7 +341,7 @@ def test_a_cast_of_a_weight_before_its_cut_does_not_keep_the_dense_weight():
         torch.testing.assert_close(model.get_parameter(name), expected.get_parameter(name))
 
 
-def largest_cut(num_layers: int) -> int:
+def largest_cut(num_layers: int, needs: Statistic) -> int:
     """Bytes of all tensors that the walk has made and that are alive at the widest cut."""
     model = llama(num_hidden_layers=num_layers)
     traced, inputs = traced_with(model, [tokens(4, 16), tokens(4, 16)])
@@ -355,17 +355,18 @@ def largest_cut(num_layers: int) -> int:
     gc.collect()
     gc.freeze()  # what there is now is not among gc.get_objects()
     try:
-        for _ in walk(traced, traced.groups, inputs, weights):
+        for _ in walk(traced, traced.groups, inputs, weights, needs=needs):
             measure()
     finally:
         gc.unfreeze()
     return max(sizes)
 
 
-def test_what_the_walk_holds_does_not_grow_with_the_number_of_layers():
+@pytest.mark.parametrize("needs", [Statistic.MOMENTS, Statistic.CROSS])
+def test_what_the_walk_holds_does_not_grow_with_the_number_of_layers(needs):
     hidden_states = 2 * 4 * 16 * 16 * 4  # two batches of 4 x 16 tokens of 16 float32
-    two, five = largest_cut(2), largest_cut(5)
-    assert two > hidden_states
+    two, five = largest_cut(2, needs), largest_cut(5, needs)
+    assert two > hidden_states * (2 if needs is Statistic.CROSS else 1)
     assert five == two
 
 

@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import math
 import random
 import sys
 from collections import Counter
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from statprune.errors import CalibrationError, ExperimentError
 from statprune.experiments.next_line import NEXT_LINE, next_line_questions
-from statprune.experiments.zero_shot import TASKS, ZeroShot
+from statprune.experiments.shared_context import sharing_contexts
+from statprune.experiments.zero_shot import TASKS, ZeroShot, _WithWeights
 from tiny_models import changed, snapshot
 
 WORDS = ["rose", "thorn", "river", "stone", "cloud", "meadow", "lantern", "harbour", "winter", "garden"]
@@ -67,6 +69,11 @@ def accuracy_by_hand(model, tokenizer, documents, **settings):
     return sum(right) / len(documents)
 
 
+def accuracies(values):
+    """Without their standard errors."""
+    return {name: value for name, value in values.items() if not name.endswith("standard error")}
+
+
 @pytest.fixture(scope="module")
 def model(tiny_model_folder):
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
@@ -94,7 +101,7 @@ def test_accuracy_equals_plain_log_likelihood_sums(to_be, model, other_model, ti
         acc = accuracy_by_hand(one, tiny_tokenizer, DOCUMENTS)
         acc_norm = accuracy_by_hand(one, tiny_tokenizer, DOCUMENTS, per_character=True)
         expected = {"to-be acc": acc, "to-be acc_norm": acc_norm, "average": (acc + acc_norm) / 2}
-        assert to_be(one, tiny_tokenizer) == pytest.approx(expected)
+        assert accuracies(to_be(one, tiny_tokenizer)) == pytest.approx(expected)
 
 
 def test_batch_size_changes_no_value(to_be, model, tiny_tokenizer):
@@ -110,7 +117,7 @@ def test_weights_are_read_in_place_of_the_models_own(tmp_path, model, other_mode
     before, modes = snapshot(model), [module.training for module in model.modules()]
     dense = zero_shot(model, tiny_tokenizer)
     weights = dict(other_model.named_parameters())
-    assert zero_shot(model, tiny_tokenizer, weights=weights) == {"to-be acc": 1.0, "average": 1.0}
+    assert accuracies(zero_shot(model, tiny_tokenizer, weights=weights)) == {"to-be acc": 1.0, "average": 1.0}
     assert changed(model, before) == set()
     assert [module.training for module in model.modules()] == modes
     assert zero_shot(model, tiny_tokenizer) == dense
@@ -125,15 +132,85 @@ def test_some_weights_are_as_a_model_that_has_them(to_be, model, other_model, ti
     assert to_be(model, tiny_tokenizer, weights=weights) == to_be(mixed, tiny_tokenizer)
 
 
-def test_no_key_value_cache_is_built(to_be, model, tiny_tokenizer):
-    caches = []
-    handle = model.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
-    try:
-        to_be(model, tiny_tokenizer, batch_size=8)
-    finally:
+REQUESTS = [
+    ([5, 6, 7], [8]), ([5, 6], [9, 10]), ([5, 6, 7], [8, 9, 10, 11]), ([5, 6, 7], [12, 13]), ([5], [6]), ([7, 7], [7]),
+    ([7, 7], [8]), ([1] * 60, [2] * 4), ([1] * 60, [3] * 5),
+]  # fmt: skip
+"""Tokens of contexts and choices; the fifth and the second share theirs with nothing."""
+
+
+class TestSharedContexts:
+    """What follows one context is scored with one pass over it."""
+
+    @pytest.fixture
+    def read(self, model):
+        """The tokens that each forward pass of the model was given."""
+        passes = []
+        handle = model.register_forward_pre_hook(lambda module, args: passes.append(args[0]))
+        yield passes
         handle.remove()
-    assert set(caches) == {None}
-    assert model.config.use_cache
+
+    @staticmethod
+    def scores(model, tokenizer, requests, base=None):
+        from lm_eval.models.huggingface import HFLM
+
+        scorer = (base or sharing_contexts(HFLM))(
+            pretrained=_WithWeights(model, {}), tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=2,
+            softmax_dtype="float32",
+        )  # fmt: skip
+        return scorer._loglikelihood_tokens([(("", ""), *request) for request in requests], disable_tqdm=True)
+
+    def test_scores_are_the_harness_own(self, model, other_model, tiny_tokenizer):
+        from lm_eval.models.huggingface import HFLM
+
+        for one in (model, other_model):
+            expected = self.scores(one, tiny_tokenizer, REQUESTS, HFLM)
+            found = self.scores(one, tiny_tokenizer, REQUESTS)
+            assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+            assert [is_likeliest for _, is_likeliest in found] == [is_likeliest for _, is_likeliest in expected]
+
+    def test_a_likeliest_choice_is_told(self, other_model, tiny_tokenizer):
+        best = [int(other_model(torch.tensor([[5, 6]])).logits[0, -1].argmax())]
+        best.append(int(other_model(torch.tensor([[5, 6, *best]])).logits[0, -1].argmax()))
+        found = self.scores(other_model, tiny_tokenizer, [([5, 6], best), ([5, 6], [best[0], best[1] - 1]), ([5, 6], best[:1])])
+        assert [is_likeliest for _, is_likeliest in found] == [True, False, True]
+
+    def test_a_context_is_read_once_and_choices_side_by_side(self, model, tiny_tokenizer, read):
+        self.scores(model, tiny_tokenizer, [([5, 6, 7], [8, 9]), ([5, 6, 7], [10, 11, 12])])
+        assert [tokens.tolist() for tokens in read] == [[[5, 6, 7]], [[8, 9], [10, 11]]]
+
+    def test_what_does_not_fit_the_models_context_is_cut_as_the_harness_does(self, model, tiny_tokenizer, read, monkeypatch):
+        monkeypatch.setattr(model.config, "max_position_embeddings", 4)
+        self.scores(model, tiny_tokenizer, [([5, 6, 7], [8, 9]), ([5, 6, 7], [10, 11])])
+        assert [tokens.tolist() for tokens in read] == [[[5, 6, 7, 8], [5, 6, 7, 10]]]
+
+    def test_a_model_without_a_cache_is_scored_as_the_harness_does(self, model, tiny_tokenizer, monkeypatch):
+        expected = self.scores(model, tiny_tokenizer, REQUESTS)
+        forward = model.forward
+        monkeypatch.setattr(
+            model, "forward", lambda *args, use_cache=None, **others: SimpleNamespace(logits=forward(*args, **others).logits)
+        )
+        found = self.scores(model, tiny_tokenizer, REQUESTS)
+        assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+    def test_the_models_setting_of_its_cache_stays(self, to_be, model, tiny_tokenizer):
+        to_be(model, tiny_tokenizer, batch_size=8)
+        assert model.config.use_cache
+
+
+def test_standard_errors_are_those_of_shares(tmp_path, model, tiny_tokenizer):
+    path = write_task(tmp_path)
+    values = ZeroShot([path, f"{path}:acc_norm"], limit=20)(model, tiny_tokenizer)
+    errors = [(values[name] * (1 - values[name]) / 19) ** 0.5 for name in ("to-be acc", "to-be acc_norm")]
+    assert [values[f"to-be {name} standard error"] for name in ("acc", "acc_norm")] == pytest.approx(errors)
+    assert values["average standard error"] == pytest.approx(sum(errors) / 2)  # the same questions
+    poems = tmp_path / "poem.txt"
+    poems.write_text(poem())
+    values = ZeroShot([path, NEXT_LINE], limit=20, text=[poems])(model, tiny_tokenizer)
+    errors = [(values[name] * (1 - values[name]) / 19) ** 0.5 for name in ("to-be acc", "next-line acc_norm")]
+    assert values["average standard error"] == pytest.approx(math.hypot(*errors) / 2)
+    values = ZeroShot([path], limit=1)(model, tiny_tokenizer)
+    assert accuracies(values) == values
 
 
 def test_weights_of_no_parameter_are_refused(to_be, model, tiny_tokenizer):
@@ -191,7 +268,7 @@ def test_paths_in_a_task_file_start_where_it_stands(tmp_path, monkeypatch, model
     monkeypatch.chdir(tmp_path / "elsewhere")
     options = {"data_files": {"test": ["documents.jsonl", str(tmp_path / "here" / "documents.jsonl")]}}
     write_task(tmp_path / "here", dataset_kwargs=options)
-    assert ZeroShot(["../here/to-be.yaml"])(model, tiny_tokenizer).keys() == {"to-be acc", "average"}
+    assert accuracies(ZeroShot(["../here/to-be.yaml"])(model, tiny_tokenizer)).keys() == {"to-be acc", "average"}
 
 
 def test_limit_takes_the_first_documents(tmp_path, model, tiny_tokenizer):
@@ -257,14 +334,23 @@ def test_next_line_wraps_prose():
 @pytest.mark.parametrize("text", ["", "one line", poem(8), "the same line again\n" * 500], ids=["no", "one", "eight", "same"])
 def test_next_line_of_too_short_a_text_is_refused(text):
     with pytest.raises(ExperimentError, match=r"enough for 0 questions, wanted: 100\. Give more text"):
+        next_line_questions(text, number=100)
+    with pytest.raises(ExperimentError, match=r"wanted: 1\. Give more text"):
         next_line_questions(text)
+
+
+def test_next_line_without_a_number_asks_what_the_text_is_enough_for(monkeypatch):
+    few = next_line_questions(poem(40))
+    assert 20 < len(few) < 40
+    monkeypatch.setattr("statprune.experiments.next_line.USUAL_NUMBER", 9)
+    assert next_line_questions(poem(40)) == few[:9]
 
 
 def test_next_line_goes_through_the_harness(tmp_path, model, tiny_tokenizer):
     (tmp_path / "poem.txt").write_text(poem(40))
     tasks, text = [NEXT_LINE, f"{NEXT_LINE}:acc"], [tmp_path / "poem.txt"]
     zero_shot = ZeroShot(tasks, text=text, limit=12)
-    values = zero_shot(model, tiny_tokenizer, batch_size=4)
+    values = accuracies(zero_shot(model, tiny_tokenizer, batch_size=4))
     assert values.keys() == {"next-line acc_norm", "next-line acc", "average"}
     assert {12 * value for value in values.values() if value != values["average"]} <= set(range(13))
     assert ZeroShot(tasks, text=text, limit=12).digest() == zero_shot.digest()
@@ -307,7 +393,7 @@ def test_tasks_of_the_harness_by_name(monkeypatch, model, tiny_tokenizer):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     zero_shot = ZeroShot(["boolq", "winogrande", "arc_challenge:acc_norm"], limit=2)
-    values = zero_shot(model, tiny_tokenizer)
+    values = accuracies(zero_shot(model, tiny_tokenizer))
     assert values.keys() == {"boolq acc", "winogrande acc", "arc_challenge acc_norm", "average"}
     assert set(values.values()) - {values["average"]} <= {0.0, 1.0}
     assert len(zero_shot.digest()) == 16

@@ -59,12 +59,10 @@ class Perplexity(Metric):
                 f"Perplexity.update(preds {tuple(preds.shape)}, target {tuple(target.shape)}): "
                 f"expected a target of shape {tuple(preds.shape[:-1])}, one for each logit vector."
             )
-        logits_TV, target_T = preds.flatten(0, -2), target.flatten()
-        for logits, targets in zip(logits_TV.split(TOKENS_PER_CHUNK), target_T.split(TOKENS_PER_CHUNK), strict=True):
-            losses = cross_entropy(logits.float(), targets, ignore_index=self.ignore_index, reduction="none")
-            # Not in place: a reset in inference mode, as at the end of `trainer.validate`, leaves tensors that refuse it later.
-            self.negative_log_likelihood = self.negative_log_likelihood + losses.sum(dtype=torch.float64)
-        self.num_tokens = self.num_tokens + (target_T != self.ignore_index).sum()
+        total = total_loss(preds.flatten(0, -2), target.flatten(), ignore_index=self.ignore_index)
+        # Not in place: a reset in inference mode, as at the end of `trainer.validate`, leaves tensors that refuse it later.
+        self.negative_log_likelihood = self.negative_log_likelihood + total
+        self.num_tokens = self.num_tokens + (target != self.ignore_index).sum()
 
     def update_next_token(self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         """Add a causal model's predictions: logits [batch, length, vocabulary] at a position are for the next token.
@@ -82,6 +80,19 @@ class Perplexity(Metric):
     def compute(self) -> Tensor:
         """The perplexity of everything added, float64; NaN where nothing was."""
         return (self.negative_log_likelihood / self.num_tokens).exp()
+
+
+def total_loss(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """The sum over tokens of the negative log-likelihood, float64, in nats.
+
+    Args:
+        logits: [tokens, vocabulary], of any float dtype.
+        targets: [tokens], int64: what each should have predicted, or `ignore_index`.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for some, theirs in zip(logits.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True):
+        total += cross_entropy(some.float(), theirs, ignore_index=ignore_index, reduction="none").sum(dtype=torch.float64)
+    return total
 
 
 @torch.no_grad()
@@ -106,7 +117,7 @@ def evaluate(
         CalibrationError: there is no window, or windows of one token; tokens that are none, or beyond the vocabulary.
         NonFiniteError: the perplexity is NaN or infinite; names the weight that is, if one is.
     """
-    _check_windows(model, windows)
+    check_windows(model, windows)
     device = next(model.parameters()).device
     metric = Perplexity().to(device)
     with eval_mode(model), without_cache(model):
@@ -116,11 +127,16 @@ def evaluate(
             progress(min(start + batch_size, len(windows)), len(windows), "windows")
     perplexity = float(metric.compute())
     if not math.isfinite(perplexity):
-        raise NonFiniteError(f"The perplexity is {perplexity}: {_cause(model, weights or {})}")
+        raise NonFiniteError(f"The perplexity is {perplexity}: {cause_of_nonfinite(model, weights or {})}")
     return perplexity
 
 
-def _check_windows(model: nn.Module, windows: Tensor) -> None:
+def check_windows(model: nn.Module, windows: Tensor) -> None:
+    """Refuse what the model cannot be measured on.
+
+    Raises:
+        CalibrationError: as `evaluate`.
+    """
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2 or windows.is_floating_point():
         raise CalibrationError(
             f"evaluate(windows of shape {tuple(windows.shape)} and dtype {windows.dtype}): expected tokens, whole numbers, "
@@ -135,7 +151,7 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
         )
 
 
-def _cause(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+def cause_of_nonfinite(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Why a perplexity is not finite, as far as the weights tell."""
     for name, tensor in {**named_tensors(model), **weights}.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -67,14 +67,16 @@ class Result:
     """Of the protocol, what differs between cells: the model's digest, the calibration tokens', the tasks."""
 
     values: dict[str, float] = field(default_factory=dict)
-    """What was measured and is finite, by metric. `perplexity`: `perplexity`, and `pruning seconds`. `zero-shot`: `TASK METRIC`
-    for each task, and `average`, in [0, 1]. `runtime`: seconds of `statistics`, `pruning` and `total`."""
+    """What was measured and is finite, by metric. `perplexity`: `perplexity`, and of a pruned model `divergence`, `loss` and
+    `loss standard error` (see `divergence.Fidelity`), and `pruning seconds`. `zero-shot`: `TASK METRIC` for each task, and
+    `average`, in [0, 1], with the `standard error` of each. `runtime`: seconds of `statistics`, `pruning` and `total`."""
 
     seconds: float = 0.0
     """Of the whole cell."""
 
     peak_memory: int | None = None
-    """Bytes beyond what was held when the cell began: on the GPU, or resident in main memory; None where it cannot be read."""
+    """Bytes that pruning needed beyond what was held when it began (for the dense model, measuring): on the GPU, or resident in
+    main memory; None where it cannot be read."""
 
     chosen: str | None = None
     """Where the method is `auto`: what it chose."""

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from statprune.model.weights import Weights
 from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup, share, sum_over_ranks
 from statprune.selection import Selection
+
+PROBE_LENGTH = 128
+"""Tokens of a sequence that are looked at, at most, where a forward pass is made for each layer."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ class DenseModel:
         return self.inputs[: share(count, len(self.inputs), self.device, self.process_group)]
 
     def sequences(self, count: int) -> list[ModelInputs]:
-        """One sequence of each of so many batches, as `first`; the batches as they are of what is no language model."""
+        """The beginning of one sequence of each of so many batches, as `first`; whole batches of what is no language model."""
         batches = self.first(count)
-        return [_longest_sequence(batch) for batch in batches] if is_causal(self.layers.model) else list(batches)
+        return [_one_sequence(batch) for batch in batches] if is_causal(self.layers.model) else list(batches)
 
     def one_in(self, number: int) -> Sequence[ModelInputs]:
         """The first of so many parts of the batches of all ranks, one batch on each rank at least."""
@@ -84,12 +88,17 @@ class DenseModel:
         return self.first(max(-(-batches // number), ranks))
 
 
-def _longest_sequence(batch: ModelInputs) -> ModelInputs:
-    """A batch of one, the one with the least padding, where all tensors have a first dimension of one size; else the batch."""
-    sizes = {tensor.shape[:1] for tensor in batch.tensors()}
-    if len(sizes) > 1 or () in sizes:
+def _one_sequence(batch: ModelInputs) -> ModelInputs:
+    """The beginning of the sequence with the least padding, where all tensors are [rows, length]; else the batch."""
+    shapes = {tensor.shape for tensor in batch.tensors()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         return batch
-    mask = batch.kwargs.get("attention_mask")
-    row = int((mask != 0).flatten(1).sum(1).argmax()) if isinstance(mask, Tensor) else 0
-    args, kwargs = tree_map(lambda leaf: leaf[row : row + 1] if isinstance(leaf, Tensor) else leaf, (batch.args, batch.kwargs))
+    mask = batch.kwargs.get("attention_mask", torch.ones(next(iter(shapes))))
+    row = int((mask != 0).sum(1).argmax())
+    first = int((mask[row] != 0).int().argmax())  # what is before it is padding
+
+    def part(leaf: Any) -> Any:
+        return leaf[row : row + 1, first : first + PROBE_LENGTH] if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = tree_map(part, (batch.args, batch.kwargs))
     return replace(batch, args=args, kwargs=kwargs)

@@ -152,8 +152,8 @@ def experiment(
     that was interrupted goes on where it stopped.
 
     Args:
-        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation, which are the paper's; correction, which is
-            not: better corrections, what they gain and what they cost; or all, which is every one of these.
+        name: perplexity, zero-shot, runtime, sparsity, calibration or ablation, which are the paper's; correction and frontier,
+            which are not: better corrections, and the best there is, what they lose and cost beside SparseGPT; or all of these.
         output: Folder for cells.jsonl (a line for each measurement), NAME.csv, NAME.md and NAME.png. One that is there is
             gone on with, if its protocol and versions are the same.
         model: Folders or hub names (safetensors only; several: --model FOLDER OTHER). Default: the paper's models.
@@ -169,13 +169,14 @@ def experiment(
         seeds: Of the choice of calibration sequences (several: --seeds 0 1 2).
         tasks: Of zero-shot: names of lm-evaluation-harness, perhaps with a metric (hellaswag:acc_norm); task files (FILE.yaml);
             or next-line, which is made from --text and needs no data set (several: --tasks boolq next-line).
-        questions: Of zero-shot: at most this many of each task. Default: all.
+        questions: Of zero-shot: at most this many of each task. Default: all; of next-line 2600, so that its standard error is
+            below one point.
         rounds: Of runtime: how often each time is taken; the median counts. Default: 5.
 
     Examples:
         statprune experiment perplexity --output results --model MODEL --calibration train.txt --text held-out.txt
         statprune experiment all --output results --model MODEL OTHER --windows 20
-        statprune experiment zero-shot --output results --model MODEL --tasks next-line --text held-out.txt --questions 200
+        statprune experiment zero-shot --output results --model MODEL --tasks next-line --text held-out.txt
     """
     given = {key: value for key, value in locals().items() if key not in ("name", "output")}
     from statprune.experiments.definition import load_experiments

@@ -1,17 +1,18 @@
-"""Compare methods: prune a twin for each cell of methods x patterns, and measure its perplexity on held-out windows."""
+"""Compare methods: prune a twin for each cell of methods x patterns, and measure on held-out windows what it predicts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from statprune.api import plan
+from statprune.divergence import evaluate_beside
 from statprune.errors import NonFiniteError
 from statprune.experiments.cost import measured
+from statprune.experiments.grid import Entry, Row, grid, three_digits, two_decimals
 from statprune.how import Method, labelled
-from statprune.markdown import table
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
 from statprune.model.schedule import Schedule
@@ -34,6 +35,8 @@ class Cell:
     recipe: dict[str, Any]
     error: str | None = None
     """Why the perplexity is NaN, where it is: the model is spoilt by this method."""
+    divergence: float | None = None
+    """Of the next-token distributions from the dense model's, in nats per token; None for the dense model and with an error."""
 
 
 def compare(
@@ -69,30 +72,30 @@ def compare(
     for index, (label, how) in enumerate(ways):
         with measured(device) as cost:
             twin = plan(model, batches, how, traced=layers)
-        perplexity, error = math.nan, None
+        perplexity, divergence, error = math.nan, None, None
         try:
-            perplexity = evaluate(model, evaluation, batch_size=batch_size, weights=twin.weights)
+            found = evaluate_beside(model, evaluation, batch_size=batch_size, weights=twin.weights)
+            perplexity, divergence = found.perplexity, found.divergence
         except NonFiniteError as e:  # of this cell; those after it may do
             error = str(e)
-        cells.append(Cell(label, how.pattern, perplexity, cost.seconds, twin.report.recipe, error))
+        cells.append(Cell(label, how.pattern, perplexity, cost.seconds, twin.report.recipe, error, divergence))
         progress(index + 1, len(ways), f"{label} {how.pattern}: {perplexity:.3f}")
     return cells
 
 
 def markdown_table(cells: Iterable[Cell]) -> str:
-    """Methods down, patterns across, the best of each pattern in bold; the dense perplexity above."""
+    """Perplexities, then divergences from the dense model: methods down, patterns across, the best of each pattern in bold."""
     dense, *others = list(cells)
-    patterns = list(dict.fromkeys(cell.pattern for cell in others))
-    methods = list(dict.fromkeys(cell.method for cell in others))
-    values = {(cell.method, cell.pattern): cell.perplexity for cell in others}
-    finite = [cell for cell in others if cell.error is None]
-    best = {
-        pattern: min((cell.perplexity for cell in finite if cell.pattern == pattern), default=math.nan) for pattern in patterns
-    }
+    grids = [_grid(f"perplexity (dense {dense.perplexity:.2f})", others, lambda cell: cell.perplexity, two_decimals)]
+    if any(cell.divergence is not None for cell in others):
+        grids.append(_grid("KL from dense [nats per token]", others, lambda cell: cell.divergence, three_digits))
+    return "\n\n".join(grids)
 
-    def text(method: str, pattern: str) -> str:
-        value = values[method, pattern]
-        return f"**{value:.2f}**" if value == best[pattern] else f"{value:.2f}"
 
-    heads = [f"perplexity (dense {dense.perplexity:.2f})", *patterns]
-    return table(heads, ([method, *(text(method, pattern) for pattern in patterns)] for method in methods), num_left=len(heads))
+def _grid(head: str, cells: Sequence[Cell], value: Callable[[Cell], float | None], show: Callable[[float], str]) -> str:
+    entries: dict[tuple[Row, str], Entry] = {}
+    for cell in cells:
+        found = value(cell)
+        text = "nan" if found is None or not math.isfinite(found) else show(found)
+        entries[(cell.method,), cell.pattern] = Entry(text, competes=None if text == "nan" else float(text))
+    return grid([head], list(dict.fromkeys(cell.pattern for cell in cells)), entries)

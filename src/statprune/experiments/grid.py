@@ -14,6 +14,9 @@ from statprune.results import DENSE, Result
 Row = tuple[str, ...]
 """A row's head: the label, and perhaps the pattern. Rows that differ in nothing but the label compete."""
 
+STANDARD_ERROR = "standard error"
+"""What the name of a metric's standard error ends with, in a result's values."""
+
 Best = Callable[[Iterable[float]], float]
 
 
@@ -45,9 +48,13 @@ class Metric:
     best: Best | None = min
     """Which of several is bold; None for none of them."""
 
+    error: str | None = None
+    """In a result's values: the number's standard error, to be shown with it. Repetitions share the questions or windows that
+    it comes from, so theirs is averaged and no smaller."""
+
 
 def entry(results: Sequence[Result], metric: Metric, beside: str = "") -> Entry:
-    """The mean of a cell's repetitions, with their standard deviation where there are several.
+    """The mean of a cell's repetitions; with its standard error, or else with their standard deviation where there are several.
 
     `failed` where none has finished; no text where the metric was not measured. The dense model does not compete.
     """
@@ -55,8 +62,10 @@ def entry(results: Sequence[Result], metric: Metric, beside: str = "") -> Entry:
     num_failed = sum(r.error is not None for r in results)
     if not values:
         return Entry("failed" if num_failed else "", beside)
-    mean, deviation = metric.show(metric.scale * statistics.fmean(values)), spread(values)
-    text = mean + (f" ± {metric.show(metric.scale * deviation)}" if deviation is not None else "")
+    mean = metric.show(metric.scale * statistics.fmean(values))
+    errors = [] if metric.error is None else finished(results, metric.error)
+    beyond = spread(values) if metric.error is None else statistics.fmean(errors) if errors else None
+    text = mean + (f" ± {metric.show(metric.scale * beyond)}" if beyond is not None else "")
     takes_part = metric.best is not None and results[0].label != DENSE and math.isfinite(float(mean))
     return Entry(text + (f" ({num_failed} failed)" if num_failed else ""), beside, float(mean) if takes_part else None)
 

@@ -23,11 +23,20 @@ _NUM_CONTEXT_LINES = 8
 _MAX_LINE, _MIN_LINE = 72, 16
 
 
-def next_line_questions(text: str, *, number: int = 100, seed: int = 0) -> list[dict[str, Any]]:
+USUAL_NUMBER = 2600
+"""Of questions: the standard error of any accuracy is then below one point, `sqrt(0.25 / 2599)` at most."""
+
+
+def next_line_questions(text: str, *, number: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
     """Questions with `context`, four `choices` and the `answer`, an index: which line comes next? Chance is 25 %.
 
     The wrong lines stand elsewhere in the text, are up to a quarter longer or shorter, and are no line of the context.
     Lines beyond 72 characters are wrapped, so that prose has lines too; lines with little text are not asked for.
+
+    Args:
+        text: lines of anything.
+        number: of questions; None for `USUAL_NUMBER`, or as many as the text is enough for.
+        seed: of what is asked for, and of the wrong lines.
 
     Raises:
         ExperimentError: the text is too short.
@@ -48,16 +57,18 @@ def next_line_questions(text: str, *, number: int = 100, seed: int = 0) -> list[
             answer = generator.randrange(4)
             choices.insert(answer, right)
             questions.append({"context": "\n".join(context), "choices": choices, "answer": answer})
-        if len(questions) == number:
+        if len(questions) == (number or USUAL_NUMBER):
             return questions
+    if questions and number is None:
+        return questions
     raise ExperimentError(
         f"{NEXT_LINE}: the text has {number_of(len(lines), 'line')}, enough for {number_of(len(questions), 'question')}, "
-        f"wanted: {number:,}. Give more text, or a smaller limit."
+        f"wanted: {number or 1:,}. Give more text, or a smaller limit."
     )
 
 
-def write_next_line(text: Sequence[str | Path], number: int, seed: int, folder: str) -> str:
-    """The path of the task file, with its questions beside it."""
+def write_next_line(text: Sequence[str | Path], number: int | None, seed: int, folder: str) -> str:
+    """The path of the task file, with its questions beside it; see `next_line_questions`."""
     if not text:
         raise ExperimentError(f"The task {NEXT_LINE} is made from text: give one text file or more.")
     questions = next_line_questions(read_text(text), number=number, seed=seed)

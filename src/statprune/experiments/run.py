@@ -14,8 +14,9 @@ from torch import Tensor
 from statprune.api import PruningPlan, plan
 from statprune.configuration import load_config
 from statprune.data import calibration_windows, evaluation_windows, needs_tokenizer
+from statprune.divergence import evaluate_beside
 from statprune.errors import ExperimentError, StatpruneError, number_of
-from statprune.experiments.cost import measured
+from statprune.experiments.cost import Cost, measured
 from statprune.experiments.definition import Cell, Experiment
 from statprune.experiments.plots import PICTURED, plot
 from statprune.experiments.published import Published
@@ -196,10 +197,12 @@ class _Bench:
             details["calibration_tokens"] = digest({"tokens": windows})
         if cell.measure == "perplexity":
             details["evaluation_tokens"] = digest({"tokens": self._evaluation()})
+            if cell.how is not None:
+                details["beside"] = "dense"  # cells from before this was measured lack what the tables show
         elif cell.measure == "runtime":
             details["rounds"] = experiment.rounds
         elif tasks is not None:
-            details["tasks"] = f"{tasks.digest()} in lm-eval {version('lm-eval')}"
+            details["tasks"] = f"{tasks.digest()} in lm-eval {version('lm-eval')}, with standard errors"
         return details
 
     def _measure(
@@ -215,18 +218,24 @@ class _Bench:
             assert isinstance(cell.how, Recipe)
             inputs = bind_batches(self.model, batches)
             return *measure_block(self._find_layers(batches), inputs, cell.how, rounds=experiment.rounds), None
-        twin, seconds = PruningPlan(), {}
+        twin, cost = PruningPlan(), Cost()
         if cell.how is not None:
             layers = self._find_layers(batches)
             with measured(self.model.device) as cost:
                 twin = plan(self.model, batches, cell.how, traced=layers)
-            seconds = {"pruning seconds": cost.seconds}
         chosen = _described(Recipe.from_dict(twin.report.recipe)) if twin.report.chosen_by else None
         if cell.measure == "zero-shot":
             assert tasks is not None
-            return tasks(self.model, self.tokenizer, weights=twin.weights, batch_size=batch_size), None, chosen
-        perplexity = evaluate(self.model, self._evaluation(), batch_size=batch_size, weights=twin.weights)
-        return {"perplexity": perplexity, **seconds}, None, chosen
+            values = tasks(self.model, self.tokenizer, weights=twin.weights, batch_size=batch_size)
+        elif cell.how is None:
+            values = {"perplexity": evaluate(self.model, self._evaluation(), batch_size=batch_size)}
+        else:
+            found = evaluate_beside(self.model, self._evaluation(), batch_size=batch_size, weights=twin.weights)
+            values = {"perplexity": found.perplexity, "divergence": found.divergence, "loss": found.loss}
+            if found.standard_error is not None:
+                values["loss standard error"] = found.standard_error
+            values["pruning seconds"] = cost.seconds
+        return values, cost.peak_memory, chosen
 
     def _find_layers(self, batches: Sequence[Tensor]) -> Layers:
         """Exported once for all cells whose batches have the same shapes."""

@@ -4,17 +4,16 @@ results -> layout of the experiment -> entries by (row, column) -> grid -> Markd
 """
 
 import csv
-import functools
 import math
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
-from statprune.errors import ExperimentError, RecipeError, nearest
+from statprune.errors import ExperimentError, nearest
+from statprune.experiments.beside import REFERENCE, beside
 from statprune.experiments.grid import (
-    Best,
+    STANDARD_ERROR,
     Entry,
     Metric,
     Row,
@@ -26,10 +25,9 @@ from statprune.experiments.grid import (
     three_digits,
     two_decimals,
 )
+from statprune.experiments.grouping import by_sparsity, group, pruned, sparsity
 from statprune.experiments.published import Published
 from statprune.markdown import escape
-from statprune.methods.patterns import ModelPattern
-from statprune.recipe import Recipe
 from statprune.results import DENSE, Result
 
 COLUMNS = (
@@ -39,11 +37,7 @@ COLUMNS = (
 """Of the CSV."""
 
 PERPLEXITY = Metric("perplexity", two_decimals)
-ACCURACY = Metric("average", two_decimals, scale=100.0, best=max)
-REFERENCE = "sparsegpt"
-"""The label whose runtime the others' speed is relative to."""
-
-Key = TypeVar("Key", bound=Hashable)
+ACCURACY = Metric("average", two_decimals, scale=100.0, best=max, error=f"average {STANDARD_ERROR}")
 Entries = dict[tuple[Row, str], Entry]
 
 
@@ -73,34 +67,6 @@ def markdown(experiment: str, results: Sequence[Result], published: Published) -
         )
     paper = _Paper(experiment, published)
     return "\n\n".join([*_LAYOUTS[experiment](results, paper), *paper.footnotes()]) + "\n"
-
-
-def sparsity(pattern: str) -> float:
-    """The fraction of zeros that a pattern asks for, 0.5 for `50%` and for `2:4`; NaN where its name does not say."""
-    found = pattern_of(pattern)
-    return math.nan if found is None else found.sparsity
-
-
-@functools.cache
-def pattern_of(text: str) -> ModelPattern | None:
-    """The pattern that this text stands for in a recipe; None where it stands for none."""
-    try:
-        return Recipe("magnitude", text).build_pattern()
-    except RecipeError:
-        return None
-
-
-def group(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, list[Result]]:
-    """The results by key, in the order of first appearance."""
-    groups: dict[Key, list[Result]] = {}
-    for result in results:
-        groups.setdefault(key(result), []).append(result)
-    return groups
-
-
-def pruned(results: Iterable[Result]) -> list[Result]:
-    """All but those of the dense model."""
-    return [r for r in results if r.label != DENSE]
 
 
 @dataclass
@@ -133,13 +99,18 @@ class _Paper:
 
 def _perplexity_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
     yield _by_pattern(results, PERPLEXITY, paper)
+    for model, of_model in group(results, _model).items():
+        yield from _under(_title(model), beside(of_model, list(group(pruned(of_model), _pattern)), _pattern))
 
 
 def _zero_shot_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
     yield _by_pattern(results, ACCURACY, paper)
+    if any(finished(results, ACCURACY.error or "")):
+        yield "Accuracies in % ± one standard error over the questions."
     for model, of_model in group(_ordered(results), _model).items():
-        tasks = dict.fromkeys(name for r in of_model for name in r.values if name != ACCURACY.name)
-        metrics = [replace(ACCURACY, name=name) for name in (*tasks, ACCURACY.name)]
+        names = dict.fromkeys(name for r in of_model for name in r.values if not name.endswith(STANDARD_ERROR))
+        tasks = [name for name in names if name != ACCURACY.name]
+        metrics = [*(replace(ACCURACY, name=task, error=f"{task} {STANDARD_ERROR}") for task in tasks), ACCURACY]
         cells = group(of_model, _label_and_pattern)
         entries = {(row, metric.name): entry(cell, metric) for row, cell in cells.items() for metric in metrics}
         yield _title(model)
@@ -158,18 +129,21 @@ def _sparsity_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
         patterns = sorted(group(pruned(of_model), _pattern), key=lambda pattern: (math.isnan(s := sparsity(pattern)), s))
         yield _title(model)
         yield grid([_head(of_model, paper)], patterns, _entries(pruned(of_model), _label, _pattern, PERPLEXITY, paper))
+        yield from beside(of_model, patterns, _pattern)
 
 
 def _calibration_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
     """Figure 2, as a table."""
     for (model, pattern), cells in group(pruned(results), _model_and_pattern).items():
         repeats = {len(cell) for cell in group(cells, lambda r: (r.label, r.samples)).values()}
-        head = _head([r for r in results if r.model == model], paper)
+        dense = [r for r in results if r.model == model and r.label == DENSE]
+        head = _head(dense, paper)
         head += ", mean ± standard deviation over " if max(repeats) > 1 else ", "
         head += " to ".join(map(str, sorted({min(repeats), max(repeats)}))) + (" seeds" if max(repeats) > 1 else " seed")
         columns = group(sorted(cells, key=lambda r: r.samples or 0), _samples)
         yield _title(f"{model}, {pattern}, by number of calibration sequences")
         yield grid([head], list(columns), _entries(cells, _label, _samples, PERPLEXITY, paper))
+        yield from beside([*dense, *cells], list(columns), _samples)
 
 
 def _ablation_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
@@ -183,6 +157,8 @@ def _ablation_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
     }
     entries |= _entries(pruned(results), _label, lambda r: columns[_model_and_pattern(r)], PERPLEXITY, paper)
     yield grid(["method"], list(columns.values()), entries)
+    for model, of_model in group(results, _model).items():
+        yield from _under(_title(model), beside(of_model, list(group(pruned(of_model), _pattern)), _pattern))
 
 
 def _runtime_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
@@ -202,39 +178,23 @@ def _runtime_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
         yield grid(["method"], [*columns, speed, memory], entries)
 
 
-def _correction_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
-    """Not in the paper: perplexities, then how much of the reference's loss and of its time each method has."""
+def _frontier_layout(results: Sequence[Result], paper: _Paper) -> Iterator[str]:
+    """Not in the paper: perplexities, and what each method loses and costs beside the reference."""
     for model, of_model in group(results, _model).items():
-        patterns = sorted(group(pruned(of_model), _pattern), key=lambda pattern: (":" in pattern, sparsity(pattern)))
-        cells = group(pruned(of_model), lambda r: (_label(r), _pattern(r)))
+        patterns = by_sparsity(group(pruned(of_model), _pattern))
         yield _title(model)
         yield grid([_head(of_model, paper)], patterns, _entries(pruned(of_model), _label, _pattern, PERPLEXITY, paper))
-        dense = finished([r for r in of_model if r.label == DENSE], PERPLEXITY.name)
-        if dense and any(row == (REFERENCE,) for row, _ in cells):
-            yield f"What is lost over dense, as a share of what {REFERENCE} loses:"
-            yield grid(["method"], patterns, _shares(cells, PERPLEXITY.name, dense[0], best=min))
-            yield f"Seconds to calibrate and prune, as a share of {REFERENCE}'s:"
-            yield grid(["method"], patterns, _shares(cells, "pruning seconds", 0.0, best=None))
-        peaks: Entries = {
-            place: Entry(three_digits(max(known) / 2**20))
-            for place, cell in cells.items()
-            if (known := [r.peak_memory for r in cell if r.peak_memory is not None])
-        }
+        yield from beside(of_model, patterns, _pattern)
         if chosen := [f"{r.pattern}, seed {r.seed}: {escape(r.chosen)}" for r in of_model if r.chosen is not None]:
             yield "What auto chose: " + "; ".join(chosen) + "."
-        yield "Memory beyond what was held before, while pruning and measuring, at most [MiB]:"
-        yield grid(["method"], patterns, peaks)
 
 
-def _shares(cells: dict[tuple[Row, str], list[Result]], metric: str, above: float, best: Best | None) -> Entries:
-    """How far the mean over repetitions is above a value, as a share of the reference's in the same column."""
-    means = {place: statistics.fmean(values) - above for place, cell in cells.items() if (values := finished(cell, metric))}
-    shares = {
-        (row, column): mean / means[(REFERENCE,), column]
-        for (row, column), mean in means.items()
-        if means.get(((REFERENCE,), column), 0.0) > 0
-    }
-    return {place: Entry(ratio(share), competes=round(share, 2) if best else None) for place, share in shares.items()}
+def _under(title: str, texts: Iterable[str]) -> Iterator[str]:
+    """The texts under a title; nothing at all where there are none."""
+    for index, text in enumerate(texts):
+        if index == 0:
+            yield title
+        yield text
 
 
 def _times(cells: dict[Row, list[Result]], paper: _Paper) -> tuple[list[str], Entries]:
@@ -264,7 +224,8 @@ _LAYOUTS: dict[str, Callable[[Sequence[Result], _Paper], Iterator[str]]] = {
     "sparsity": _sparsity_layout,
     "calibration": _calibration_layout,
     "ablation": _ablation_layout,
-    "correction": _correction_layout,
+    "correction": _frontier_layout,
+    "frontier": _frontier_layout,
 }
 
 

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -35,7 +36,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from statprune.errors import ExperimentError, nearest
+from statprune.experiments.grid import STANDARD_ERROR
 from statprune.experiments.next_line import NEXT_LINE, write_next_line
+from statprune.experiments.shared_context import sharing_contexts
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.strict_yaml import load as load_yaml
 
@@ -64,7 +67,8 @@ class ZeroShot:
 
     Args:
         tasks: names, task files, `next-line`.
-        limit: the first so many documents of each task; for `next-line`, the number of questions (default 100).
+        limit: the first so many documents of each task; for `next-line`, the number of questions (default
+            2,600, or as many as the text is enough for).
         text: text files that `next-line` is made from.
         seed: of the choice of those questions.
 
@@ -89,7 +93,7 @@ class ZeroShot:
                 match = re.fullmatch(r"(.+):(\w+)", given)
                 name, metric = match.groups() if match else (given, None)
                 if name == NEXT_LINE:
-                    name = write_next_line(text, limit or 100, seed, folder)
+                    name = write_next_line(text, limit, seed, folder)
                 is_file = name.endswith((".yaml", ".yml"))
                 source = _read_task(Path(name), folder) if is_file else _harness_file(name)
                 task = source["task"] if isinstance(source, dict) else name
@@ -116,7 +120,10 @@ class ZeroShot:
     def __call__(
         self, model: nn.Module, tokenizer: Any, *, weights: Mapping[str, Tensor] | None = None, batch_size: int = 1
     ) -> dict[str, float]:
-        """Accuracies in [0, 1], by `TASK METRIC`, and their mean as `average`.
+        """Accuracies in [0, 1], by `TASK METRIC`, and their mean as `average`; each with its `standard error`.
+
+        The standard error of an accuracy p of n questions is `sqrt(p (1 - p) / (n - 1))`; a single one has none. That of the
+        average takes tasks for independent.
 
         Prompts longer than the model's context lose their beginning, as always with the harness. Log-likelihoods are taken in
         float32 also of a model in lower precision, where the harness' own default lets long choices tie.
@@ -125,7 +132,7 @@ class ZeroShot:
             model: a causal language model of transformers; is left as it was.
             tokenizer: the model's, of transformers; is left as it was.
             weights: read in place of the model's own, by parameter name: a pruned twin's.
-            batch_size: choices in one forward pass.
+            batch_size: choices in one forward pass; those that follow one context are one pass by themselves.
 
         Raises:
             ExperimentError: a weight is called as no parameter of the model is.
@@ -133,21 +140,25 @@ class ZeroShot:
         if strangers := sorted((weights or {}).keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):
             raise ExperimentError(f"The model has no parameter called {', '.join(strangers)}, of which weights were given.")
         with _quiet_harness() as harness, eval_mode(model), without_cache(model):
-            language_model = harness.HFLM(
+            language_model = sharing_contexts(harness.HFLM)(
                 pretrained=_WithWeights(model, weights or {}),
                 tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
                 backend="causal",
                 batch_size=batch_size,
                 softmax_dtype="float32",
             )
-            results = harness.evaluate(
+            found = harness.evaluate(
                 lm=language_model, task_dict={"tasks": self._tasks}, limit=self.limit, bootstrap_iters=0, log_samples=False
-            )["results"]
-        values = {
-            f"{task} {metric}": next(float(value) for key, value in results[task].items() if key.split(",")[0] == metric)
-            for task, metric in self._metrics
-        }
-        return {**values, "average": sum(values.values()) / len(values)}
+            )
+        values, errors, of_task = {}, {}, dict.fromkeys(self._tasks, 0.0)
+        for task, metric in self._metrics:
+            name, number = f"{task} {metric}", found["n-samples"][task]["effective"]
+            values[name] = next(float(value) for key, value in found["results"][task].items() if key.split(",")[0] == metric)
+            errors[name] = math.sqrt(values[name] * (1 - values[name]) / (number - 1)) if number > 1 else math.nan
+            of_task[task] += errors[name]  # two metrics of one task err alike
+        values["average"] = sum(values.values()) / len(values)
+        errors["average"] = math.hypot(*of_task.values()) / len(self._metrics)
+        return {**values, **{f"{name} {STANDARD_ERROR}": error for name, error in errors.items() if math.isfinite(error)}}
 
 
 class _WithWeights:
@@ -156,10 +167,11 @@ class _WithWeights:
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self.config = model.config
         self.device = next(model.parameters()).device
+        self.forward = model.forward  # for its signature
         self._model, self._weights = model, dict(weights)
 
-    def __call__(self, tokens: Tensor) -> Any:
-        return functional_call(self._model, self._weights, (tokens,))
+    def __call__(self, tokens: Tensor, **others: Any) -> Any:
+        return functional_call(self._model, self._weights, (tokens,), others)
 
 
 @functools.cache

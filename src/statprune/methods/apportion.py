@@ -184,7 +184,7 @@ def whole_counts(sparsities: Tensor, shapes: Sequence[tuple[int, int]], target: 
     room = torch.tensor([rows * (columns - 1) for rows, columns in shapes])
     lower = ((target - spread) * sizes).floor().long().clamp_min(0).minimum(room)
     upper = ((target + spread) * sizes).ceil().long().minimum(room)
-    total = min(Unstructured(target, "layer").pruned_of(1, int(sizes.sum())), int(upper.sum()))
+    total = min(Unstructured(target).pruned_of(1, int(sizes.sum())), int(upper.sum()))
 
     def shifted(by: float) -> Tensor:
         return ((sparsities + by) * sizes).clamp(lower, upper)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.select import keep_highest, keep_highest_by_sorting
 
 
 class Pattern(Protocol):
@@ -69,12 +70,6 @@ class ModelPattern(Pattern, Protocol):
 
     def milder(self) -> "tuple[ModelPattern, ...]":
         """Patterns of other kinds of groups that cost a layer less, the mildest first; they prune as many weights, or fewer."""
-
-
-def keep_highest(score: Tensor, num_kept: int) -> Tensor:
-    """Keep exactly `num_kept` highest scores along the last dimension; ties are broken by position, never by count."""
-    keep = torch.zeros_like(score, dtype=torch.bool)
-    return keep.scatter_(-1, score.topk(num_kept, dim=-1, sorted=False).indices, True)
 
 
 @dataclass(frozen=True)
@@ -287,13 +282,15 @@ class NM:
         The groups do not go in step: one may be whole where another has its pattern already.
         """
         keep = self(score)
+        if share == 1:
+            return keep
         num_pruned = math.floor(share * (score.shape[-1] // self.of) * (self.of - self.keep))
-        lowest = score.masked_fill(keep, math.inf).topk(num_pruned, dim=-1, largest=False, sorted=False).indices
-        return torch.ones_like(keep).scatter_(-1, lowest, False)
+        return keep_highest(torch.where(keep, math.inf, score), score.shape[-1] - num_pruned)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
-        """As the whole: `start` and the width are multiples of `of`."""
-        return self(score)
+        """As the whole, but for which of equal scores stay; `start` and the width are multiples of `of`."""
+        # For a slice of one group, as SparseGPT has them, one call counts for more than what it does.
+        return keep_highest_by_sorting(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
 
     def pruned_of(self, rows: int, columns: int) -> int:
         """As many of each group."""
