@@ -23,8 +23,8 @@ from statprune.loading import load_model, load_tokenizer
 from statprune.methods import catalog, registry
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
-from statprune.perplexity import evaluate
 from statprune.methods.target import TARGETS
+from statprune.perplexity import evaluate
 from statprune.presets import PRESETS, Preset
 from statprune.report import PruningReport
 
@@ -734,7 +734,8 @@ class TestHelp:
             assert f" {name} " in shown, name
 
     @pytest.mark.parametrize("command", ["prune", "compare", "experiment"])
-    def test_presets_come_first_with_a_sentence_and_what_they_stand_for(self, capsys, command):
+    def test_presets_come_first_with_a_sentence_and_what_they_stand_for(self, capsys, command, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "110")
         shown = help_of(capsys, command)
         titles = [line for line in shown.splitlines() if line in ("presets:", "criteria:", "compensations:")]
         assert titles == ["presets:", "criteria:", "compensations:"]

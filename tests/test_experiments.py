@@ -170,7 +170,12 @@ class TestDefinition:
             ("perplexity", {"sizes": [1]}, ExperimentError, "--sizes belongs to the experiment 'calibration'"),
             ("perplexity", {"samples": 0}, ExperimentError, "--samples 0: expected at least 1"),
             ("calibration", {"sizes": [4, 0]}, ExperimentError, "--sizes 0: expected at least 1"),
-            ("runtime", {"methods": ["best"]}, ExperimentError, "'best' needs the dense model beside it or gradients"),
+            (
+                "runtime",
+                {"methods": ["best"]},
+                ExperimentError,
+                "'best' needs the dense model beside it or gradients. Leave it out",
+            ),
             ("runtime", {"methods": ["auto"]}, ExperimentError, "times a method, and 'auto' is yet to choose one"),
             ("zero-shot", {"tasks": []}, ExperimentError, "has no tasks: give --tasks"),
         ],

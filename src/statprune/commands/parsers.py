@@ -250,11 +250,10 @@ def _texts(entry: Entry) -> list[str]:
 
 def _row(name: str, texts: Sequence[str]) -> list[str]:
     indent = " " * 20
-    lines = [
-        line
-        for text in texts
-        for line in textwrap.wrap(text, _width() - len(indent), break_on_hyphens=False, break_long_words=False)
-    ]
+    # A method that is longer than a line is broken behind a plus: a mark there, and a blank where a line may end.
+    marked = [re.sub(r"\+(?=[a-z])", "+\0 ", text) for text in texts]
+    wrapped = [line for text in marked for line in textwrap.wrap(text, _width() - len(indent), break_on_hyphens=False)]
+    lines = [line.replace("\0 ", "").replace("\0", "") for line in wrapped]
     return [f"  {name:<{len(indent) - 2}}{lines[0]}", *(indent + line for line in lines[1:])]
 
 

@@ -33,6 +33,10 @@ OWNER: dict[str, Name] = {"sizes": "calibration", "tasks": "zero-shot", "questio
 """Settings that only one experiment has."""
 
 
+_NOT_OF_ONE_BLOCK = Statistic.CROSS | Statistic.CURVATURE
+"""Statistics that the inputs of one block do not give."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One thing to measure on a model."""
@@ -165,14 +169,10 @@ class Experiment:
                 label, how = labelled(method, pattern=pattern, schedule=self.schedule)
                 if isinstance(how, Search) and self.measure == "runtime":
                     raise ExperimentError(f"The experiment runtime times a method, and {label!r} is yet to choose one.")
-                if (
-                    self.measure == "runtime"
-                    and isinstance(how, Recipe)
-                    and how.needs & (Statistic.CROSS | Statistic.CURVATURE)
-                ):
+                if self.measure == "runtime" and isinstance(how, Recipe) and how.needs & _NOT_OF_ONE_BLOCK:
                     raise ExperimentError(
-                        f"The experiment runtime times what one block's own inputs are enough for, and {label!r} needs the dense "
-                        "model beside it or gradients. Leave it out, or take its pruning seconds in another experiment."
+                        f"The experiment runtime times what one block's own inputs are enough for; {label!r} needs the dense model "
+                        "beside it or gradients. Leave it out, or take its pruning seconds in another experiment."
                     )
                 # An allocation measures the dense model, whatever the pruner needs.
                 is_calibrated = isinstance(how, Search) or how.allocation != "uniform" or bool(how.needs)
