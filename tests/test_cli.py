@@ -671,13 +671,16 @@ def test_benchmark_measures_both_and_gives_their_ratio(capsys, tiny_model_folder
 def test_quickstart_leaves_models_that_the_other_commands_take(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("statprune.experiments.quickstart.MAX_CHARACTERS", 30_000)
     monkeypatch.setattr("statprune.experiments.quickstart.SEQLEN", 32)
-    monkeypatch.setattr("statprune.experiments.quickstart.METHODS", ("wanda", "cvr+energy"))
+    monkeypatch.setattr("statprune.experiments.quickstart.METHODS", ("wanda", "paper", "default"))
     monkeypatch.setattr("statprune.experiments.quickstart.PATTERNS", ("2:4",))
     output = tmp_path / "quick"
     assert main(["quickstart", "--output", str(output), "--steps", "2"]) == 0
     out = capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == ["wanda", "cvr+energy"]
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:] == [
+        "wanda", "paper", "default",
+    ]  # fmt: skip
     assert main(["verify", str(output / "sparse")]) == 0
+    assert verify(output / "sparse")["recipe"] == Recipe().to_dict()
     assert main(["evaluate", str(output / "sparse"), "--text", str(output / "texts" / "held-out.txt"), "--seqlen", "32"]) == 0
 
 

@@ -171,7 +171,7 @@ class Experiment:
                     raise ExperimentError(f"The experiment runtime times a method, and {label!r} is yet to choose one.")
                 if self.measure == "runtime" and isinstance(how, Recipe) and how.needs & _NOT_OF_ONE_BLOCK:
                     raise ExperimentError(
-                        f"The experiment runtime times what one block's own inputs are enough for; {label!r} needs the dense model "
+                        f"The experiment runtime times what one block's inputs are enough for; {label!r} needs the dense model "
                         "beside it or gradients. Leave it out, or take its pruning seconds in another experiment."
                     )
                 # An allocation measures the dense model, whatever the pruner needs.
