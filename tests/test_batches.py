@@ -103,9 +103,9 @@ def test_a_bare_tensor_of_windows_is_cut_and_prunes_as_a_list_of_batches_does():
     windows = tokens(ROWS + 3, 8)
     assert [len(inputs.kwargs["input_ids"]) for inputs in bind_batches(gpt2(), windows)] == [ROWS, 3]
     whole, cut, rows = (llama(num_hidden_layers=1) for _ in range(3))
-    statprune.prune(whole, [windows])
-    statprune.prune(cut, windows)
-    statprune.prune(rows, [{"input_ids": row.tolist(), "source": "a book"} for row in windows])
+    statprune.prune(whole, [windows], "paper")
+    statprune.prune(cut, windows, "paper")
+    statprune.prune(rows, [{"input_ids": row.tolist(), "source": "a book"} for row in windows], "paper")
     for name, weight in whole.named_parameters():
         for other in (cut, rows):
             assert torch.equal(other.get_parameter(name) == 0, weight == 0), name

@@ -713,7 +713,7 @@ def _weights_and_metrics(rank, devices):
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
     # Two ranks see half of the windows each, one rank sees all of them.
     fit = trainer(
-        StatisticalPruning(Recipe(pattern="2:4")), max_epochs=1, num_sanity_val_steps=0,
+        StatisticalPruning(Recipe("paper", "2:4")), max_epochs=1, num_sanity_val_steps=0,
         devices=devices, strategy="ddp" if devices > 1 else "auto",
     )  # fmt: skip
     every = DataLoader(WindowDataset(TOKENS), batch_size=4)
@@ -743,7 +743,7 @@ def _validated_on_ranks(rank, devices, sampler, limit):
     if sampler:
         samples = DistributedSampler(TOKENS, num_replicas=devices, rank=rank, shuffle=False)
         given = {"calibration": DataLoader(WindowDataset(TOKENS), batch_size=2, sampler=samples)}
-    callback = StatisticalPruning(Recipe(pattern="2:4"), calibration_batches=limit, **given)
+    callback = StatisticalPruning(Recipe("paper", "2:4"), calibration_batches=limit, **given)
     run = trainer(callback, devices=devices, strategy="ddp" if devices > 1 else "auto")
     run.validate(module, DataLoader(WindowDataset(TOKENS), batch_size=4), verbose=False)
     metrics = {name: value.item() for name, value in run.callback_metrics.items()}
