@@ -40,7 +40,7 @@ def zeros(twin):
     return {name: int((weight == 0).sum()) for name, weight in twin.weights.items()}
 
 
-@pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
+@pytest.mark.parametrize("allocation", ["owl", "sensitivity", "curves"])
 @pytest.mark.parametrize(
     ("method", "schedule"), [("cvr+energy", "walk"), ("sparsegpt", "block"), ("magnitude", "walk"), ("wanda", "one-shot")]
 )
@@ -48,7 +48,7 @@ def test_the_whole_model_has_exactly_the_zeros_asked_for(model, batches, traced,
     before = snapshot(model)
     recipe = Recipe(method, pattern="55.3%", allocation=allocation, schedule=schedule)
     twin = statprune.plan(model, batches, recipe, traced=traced)
-    expected = Unstructured(0.553).num_pruned(twin.report.num_weights)
+    expected = Unstructured(0.553).pruned_of(1, twin.report.num_weights)
     assert sum(zeros(twin).values()) == sum(site.num_pruned for site in twin.report.sites) == expected
     spread = recipe.build_allocation().spread
     for site in twin.report.sites:
@@ -90,13 +90,13 @@ def test_uniform_does_what_was_done_before_and_measures_nothing(model, batches, 
     assert found.patterns == {}
 
 
-@pytest.mark.parametrize("allocation", ["owl:spread=0", "sensitivity:spread=0"])
+@pytest.mark.parametrize("allocation", ["owl:spread=0", "sensitivity:spread=0", "curves:spread=0"])
 def test_no_spread_is_the_same_sparsity_everywhere(model, batches, traced, allocation):
     twin = statprune.plan(model, batches, Recipe("wanda", pattern="50%", allocation=allocation), traced=traced)
     assert {site.sparsity for site in twin.report.sites} == {0.5}
 
 
-@pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
+@pytest.mark.parametrize("allocation", ["owl", "sensitivity", "curves"])
 def test_an_nm_pattern_leaves_layers_dense_and_says_why(model, batches, traced, allocation):
     recipe = Recipe("wanda", pattern="2:4", allocation=f"{allocation}:sparsity=0.3")
     twin = statprune.plan(model, batches, recipe, traced=traced)
@@ -114,7 +114,7 @@ def test_an_nm_pattern_leaves_layers_dense_and_says_why(model, batches, traced, 
     assert all(site.pattern is None for site in twin.report.sites)
 
 
-@pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
+@pytest.mark.parametrize("allocation", ["owl", "sensitivity", "curves"])
 def test_a_saved_model_is_verified_layer_by_layer(batches, tmp_path, allocation):
     model = llama()
     report = statprune.prune(model, batches, Recipe(pattern="50%", allocation=allocation))
@@ -150,7 +150,7 @@ def test_what_is_no_language_model_is_measured_by_the_error_of_its_output():
 def test_an_encoder_decoder_with_padding_is_shared_out_too():
     batch = {"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.int64), "labels": tokens(2, 6)}
     batch["attention_mask"][1, 4:] = 0
-    for allocation in ("owl", "sensitivity"):
+    for allocation in ("owl", "sensitivity", "curves"):
         twin = statprune.plan(t5(), [batch], Recipe("wanda", pattern="50%", allocation=allocation))
         assert sum(zeros(twin).values()) == twin.report.num_weights // 2
 
@@ -170,7 +170,7 @@ class Branching(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("allocation", ["owl", "sensitivity"])
+@pytest.mark.parametrize("allocation", ["owl", "sensitivity", "curves"])
 def test_a_model_without_a_graph_is_shared_out_by_its_hooks(allocation):
     with pytest.warns(UserWarning, match="Falling back to module hooks"):
         twin = statprune.plan(Branching(), [torch.randn(5, 8)], Recipe("wanda", pattern="50%", allocation=allocation))
@@ -214,7 +214,9 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_changed(batches):
 def test_a_loss_that_is_not_finite_names_the_layer(batches, monkeypatch):
     model = llama()
     values = iter([float("nan"), *[1.0] * 20])
-    monkeypatch.setattr("statprune.allocation.total_divergence", lambda *_: torch.tensor(next(values), dtype=torch.float64))
+    monkeypatch.setattr(
+        "statprune.allocation.probes.total_divergence", lambda *_: torch.tensor(next(values), dtype=torch.float64)
+    )
     with refused(model, NonFiniteError, re.escape("is nan with model.layers.0.self_attn.q_proj pruned")):
         statprune.prune(model, batches, Recipe("wanda", pattern="50%", allocation="sensitivity"))
 

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from statprune.errors import RecipeError
 from statprune.how import labelled
-from statprune.methods.budget import (
-    Sensitivity,
+from statprune.methods.apportion import (
     budget,
-    choose_layers,
+    choose,
     least_loss_sparsities,
     marginal_rates,
     outlier_share,
     owl_sparsities,
     whole_counts,
 )
+from statprune.methods.budget import Sensitivity
 from statprune.methods.patterns import Counted, Unstructured
 from statprune.recipe import Recipe
 
@@ -138,7 +138,7 @@ def test_the_counts_are_exact_together_and_within_bounds_each(layers, target, sp
     sizes = [rows * columns for rows, columns in layers]
     room = [rows * (columns - 1) for rows, columns in layers]
     most = [min(int((target + spread) * size + 1), free) for size, free in zip(sizes, room, strict=True)]
-    asked_for = Unstructured(target, "layer").num_pruned(sum(sizes))
+    asked_for = Unstructured(target, "layer").pruned_of(1, sum(sizes))
     assert sum(counts) == asked_for or (sum(counts) < asked_for and sum(counts) >= sum(most) - len(most))
     for count, size, free in zip(counts, sizes, room, strict=True):
         assert (target - spread) * size - 1 <= count <= (target + spread) * size + 1 or count == free
@@ -187,6 +187,12 @@ def test_a_further_weight_costs_the_same_in_every_layer_that_is_at_no_bound():
     assert max(prices) - min(prices) < 1e-6
 
 
+def choose_layers(harms, counts, total):
+    """Which layers are pruned, by the harm of each weight that goes."""
+    costs = [[0.0, harm * count] for harm, count in zip(harms, counts, strict=True)]
+    return [layer for layer, choice in enumerate(choose(costs, [[0, count] for count in counts], total)) if choice]
+
+
 @quick
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=10), st.floats(0.01, 1))
 def test_chosen_layers_reach_the_budget_and_none_can_be_spared(layers, share):
@@ -205,6 +211,9 @@ def test_the_least_harmful_layers_go_first_and_those_not_needed_after_all_stay()
     # Without the 10, the 4 is not needed either.
     assert choose_layers([1.0, 2.0, 3.0], [4, 10, 15], 15) == [2]
     assert choose_layers([2.0, 1.0, 3.0], [10, 10, 10], 20) == [0, 1]
+
+
+def test_a_budget_is_the_least_number_that_makes_the_sparsity():
     assert budget(0.4, 35) == 14
     assert budget(0.41, 35) == 15
     assert budget(0.07, 100) == 7  # the product is 7.000000000000001
@@ -280,6 +289,12 @@ def test_an_exact_number_goes_whole_and_in_slices(rows, columns, percent, width,
         ({"allocation": "owl", "pattern": "2:4"}, "with 2:4 every layer that is pruned is equally sparse, and the allocation"),
         ({"allocation": "sensitivity:sparsity=0.6", "pattern": "2:4"}, "up to 0.5, such as 'sensitivity:sparsity=0.1'"),
         ({"allocation": "owl:sparsity=0.4", "pattern": "50%"}, "the pattern says it already"),
+        ({"allocation": "curves:sparsity=0.4", "pattern": "50%"}, "the pattern says it already"),
+        ({"allocation": "curves:mixed"}, "with mixed: there is nothing to mix. Leave it out"),
+        ({"allocation": "curves:mixed=2,sparsity=0.4", "pattern": "2:4"}, "'curves' has mixed=2: expected true or false"),
+        ({"allocation": "curves:spread=-1"}, "'curves' has spread=-1: expected a number from 0 to 1"),
+        ({"allocation": "curves:probes=0"}, "'curves' has probes=0: expected a whole number from 1 to 10,000"),
+        ({"allocation": "curves:mixed", "pattern": "2:4"}, "up to 0.5, such as 'curves:sparsity=0.1'"),
     ],
 )
 def test_an_allocation_that_makes_no_sense_is_refused(data, message):

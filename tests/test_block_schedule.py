@@ -17,7 +17,8 @@ from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.segments import blocks
 from statprune.model.sites import InputGroup, LinearSite
-from statprune.model.walk import _Executor, walk
+from statprune.model.streams import Executor
+from statprune.model.walk import walk
 from statprune.model.weights import InPlace
 from tiny_models import classifier, gpt2, llama, refused, t5, tokens
 
@@ -287,14 +288,14 @@ def test_a_buffer_is_written_to_where_no_block_runs_twice():
 
 def count_runs(monkeypatch, model, graph, batches, groups, schedule="block") -> Counter:
     """How often the linear of each parameter runs, over all batches."""
-    runs, run = Counter(), _Executor.run
+    runs, run = Counter(), Executor.run
 
     def counted(self, node, environment):
         if node.target is torch.ops.aten.linear.default:
             runs[node.args[1].target] += 1
         return run(self, node, environment)
 
-    monkeypatch.setattr(_Executor, "run", counted)
+    monkeypatch.setattr(Executor, "run", counted)
     for _ in walk(graph, groups, batches, InPlace(model), schedule=schedule):
         pass
     return runs
@@ -364,14 +365,14 @@ def test_values_of_a_rehearsal_die_as_soon_as_nothing_in_it_reads_them(monkeypat
     model, batches = llama(num_hidden_layers=4), [tokens(2, 6)]
     graph = shared_trace(model, bind_batches(model, batches)[0])
     alive: list[tuple[str, int]] = []
-    run = _Executor.run
+    run = Executor.run
 
     def counted(self, node, environment):
         if node.target is torch.ops.aten.linear.default:
             alive.append((node.args[1].target, sum(isinstance(value, Tensor) for value in environment.values())))
         return run(self, node, environment)
 
-    monkeypatch.setattr(_Executor, "run", counted)
+    monkeypatch.setattr(Executor, "run", counted)
     for _ in walk(graph, graph.groups[:-1], bind_batches(model, batches), InPlace(model), schedule="block"):
         pass
     first_time = dict(reversed(alive))

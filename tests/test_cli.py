@@ -24,6 +24,8 @@ from statprune.methods import catalog, registry
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
 from statprune.perplexity import evaluate
+from statprune.methods.target import TARGETS
+from statprune.presets import PRESETS, Preset
 from statprune.report import PruningReport
 
 TEXT = "to be or not to be, that is the question\n" * 40
@@ -81,7 +83,8 @@ class TestPrune:
     def test_says_what_it_will_do_prunes_saves_and_the_result_verifies(self, capsys, pruned):
         out = " ".join(pruned.out.split())
         for said in (
-            "cvr+energy at 50%, schedule block, allocation owl", "model.layers.*.mlp.up_proj", "lm_head", "feeds the output",
+            "schedule block, allocation owl:spread=0.1, target pruned", "model.layers.*.mlp.up_proj", "lm_head",
+            "feeds the output",
             "2,304 of 11,952 parameters (19.3 %)", "9.6 % of all will be zero", "0.0 MB", "zeros are stored",
         ):  # fmt: skip
             assert said in out, said
@@ -357,8 +360,12 @@ class TestRecipeOptions:
         [
             ("", Recipe()),
             ("--criterion wanda", Recipe("wanda")),
-            ("--compensation least-squares", Recipe("cvr+least-squares")),
-            ("--compensation energy:column least-squares", Recipe("cvr+energy:column+least-squares")),
+            ("--compensation least-squares", Recipe("optimal-brain+least-squares")),
+            ("--compensation energy:column least-squares", Recipe("optimal-brain+energy:column+least-squares")),
+            ("--method best --pattern 50%", Recipe("best", "50%")),
+            ("--method paper --target dense:share=0.5", Recipe("paper", target="dense:share=0.5")),
+            ('--target \'{"name": "dense", "damping": 0.1}\' --targets x', Recipe(target="dense:damping=0.1", targets=("x",))),
+            ("--method auto:gradients=false", Search(gradients=False)),
             ("--criterion ria --compensation none", Recipe("ria")),
             ("--criterion auto", Search()),
             ("--method auto:minutes=5 --pattern 50% --ignore '*.0.*'", Search("50%", 5.0, ignore=("*.0.*",))),
@@ -382,6 +389,8 @@ class TestRecipeOptions:
             ("--ignore x --schedule walk", Recipe("ria+energy:column", "1:4", "walk", ignore=("x",))),
             ("--method auto:minutes=5", Search("1:4", 5.0, ignore=("*.0.*",))),
             ("--criterion auto --pattern 50%", Search("50%", ignore=("*.0.*",))),
+            ("--method best --pattern 50%", Recipe("best", "50%", ignore=("*.0.*",))),
+            ("--method best --schedule block", Recipe("best", "1:4", "block", ignore=("*.0.*",))),
         ],
     )
     def test_win_over_a_file(self, tmp_path, words, expected):
@@ -394,9 +403,21 @@ class TestRecipeOptions:
         assert read(f"--recipe {tmp_path}/search.yaml") == Search("50%", 5.0)
         assert read(f"--recipe {tmp_path}/search.yaml --method wanda") == Recipe("wanda", "50%")
 
+    def test_what_a_preset_of_a_file_leaves_open_depends_on_the_options(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(PRESETS, "fast", Preset("Fast.", "wanda", "block", "dense", unstructured_allocation="owl"))
+        (tmp_path / "recipe.yaml").write_text("method: fast\nignore: [a]\n")
+        for words, expected in (
+            ("", Recipe("wanda", "2:4", "block", ignore=("a",), target="dense")),
+            ("--pattern 50%", Recipe("wanda", "50%", "block", ignore=("a",), allocation="owl", target="dense")),
+            ("--pattern 50% --target pruned", Recipe("wanda", "50%", "block", ignore=("a",), allocation="owl")),
+            ("--method wanda --pattern 50%", Recipe("wanda", "50%", ignore=("a",))),
+        ):
+            assert read(f"--recipe {tmp_path}/recipe.yaml {words}") == expected
+
     @pytest.mark.parametrize(
-        "words", ["--method auto --schedule block", "--method wanda --criterion cvr", "--criterion wandaa"]
-    )
+        "words", ["--method auto --schedule block", "--method best --compensation energy", "--method best+energy",
+                  "--method auto --target dense", "--method wanda --criterion cvr", "--criterion wandaa"],
+    )  # fmt: skip
     def test_what_cannot_be_together_is_refused(self, words):
         with pytest.raises(RecipeError):
             read(words)
@@ -537,6 +558,14 @@ def test_inspect_needs_no_architecture_in_the_configuration(capsys, tmp_path, ti
     status, out, err = run(capsys, "inspect", tmp_path, "--json")
     assert status == 0, err
     assert [len(group) for group in json.loads(out)["groups"]] == [3, 1, 2, 1]
+
+
+def test_inspect_knows_how_many_zeros_there_will_be(capsys, tmp_path, tiny_model_folder):
+    shutil.copy(f"{tiny_model_folder}/config.json", tmp_path)
+    status, out, err = run(capsys, "inspect", tmp_path, "--method", "wanda", "--pattern", "70%", "--json")
+    assert status == 0, err
+    # 70 % of 256, 128 and 512, rounded down in each layer: q and o, k and v, gate, up and down.
+    assert json.loads(out)["zeros"] == 2 * 179 + 2 * 89 + 3 * 358
 
 
 def test_inspect_shows_what_a_recipe_would_prune_and_leave_dense_and_the_sizes_to_expect(capsys, tmp_path, tiny_model_folder):
@@ -701,8 +730,18 @@ class TestHelp:
             catalog.catalog.cache_clear()
         assert "sparsegpt, my-own" in shown
         assert "my-own Keeps what I like. settings: sharpness=3.5" in shown
-        for name in [*known, *registry.known_compensations(), *ALLOCATIONS, *PATTERNS]:
+        for name in [*known, *registry.known_compensations(), *ALLOCATIONS, *PATTERNS, *TARGETS]:
             assert f" {name} " in shown, name
+
+    @pytest.mark.parametrize("command", ["prune", "compare", "experiment"])
+    def test_presets_come_first_with_a_sentence_and_what_they_stand_for(self, capsys, command):
+        shown = help_of(capsys, command)
+        titles = [line for line in shown.splitlines() if line in ("presets:", "criteria:", "compensations:")]
+        assert titles == ["presets:", "criteria:", "compensations:"]
+        listed = " ".join(shown.partition("\npresets:\n")[2].partition("\n\n")[0].split())
+        for name, preset in PRESETS.items():
+            assert f"{name} {preset.summary.replace('`', '')} {preset.method}, schedule {preset.schedule}" in listed
+        assert "allocation uniform or, where the pattern is unstructured, curves" in listed
 
     def test_of_statprune_teaches_what_to_try_first(self, capsys):
         shown = help_of(capsys)

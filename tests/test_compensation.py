@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from statprune.methods.compensations import COMPENSATIONS, activation_energy, energy, none
 from statprune.methods.least_squares import LeastSquares
+from statprune.methods.loss_aware import LossAware
 from statprune.methods.statistics import InputMoments, Statistic
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NO_CLAMP = (1e-30, 1e30)
-CORRECT = {**COMPENSATIONS, "least-squares": LeastSquares()}
+CORRECT = {**COMPENSATIONS, "least-squares": LeastSquares(), "loss-aware": LossAware()}
 """By name, functions of (original, pruned, keep, moments)."""
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
@@ -28,13 +29,15 @@ def random_weight(seed, *shape, kept=0.5, dtype=torch.float32):
     return original, original.masked_fill(~keep, 0), keep
 
 
-def moments_of(seed, in_features, *stack):
-    """Of random tokens, channels of several sizes, with the Gram."""
+def moments_of(seed, out_features, in_features, *stack):
+    """Of random tokens, channels of several sizes, with the Gram, and with that of the gradients at the output."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(*stack, 30, in_features, generator=generator) * (0.1 + torch.rand(in_features, generator=generator))
-    return InputMoments(
+    moments = InputMoments(
         torch.full(stack, 30), tokens.double().sum(-2), tokens.double().square().sum(-2), (tokens.mT @ tokens).float()
     )
+    gradients = torch.randn(*stack, 30, out_features, generator=generator)
+    return moments.with_output_gram(gradients.mT @ gradients / 30)
 
 
 def reference_energy(original, keep, *, column=True, row=True, eps=1e-8, clamp=(0.5, 2.0), strength=1.0):
@@ -151,7 +154,7 @@ def test_energy_equals_a_plain_reference(out_features, in_features, settings, se
 )
 def test_pruned_weights_are_never_revived(name, stack, out_features, in_features, kept, dtype, seed):
     original, pruned, keep = random_weight(seed, *stack, out_features, in_features, kept=kept, dtype=dtype)
-    corrected = CORRECT[name](original, pruned, keep, moments_of(seed, in_features, *stack))
+    corrected = CORRECT[name](original, pruned, keep, moments_of(seed, out_features, in_features, *stack))
     assert (corrected.shape, corrected.dtype) == (original.shape, torch.float32)
     assert corrected[~keep].count_nonzero() == 0
     assert corrected.isfinite().all()
@@ -244,7 +247,7 @@ def test_a_stack_is_corrected_matrix_by_matrix():
 def test_compensating_does_not_change_its_inputs(name, dtype):
     inputs = random_weight(0, 5, 6, dtype=dtype)
     before = [tensor.clone() for tensor in inputs]
-    CORRECT[name](*inputs, moments_of(0, 6))
+    CORRECT[name](*inputs, moments_of(0, 5, 6))
     assert all(torch.equal(tensor, old) for tensor, old in zip(inputs, before, strict=True))
 
 
@@ -299,7 +302,7 @@ def test_where_all_channels_have_one_second_moment_it_is_energy(out_features, in
 
 def test_its_column_step_is_that_of_energy():
     original, pruned, keep = random_weight(0, 5, 6)
-    weighted = activation_energy(original, pruned, keep, moments_of(0, 6), row=False)
+    weighted = activation_energy(original, pruned, keep, moments_of(0, 5, 6), row=False)
     assert torch.equal(weighted, energy(original, pruned, keep, row=False))
 
 
@@ -314,7 +317,7 @@ def test_channels_that_were_always_zero_leave_it_finite(second_moments):
 @pytest.mark.parametrize("settings", [{"eps": 0.0}, {"clamp": (2.0, 0.5)}, {"strength": 1.1}])
 def test_activation_energy_refuses_what_energy_refuses(settings):
     with pytest.raises(ValueError, match=r"energy\("):
-        activation_energy(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2).bool(), moments_of(0, 2), **settings)
+        activation_energy(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2).bool(), moments_of(0, 2, 2), **settings)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
@@ -328,7 +331,7 @@ def test_the_scale_of_the_inputs_changes_nothing(scale):
 
 def test_a_stack_is_weighted_matrix_by_matrix():
     original, pruned, keep = random_weight(0, 2, 5, 6)
-    sums = [moments_of(seed, 6).sum_sq * 10.0 ** (12 * seed) for seed in range(2)]
+    sums = [moments_of(seed, 4, 6).sum_sq * 10.0 ** (12 * seed) for seed in range(2)]
     stacked = InputMoments(torch.tensor([30, 30]), torch.zeros(2, 6), torch.stack(sums))
     together = activation_energy(original, pruned, keep, stacked)
     for index, sum_sq in enumerate(sums):

@@ -168,9 +168,9 @@ def test_a_circle_is_found():
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if room(module) == "methods"])
-def test_the_mathematics_imports_torch_and_nothing_else(module):
+def test_the_mathematics_imports_torch_and_numpy_and_nothing_else(module):
     used = {name.partition(".")[0] for name in USED[module].all}
-    assert used - sys.stdlib_module_names <= {"torch", "statprune"}
+    assert used - sys.stdlib_module_names <= {"torch", "numpy", "statprune"}
     assert {room(one) for one in own_modules(USED[module].all)} <= {"methods", "errors"}
 
 

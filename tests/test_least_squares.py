@@ -358,7 +358,9 @@ def test_a_mask_that_is_reached_in_steps_loses_less(pattern: Pattern):
 
 @pytest.mark.parametrize("method", ["sparsegpt+least-squares:steps=5", "cvr+energy+least-squares:steps=5"])
 def test_steps_need_a_criterion_right_before(method):
-    with pytest.raises(ValueError, match=r"least-squares:steps=5: a mask is reached in steps where the compensation follows a criterion"):
+    with pytest.raises(
+        ValueError, match=r"least-squares:steps=5: a mask is reached in steps where the compensation follows a criterion"
+    ):
         Recipe(method)
 
 

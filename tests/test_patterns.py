@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from statprune.methods.patterns import NM, Counted, Unstructured, parse_shorthand
+from statprune.methods.select import FEW, keep_highest
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -41,10 +42,22 @@ def assert_keeps_the_highest(score, keep, ranked_shape):
     assert (highest_pruned <= lowest_kept).all()
 
 
+def asked_for(per_mille, rows, columns):
+    """How many go by row: rounded down once, and each row keeps one."""
+    return min(per_mille * rows * columns // 1000, rows * (columns - 1))
+
+
+def assert_goes_in_turns(keep, number):
+    """Every matrix loses the number, its rows the same or the first ones one more."""
+    rows = keep.shape[-2]
+    assert ((~keep).sum(-1) == torch.tensor([len(range(row, number, rows)) for row in range(rows)])).all()
+
+
 def test_two_of_four_by_hand():
     # two stay in each four consecutive inputs; N:M as "N pruned" could not be told apart here, see the next test
     score = torch.tensor([[9.0, 1.0, 3.0, 4.0, 0.1, 0.4, 0.2, 0.3]])
     assert NM(keep=2, of=4)(score).int().tolist() == [[1, 0, 0, 1, 0, 1, 0, 1]]
+    assert NM(keep=2, of=4)(torch.full((1, 4), 2.0)).int().tolist() == [[1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [[0, 0, 1, 0]]), (3, [[1, 0, 1, 1]]), (4, [[1, 1, 1, 1]])])
@@ -66,12 +79,22 @@ def test_unstructured_layer_competes_as_a_whole_by_hand():
 
 @quick
 @given(scores(st.integers(1, 40)), per_mille)
-def test_a_row_loses_exactly_the_asked_number(score, sparsity):
+def test_a_matrix_loses_exactly_the_asked_number_by_row(score, sparsity):
     keep = Unstructured(sparsity / 1000)(score)
     assert (keep.shape, keep.dtype) == (score.shape, torch.bool)
-    assert ((~keep).sum(-1) == sparsity * score.shape[-1] // 1000).all()
+    assert_goes_in_turns(keep, asked_for(sparsity, *score.shape[-2:]))
     assert keep.any(-1).all()
     assert_keeps_the_highest(score, keep, score.shape)
+
+
+@quick
+@given(st.integers(1, 6), st.integers(1, 40), per_mille, per_mille)
+def test_more_sparsity_keeps_no_weight_that_less_takes(rows, columns, some, more):
+    score = torch.rand(rows, columns)
+    for rank_over in ("row", "layer"):
+        low, high = (Unstructured(sparsity / 1000, rank_over) for sparsity in sorted((some, more)))
+        assert low.pruned_of(rows, columns) <= high.pruned_of(rows, columns)
+        assert not (high(score) & ~low(score)).any()
 
 
 @quick
@@ -110,11 +133,11 @@ def sliced(pattern, score, cuts):
 
 @quick
 @given(st.data(), scores(st.integers(1, 40)), per_mille)
-def test_rows_pruned_slice_by_slice_lose_exactly_the_asked_number(data, score, sparsity):
+def test_slice_by_slice_a_matrix_loses_exactly_the_asked_number_by_row(data, score, sparsity):
     pattern, cuts = Unstructured(sparsity / 1000), slices(data, score.shape[-1])
     keep = sliced(pattern, score, cuts)
     for start, end in itertools.pairwise(cuts):
-        assert ((~keep[..., :end]).sum(-1) == sparsity * end // 1000).all()
+        assert_goes_in_turns(keep[..., :end], asked_for(sparsity, score.shape[-2], end))
         assert_keeps_the_highest(score[..., start:end], keep[..., start:end], score[..., start:end].shape)
     assert pattern.holds(torch.ones_like(score).masked_fill(~keep, 0))
 
@@ -133,17 +156,47 @@ def test_a_layer_pruned_slice_by_slice_loses_exactly_the_asked_number(data, scor
 
 @quick
 @given(st.data(), st.integers(1, 9), st.integers(1, 5))
-def test_nm_slice_by_slice_is_nm_at_once(data, of, num_groups):
+def test_nm_slice_by_slice_is_nm_at_once_but_for_equal_scores(data, of, num_groups):
     pattern = NM(data.draw(st.integers(1, of)), of)
     score = data.draw(scores(st.just(of * num_groups)))
-    assert torch.equal(sliced(pattern, score, slices(data, of * num_groups, of)), pattern(score))
+    kept = [
+        score.masked_fill(~keep, -1).unflatten(-1, (-1, of)).sort(-1).values
+        for keep in (sliced(pattern, score, slices(data, of * num_groups, of)), pattern(score))
+    ]
+    assert torch.equal(*kept)
+
+
+@quick
+@given(scores(st.integers(1, FEW)), st.data())
+def test_counting_keeps_what_sorting_does_and_the_first_of_equal_scores(score, data):
+    num_kept = data.draw(st.integers(1, score.shape[-1]))
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    expected = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :num_kept], True)
+    assert torch.equal(keep_highest(score, num_kept), expected)
+
+
+@quick
+@given(scores(st.integers(FEW + 1, 99)), st.data())
+def test_of_many_the_highest_stay_and_exactly_so_many(score, data):
+    num_kept = data.draw(st.integers(0, score.shape[-1]))
+    keep = keep_highest(score, num_kept)
+    assert (keep.sum(-1) == num_kept).all()
+    lowest_kept = torch.where(keep, score, torch.inf).amin(-1)
+    highest_gone = torch.where(keep, -torch.inf, score).amax(-1)
+    assert (lowest_kept >= highest_gone).all()
+
+
+@pytest.mark.parametrize("of", [FEW, FEW + 1])
+def test_long_groups_are_no_other_than_short_ones(of):
+    score = torch.rand(3, 2 * of)
+    groups = NM(of // 3, of)(score).unflatten(-1, (-1, of))
+    assert torch.equal(groups, keep_highest(score.unflatten(-1, (-1, of)), of // 3))
 
 
 def test_what_one_slice_rounds_off_the_next_makes_up_for():
     score = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
-    # A third of one column, of two and of three: none, none, one.
-    assert sliced(Unstructured(1 / 3), score, range(7)).int().tolist() == [[1, 1, 0, 1, 1, 0]] * 2
-    # Of two weights, of four and of six: none, one, one; and again.
+    # A third of two weights: none. Of four: one, the first row's. Of six: one more, the second row's. And so on.
+    assert sliced(Unstructured(1 / 3), score, range(7)).int().tolist() == [[1, 0, 1, 1, 0, 1], [1, 1, 0, 1, 1, 0]]
     whole = sliced(Unstructured(1 / 3, rank_over="layer"), score, range(7))
     assert whole.int().tolist() == [[1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
 
@@ -166,7 +219,9 @@ def test_one_slice_of_everything_is_the_pattern(rank_over):
         (Unstructured(0.5), [[1, 0, 3, 2], [0, 0, 0, 4]], False),
         (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 0, 4]], True),
         (Unstructured(0.5, rank_over="layer"), [[1, 0, 3, 2], [0, 0, 5, 4]], False),
-        (Unstructured(0.5), [[1, 0, 2], [0, 3, 4]], True),  # one of three: rounded down
+        (Unstructured(0.5), [[0, 0, 2], [0, 3, 4]], True),  # three of six
+        (Unstructured(0.5), [[0, 1, 2], [0, 0, 4]], False),  # the first row's turn comes first
+        (Unstructured(0.4), [[1, 0, 2], [0, 3, 4]], True),  # 2.4 of six: rounded down
         (Unstructured(0.5), [[1, 0, 0, 0], [0, 0, 0, 0]], True),  # more zeros than asked for
         (Counted(3, 4, "layer"), [[1, 0, 0, 0], [0, 1, 2, 3]], True),
         (Counted(3, 4), [[0, 0, 0, 0], [0, 0, 2, 3]], True),
@@ -207,17 +262,23 @@ def test_scores_may_be_transposed_views(pattern):
 @pytest.mark.parametrize(
     ("sparsity", "width", "pruned"),
     [
-        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996
-        (0.57, 100, 57),  # 0.57 * 100 is 56.99999999999999
-        (0.5, 7, 3),
-        (0.999, 100, 99),
-        (0.9999999999, 10, 9),  # rounding to a full row is no reason to empty it
-        (0.5, 1, 0),
-        (0.0, 10, 0),
+        (0.29, 100, [29, 29, 29]),  # 0.29 * 100 is 28.999999999999996
+        (0.57, 100, [57, 57, 57]),  # 0.57 * 100 is 56.99999999999999
+        (0.7, 384, [269, 269, 268]),  # 806.4 of 1152
+        (0.5, 7, [4, 3, 3]),  # 10.5 of 21
+        (0.999, 100, [99, 99, 99]),
+        (0.9999999999, 10, [9, 9, 9]),  # rounding to a full row is no reason to empty it
+        (0.5, 1, [0, 0, 0]),
+        (0.0, 10, [0, 0, 0]),
     ],
 )
-def test_the_number_pruned_is_rounded_down_as_in_decimal(sparsity, width, pruned):
-    assert (~Unstructured(sparsity)(torch.rand(3, width))).sum(-1).tolist() == [pruned] * 3
+def test_the_number_pruned_is_rounded_down_once_as_in_decimal(sparsity, width, pruned):
+    assert (~Unstructured(sparsity)(torch.rand(2, 3, width))).sum(-1).tolist() == [pruned] * 2
+    assert Unstructured(sparsity).pruned_of(3, width) == sum(pruned)
+
+
+def test_a_single_row_is_rounded_down():
+    assert (~Unstructured(0.7)(torch.rand(1, 384))).sum() == 268
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 50, float("nan")])

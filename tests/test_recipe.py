@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from statprune.errors import RecipeError, SiteError, StatpruneError
 from statprune.how import labelled, read_how
+from statprune.methods import registry
 from statprune.methods.patterns import NM, Unstructured
 from statprune.methods.statistics import InputMoments, Statistic
+from statprune.methods.target import DenseTarget, PrunedTarget
 from statprune.model.sites import InputGroup, LeftOut, LinearSite
-from statprune.recipe import Recipe, Search
+from statprune.presets import PRESETS
+from statprune.recipe import AUTO, Recipe, Search
 from statprune.selection import select
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -53,7 +56,10 @@ recipes = st.builds(
             },
         ),
     ),
-    schedule=st.sampled_from(["walk", "block", "one-shot"]),
+    schedule=st.none() | st.sampled_from(["walk", "block", "one-shot"]),
+    target=st.none()
+    | st.sampled_from(["pruned", "dense"])
+    | st.fixed_dictionaries({"name": st.just("dense")}, optional={"share": st.floats(0, 1), "damping": st.floats(1e-6, 10)}),
     targets=st.none() | globs,
     ignore=globs,
     on_indivisible=st.sampled_from(["error", "skip"]),
@@ -87,7 +93,15 @@ def test_a_recipe_is_plain_frozen_data():
 
 
 @pytest.mark.parametrize(
-    "change", [{"method": "sparsegpt"}, {"pattern": "2:4"}, {"schedule": "block"}, {"targets": None}, {"allocation": "owl"}]
+    "change",
+    [
+        {"method": "sparsegpt"},
+        {"pattern": "2:4"},
+        {"schedule": "block"},
+        {"targets": None},
+        {"allocation": "owl"},
+        {"target": "dense"},
+    ],
 )
 def test_replacing_a_field_gives_what_a_fresh_recipe_would_give(change):
     given = {"method": "wanda+energy:column", "pattern": "50%", "targets": ("a",)}
@@ -98,8 +112,8 @@ def test_no_method_has_a_compensation_that_nobody_asked_for():
     for criterion in ("wanda", "sparsegpt", "cvr"):
         for recipe in (Recipe(criterion), Recipe.from_dict({"criterion": criterion}), read_how(criterion=criterion)):
             assert (recipe.method, recipe.compensation) == (criterion, ())
-    assert Recipe.from_dict({"compensation": "least-squares"}).method == "cvr+least-squares"
-    assert Recipe().method == Recipe.from_dict({}).method == "cvr+energy"
+    assert Recipe.from_dict({"compensation": "least-squares"}).method == "optimal-brain+least-squares"
+    assert Recipe().method == Recipe.from_dict({}).method == Recipe("default").method == PRESETS["default"].method
 
 
 def write(tmp_path, text):
@@ -133,6 +147,7 @@ def test_a_recipe_written_by_hand(tmp_path):
         "ignore": ["*.down_proj"],
         "on_indivisible": "error",
         "allocation": {"name": "uniform"},
+        "target": {"name": "pruned"},
     }  # fmt: skip
 
 
@@ -259,7 +274,6 @@ def test_a_recipe_collects_no_more_than_it_needs(method, needed):
         ({"compensation": "enrgy"}, "Recipe(compensation='enrgy') does not exist. Did you mean 'energy'?"),
         ({"schedule": "oneshot"}, "Recipe(schedule='oneshot') does not exist. Did you mean 'one-shot'? Known: walk, block,"),
         ({"schedule": "blocks"}, "Recipe(schedule='blocks') does not exist. Did you mean 'block'? Known: walk, block, one"),
-        ({"schedule": None}, "Recipe(schedule=None) does not exist. Known: walk, block, one-shot"),
         ({"method": 5}, "Recipe(method=5): expected a text"),
         ({"allocation": 5}, "Recipe(allocation=5): expected a text"),
         ({"pattern": None}, "Recipe(pattern=None): expected a text, such as '50%' or '2:4'; Recipe.from_dict takes mappings"),
@@ -516,7 +530,7 @@ def test_a_method_stands_for_its_two_parts_in_plain_data(tmp_path):
     expected = Recipe("cvr:alpha=0.25+energy:column", pattern="50%", schedule="block")
     assert Recipe.from_yaml(path) == expected
     with pytest.raises(RecipeError, match=r"method 'cvr' and criterion and compensation 'cvr\+energy' differ"):
-        Recipe.from_dict({"method": "cvr", "compensation": "energy"})
+        Recipe.from_dict({"method": "cvr", "criterion": "cvr", "compensation": "energy"})
 
 
 # --- a search, and whatever says how ---------------------------------------------------------------------------------
@@ -526,7 +540,7 @@ def test_a_search_is_plain_data_too():
     search = Search("50%", 5, ignore=["*.down_proj"])
     assert Search.from_dict(json.loads(json.dumps(search.to_dict()))) == search
     assert (search.method, Search().method) == ("auto:minutes=5", "auto")
-    assert search.recipe("wanda", "block") == Recipe("wanda", "50%", "block", ignore=["*.down_proj"])
+    assert search.recipe("wanda", schedule="block") == Recipe("wanda", "50%", "block", ignore=["*.down_proj"])
     # What weights compete in is each method's own, unless it was said.
     assert search.recipe("sparsegpt").build_pattern() == Unstructured(0.5, "layer")
     assert Search("50%:rank_over=row").recipe("sparsegpt").build_pattern() == Unstructured(0.5, "row")
@@ -540,7 +554,9 @@ def test_a_search_is_plain_data_too():
         (lambda: Search("5:4"), "expected keep <= of"),
         (lambda: Search(targets="*.mlp.*"), "expected lists of names"),
         (lambda: Search(on_indivisible="skp"), "Did you mean 'skip'"),
-        (lambda: read_how("auto:hours=1"), "'auto' has no setting 'hours'.*Its settings are minutes"),
+        (lambda: read_how("auto:hours=1"), "'auto' has no setting 'hours'.*Its settings are minutes, gradients"),
+        (lambda: Search(gradients=1), r"Search\(gradients=1\): expected true or false"),
+        (lambda: read_how("auto", target="dense"), r"Search\(target='dense'\): the search tries these itself"),
         (lambda: read_how("auto+energy"), r"Search\(compensation=.*the search tries these itself"),
         (lambda: read_how("auto", schedule="walk"), r"Search\(schedule='walk'\): the search tries these itself"),
         (
@@ -570,9 +586,12 @@ def test_what_cannot_be_searched_for_is_refused(make, message):
         ({"criterion": {"name": "cvr", "alpha": 0}, "pattern": "50%"}, {}, Recipe("cvr:alpha=0", "50%")),
         ({"criterion": "cvr", "compensation": "energy"}, {"criterion": "wanda"}, Recipe("wanda+energy")),
         (None, {"criterion": "wanda"}, Recipe("wanda")),
-        (None, {"compensation": ["energy:column", "least-squares"]}, Recipe("cvr+energy:column+least-squares")),
+        (None, {"compensation": ["energy:column", "least-squares"]}, Recipe("optimal-brain+energy:column+least-squares")),
         ("auto", {}, Search()),
         ("auto:minutes=5", {"pattern": "50%"}, Search("50%", 5)),
+        ("auto:gradients=false", {"pattern": "50%"}, Search("50%", gradients=False)),
+        ({"method": "auto:minutes=5", "gradients": False}, {}, Search(minutes=5, gradients=False)),
+        (Search("50%", 5, gradients=False), {"method": "best"}, Recipe("best", "50%")),
         (None, {"criterion": "auto:minutes=5", "ignore": ["a"]}, Search(minutes=5, ignore=["a"])),
         ({"method": "auto", "minutes": 3, "pattern": "4:8"}, {}, Search("4:8", 3)),
         (Search("50%", 5), {}, Search("50%", 5)),
@@ -589,6 +608,116 @@ def test_whatever_says_how_is_a_recipe_or_a_search(how, others, expected):
         assert read_how(how, **others) == expected
 
 
+def spelled_out(name, pattern):
+    """A preset's recipe without its name."""
+    preset = PRESETS[name]
+    allocation = preset.unstructured_allocation if pattern.endswith("%") else preset.allocation
+    return Recipe(preset.method, pattern, preset.schedule, allocation=allocation, target=preset.target)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_recipe_that_it_stands_for(name, pattern):
+    recipe = Recipe(name, pattern=pattern)
+    assert recipe == spelled_out(name, pattern) == read_how(name, pattern=pattern) == read_how(method=name, pattern=pattern)
+    assert Recipe.from_dict({"method": name, "pattern": pattern}) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert name not in recipe.to_dict()["method"].split("+")
+    assert "_" not in name
+    assert name in registry.RESERVED
+
+
+def test_presets_and_the_search_are_names_that_no_package_may_take():
+    assert set(registry.RESERVED) == {AUTO, *PRESETS}
+
+
+def test_the_presets_that_there_are():
+    assert Recipe() == Recipe("default") == read_how()
+    assert Recipe("paper") == Recipe("cvr+energy", "2:4", "walk", allocation="uniform", target="pruned")
+    # Gradients are asked for by no method that does not say so.
+    for name, preset in PRESETS.items():
+        assert preset.uses_gradients == (Statistic.CURVATURE in Recipe(name).pruner().needs), name
+    assert not PRESETS["default"].uses_gradients
+
+
+@pytest.mark.parametrize(
+    ("how", "others", "expected"),
+    [
+        ("best", {"target": "pruned"}, {"target": "pruned"}),
+        ("best", {"schedule": "block"}, {"schedule": "block"}),
+        ("best", {"allocation": "owl"}, {"allocation": "owl"}),
+        ({"method": "best", "target": {"name": "dense", "share": 0.5}}, {}, {"target": "dense:share=0.5"}),
+        ({"method": "best"}, {"target": "dense:damping=0.1"}, {"target": "dense:damping=0.1"}),
+        # Of what it is put in the place of, the rest of a recipe goes.
+        (Recipe("wanda", "50%", "block", allocation="owl"), {"method": "best"}, {}),
+        ({"method": "paper", "schedule": "block"}, {"method": "best", "pattern": "50%"}, {}),
+        (Recipe("paper", "50%"), {"method": "best", "schedule": "one-shot"}, {"schedule": "one-shot"}),
+    ],
+)
+def test_what_is_given_beside_a_preset_wins(how, others, expected):
+    usual = spelled_out("best", "50%")
+    assert read_how(how, **{"pattern": "50%", **others}) == dataclasses.replace(usual, **expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Recipe("best+energy"),
+        lambda: Recipe("best:steps=3"),
+        lambda: Recipe("best+none"),
+        lambda: Recipe.from_dict({"criterion": "best"}),
+        lambda: Recipe.from_dict({"criterion": {"name": "best"}, "compensation": "energy"}),
+        lambda: Recipe.from_dict({"method": "best", "compensation": "energy"}),
+        lambda: read_how("best", compensation="energy"),
+        lambda: read_how("best", criterion="wanda"),
+    ],
+)
+def test_a_preset_stands_alone(make):
+    message = f"'best' is a preset, which stands for a whole recipe: .* spell that out: '{re.escape(PRESETS['best'].method)}'"
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("bets", "best"), ("papr", "paper"), ("defualt", "default")])
+def test_presets_are_names_that_one_may_have_meant(name, nearest):
+    with pytest.raises(RecipeError, match=f"Did you mean '{nearest}'.* Known: magnitude, .*, default, best, fast, paper"):
+        Recipe(name)
+
+
+def test_a_target_is_an_object_of_its_settings():
+    assert Recipe("wanda").build_target() == PrunedTarget()
+    assert Recipe("wanda", target="dense:share=0.5").build_target() == DenseTarget(share=0.5)
+    assert Recipe("wanda", target="dense:share=1.0") == Recipe("wanda", target="dense")
+    assert Recipe("wanda", target="dense").to_dict()["target"] == {"name": "dense", "share": 1.0, "damping": 0.01}
+    assert (
+        Recipe("wanda", "50%", "block", allocation="owl:spread=0.1", target="dense").conditions
+        == "block, owl:spread=0.1, dense"
+    )
+    assert Recipe("wanda").conditions == "walk"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("dens", "Recipe(target='dens') does not exist. Did you mean 'dense'? Known: pruned, dense."),
+        ("dense:share=2", "The target 'dense' has share=2: expected a number from 0 to 1."),
+        ("dense:shar=1", "The target 'dense' has no setting 'shar'. Did you mean 'share'?"),
+        ("pruned:share=1", "The target 'pruned' has no setting 'share'."),
+        (5, "Recipe(target=5): expected a text"),
+        ({"name": "dense"}, "Recipe(target={'name': 'dense'}): expected a text"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_refused(target, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        Recipe("wanda", target=target)
+
+
+def test_records_from_before_there_were_targets_are_read():
+    old = {"method": "cvr+energy", "criterion": {"name": "cvr"}, "compensation": [{"name": "energy"}], "schedule": "walk",
+           "pattern": {"name": "nm", "keep": 2, "of": 4}, "allocation": {"name": "uniform"}}  # fmt: skip
+    assert Recipe.from_dict(old) == Recipe("paper")
+
+
 @pytest.mark.parametrize(
     ("method", "label", "expected"),
     [
@@ -597,6 +726,14 @@ def test_whatever_says_how_is_a_recipe_or_a_search(how, others, expected):
         ({"criterion": {"name": "cvr", "alpha": 1}}, "cvr:alpha=1", Recipe("cvr:alpha=1", "50%", "block")),
         ({"method": "wanda", "schedule": "walk", "allocation": "owl:spread=0.1"}, "wanda (owl)",
          Recipe("wanda", "50%", "walk", allocation="owl:spread=0.1")),
+        ({"method": "wanda", "target": "dense:share=0.5"}, "wanda (dense:share=0.5)",
+         Recipe("wanda", "50%", "block", target="dense:share=0.5")),
+        ("best", "best", Recipe("best", "50%")),
+        ({"method": "best"}, "best", Recipe("best", "50%")),
+        ({"method": "best", "label": "ours"}, "ours", Recipe("best", "50%")),
+        ({"method": "best", "target": "pruned", "schedule": "block"}, "best (pruned)",
+         Recipe("best", "50%", "block", target="pruned")),
+        ({"method": "best", "allocation": "owl"}, "best (owl)", Recipe("best", "50%", allocation="owl")),
         ("auto:minutes=3", "auto:minutes=3", Search("50%", 3)),
         ({"method": "auto", "label": "chosen"}, "chosen", Search("50%")),
     ],

@@ -63,13 +63,16 @@ def goes(scores: list[list[float]], pattern, start: int) -> set[tuple[int, int]]
     width = len(scores[0])
     rows = [[(score, row, column) for column, score in enumerate(line)] for row, line in enumerate(scores)]
     if isinstance(pattern, NM):
-        groups, number = rows, pattern.of - pattern.keep
+        groups, numbers = rows, [pattern.of - pattern.keep] * len(rows)
     else:
         groups = rows if pattern.rank_over == "row" else [[one for line in rows for one in line]]
-        times = len(groups[0]) // width
-        before, after = (math.floor(pattern.sparsity * times * columns + 1e-9) for columns in (start, start + width))
-        number = after - before
-    return {(row, column) for group in groups for _, row, column in sorted(group)[:number]}
+        stay = len(groups)  # one in each row, or one of all
+        before, after = (
+            min(math.floor(pattern.sparsity * len(rows) * columns + 1e-9), max(0, len(rows) * columns - stay))
+            for columns in (start, start + width)
+        )
+        numbers = [sum(index % len(groups) == group for index in range(before, after)) for group in range(len(groups))]
+    return {place[1:] for group, number in zip(groups, numbers, strict=True) for place in sorted(group)[:number]}
 
 
 def reference(weight: Tensor, gram: Tensor, pattern, block_size: int = 128, damping: float = 0.01) -> tuple[Tensor, Tensor]:
@@ -200,10 +203,8 @@ def test_exactly_the_asked_number_is_pruned(data, kind, dtype, stack, out_featur
     dropped = ~pruned.keep
     if isinstance(pattern, NM):
         assert (dropped.unflatten(-1, (-1, of)).sum(-1) == of - pattern.keep).all()
-    elif pattern.rank_over == "row":
-        assert (dropped.sum(-1) == pattern.num_pruned(in_features)).all()
     else:
-        assert (dropped.sum((-2, -1)) == pattern.num_pruned(out_features * in_features)).all()
+        assert (dropped.sum((-2, -1)) == pattern.pruned_of(out_features, in_features)).all()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[1:4], ids=str)

@@ -306,3 +306,56 @@ def test_what_several_need_is_joined_and_nothing_is_false():
         moments = InputMoments.zeros(3, needed)
         assert (moments.gram is not None) == has_gram
         assert moments.sum.shape == moments.sum_sq.shape == (3,)
+
+
+def pair_of(pruned: torch.Tensor, dense: torch.Tensor, outputs: torch.Tensor, keep=None) -> InputMoments:
+    moments = InputMoments.zeros(pruned.shape[-1], Statistic.CROSS, has_cross=True, targets={"w": outputs.shape[-1]})
+    return moments.add(pruned, keep).add_dense(pruned, dense, {"w": outputs}, keep)
+
+
+def test_products_of_two_streams_by_hand():
+    moments = pair_of(torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 100.0]]), torch.tensor([[3.0], [5.0]])[:1])
+    assert moments.cross.tolist() == [[10, 20], [100, 200]]  # dense channel first
+    assert moments.targets["w"].tolist() == [[3, 6]]
+    assert moments.gram.tolist() == [[1, 2], [2, 4]]
+    assert len(moments.totals()) == 6
+
+
+@quick
+@given(st.integers(0, 20), st.integers(1, 5), st.integers(0, 2**32), st.sampled_from(FLOAT_DTYPES))
+def test_products_of_two_streams_leave_padding_out_and_merge_by_addition(cut, in_features, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    pruned, dense = (random_tokens(seed + one, 4, 5, in_features).to(dtype) for one in (0, 1))
+    outputs, keep = random_tokens(seed + 2, 4, 5, 3), torch.rand(4, 5, generator=generator) < 0.6
+    whole = pair_of(*(tokens.masked_fill(~keep[..., None], float("nan")) for tokens in (pruned, dense, outputs)), keep)
+    torch.testing.assert_close(whole.cross, dense[keep].float().t() @ pruned[keep].float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(whole.targets["w"], outputs[keep].float().t() @ pruned[keep].float(), rtol=1e-5, atol=1e-4)
+    flat = [tokens.flatten(0, 1) for tokens in (pruned, dense, outputs)]
+    first, second = (pair_of(*(t[part] for t in flat), keep.flatten()[part]) for part in (slice(cut), slice(cut, None)))
+    merged = first.merge(second)
+    for mine, one in zip(merged.totals(), whole.totals(), strict=True):
+        torch.testing.assert_close(mine, one, rtol=1e-5, atol=1e-4)
+
+
+def test_nobody_who_does_not_ask_gets_products_of_two_streams():
+    moments = InputMoments.zeros(3, Statistic.CROSS)
+    assert moments.gram is not None
+    assert (moments.cross, moments.targets, moments.output_gram) == (None, {}, None)
+    both = pair_of(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 1))
+    assert (moments.merge(both).cross, moments.merge(both).targets) == (None, {})
+
+
+def test_infinity_in_the_dense_stream_alone_is_found():
+    assert not pair_of(torch.ones(2, 3), torch.full((2, 3), torch.inf), torch.ones(2, 1)).is_finite()
+    assert not pair_of(torch.ones(2, 3), torch.ones(2, 3), torch.full((2, 1), torch.nan)).is_finite()
+
+
+def test_a_curvature_is_of_one_layer_and_the_rest_is_shared():
+    moments, calls = gram_moments_of(torch.ones(2, 3)), []
+    first, second = (moments.with_output_gram(one) for one in (torch.eye(2), torch.ones(4, 4)))
+    assert (first.output_gram.tolist(), second.output_gram.shape, moments.output_gram) == (torch.eye(2).tolist(), (4, 4), None)
+    assert first.gram is second.gram is moments.gram
+    for one in (first, second, moments):
+        one.derive("factor", lambda: calls.append(1))
+    assert calls == [1]
+    assert len(first.totals()) == 4  # it is no sum over ranks

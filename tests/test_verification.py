@@ -15,16 +15,18 @@ from statprune import Recipe
 from statprune.checkpoint import save
 from statprune.errors import CheckpointError
 from statprune.loading import load_model, load_tokenizer
+from statprune.methods.patterns import Unstructured
 from statprune.record import INDEX, RECORD, file_digest, write_record
+from statprune.report import PruningReport
 from statprune.verification import verify
 
 BATCHES = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))]
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def saved(tiny_model_folder, output, **settings):
+def saved(tiny_model_folder, output, *, pattern="2:4", **settings):
     model = load_model(tiny_model_folder)
-    report = statprune.prune(model, BATCHES, Recipe(pattern="2:4"))
+    report = statprune.prune(model, BATCHES, Recipe(pattern=pattern))
     return save(model, report, output, tokenizer=load_tokenizer(tiny_model_folder), source=tiny_model_folder, **settings)
 
 
@@ -130,6 +132,13 @@ def move_a_zero(tensors):
     row = tensors[UP].view(32, 4, 4)[0]
     first, second = (row[0] == 0).nonzero()[0], (row[1] != 0).nonzero()[0]
     row[0][first], row[1][second] = row[1][second].clone(), 0.0
+
+
+def move_to_another_row(tensors):
+    """From the first row, which needs it, to the second one, which does not."""
+    rows = tensors[UP]
+    gone, new = (rows[0] == 0).nonzero()[0], (rows[1] != 0).nonzero()[0]
+    rows[0, gone], rows[1, new] = rows[1, new].clone(), 0.0
 
 
 def scale(tensors):
@@ -424,3 +433,39 @@ def test_two_thousand_random_flips_are_caught_but_those_that_change_nothing(requ
         path.write_bytes(original)
     verify(folder)
     assert harmless < 20
+
+
+@pytest.fixture
+def rounded_in_rows(tiny_model_folder, tmp_path, monkeypatch):
+    """70 % by row as earlier versions had it: 11 of 16 weights in each row, and 22 of 32."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Unstructured, "pruned_of", lambda pattern, rows, columns: rows * int(pattern.sparsity * columns))
+        return saved(tiny_model_folder, tmp_path / "old", pattern="70%")
+
+
+def test_a_folder_that_was_rounded_down_in_each_row_holds_what_it_promised(rounded_in_rows, tmp_path):
+    found = verify(rounded_in_rows)
+    number = {(16, 16): 16 * 11, (8, 16): 8 * 11, (32, 16): 32 * 11, (16, 32): 16 * 22}
+    assert {tuple(site["shape"]): site["num_pruned"] for site in found["sites"]} == number
+    # and so does what is made of it
+    again = save(load_model(rounded_in_rows), PruningReport.from_dict(found), tmp_path / "again")
+    assert verify(again)["sparsity"] == found["sparsity"]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (site(num_pruned=16 * 11 + 1), "number of pruned weights with 70%: expected 179, found 177"),
+        (sealed(weights(move_to_another_row)), "pattern promised 352 weights, by row"),
+    ],
+)
+def test_a_folder_that_was_rounded_down_in_each_row_promises_no_less(rounded_in_rows, tamper, message):
+    tamper(rounded_in_rows)
+    with pytest.raises(CheckpointError, match=message):
+        verify(rounded_in_rows)
+
+
+def test_a_folder_has_exactly_the_zeros_asked_for(tiny_model_folder, tmp_path):
+    found = verify(saved(tiny_model_folder, tmp_path / "new", pattern="70%"))
+    number = {(16, 16): 179, (8, 16): 89, (32, 16): 358, (16, 32): 358}
+    assert {tuple(site["shape"]): site["num_pruned"] for site in found["sites"]} == number

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import statprune
 from exports import shared_trace
-from statprune.methods.statistics import InputMoments
+from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches, dynamic_dims, example_batch
 from statprune.model.observe import fit_mask
 from statprune.model.segments import batch_independent
-from statprune.model.walk import _Executor, walk
+from statprune.model.streams import Executor
+from statprune.model.walk import walk
 from statprune.model.weights import InPlace
 from tiny_models import llama, t5, tokens
 
@@ -213,13 +214,13 @@ def test_results_do_not_depend_on_how_tokens_are_batched():
 
 def test_every_node_runs_once_for_each_batch_and_what_no_group_needs_never(monkeypatch, traced_llama):
     model, _, traced, inputs = traced_llama
-    runs, run = Counter(), _Executor.run
+    runs, run = Counter(), Executor.run
 
     def counted(self, node, environment):
         runs[node] += 1
         return run(self, node, environment)
 
-    monkeypatch.setattr(_Executor, "run", counted)
+    monkeypatch.setattr(Executor, "run", counted)
     groups = traced.groups[:-1]  # without lm_head
     assert [group for group, _ in walk(traced, groups, inputs, InPlace(model))] == list(groups)
 
@@ -340,7 +341,7 @@ def test_a_cast_of_a_weight_before_its_cut_does_not_keep_the_dense_weight():
         torch.testing.assert_close(model.get_parameter(name), expected.get_parameter(name))
 
 
-def largest_cut(num_layers: int) -> int:
+def largest_cut(num_layers: int, needs: Statistic) -> int:
     """Bytes of all tensors that the walk has made and that are alive at the widest cut."""
     model = llama(num_hidden_layers=num_layers)
     traced, inputs = traced_with(model, [tokens(4, 16), tokens(4, 16)])
@@ -354,17 +355,18 @@ def largest_cut(num_layers: int) -> int:
     gc.collect()
     gc.freeze()  # what there is now is not among gc.get_objects()
     try:
-        for _ in walk(traced, traced.groups, inputs, weights):
+        for _ in walk(traced, traced.groups, inputs, weights, needs=needs):
             measure()
     finally:
         gc.unfreeze()
     return max(sizes)
 
 
-def test_what_the_walk_holds_does_not_grow_with_the_number_of_layers():
+@pytest.mark.parametrize("needs", [Statistic.MOMENTS, Statistic.CROSS])
+def test_what_the_walk_holds_does_not_grow_with_the_number_of_layers(needs):
     hidden_states = 2 * 4 * 16 * 16 * 4  # two batches of 4 x 16 tokens of 16 float32
-    two, five = largest_cut(2), largest_cut(5)
-    assert two > hidden_states
+    two, five = largest_cut(2, needs), largest_cut(5, needs)
+    assert two > hidden_states * (2 if needs is Statistic.CROSS else 1)
     assert five == two
 
 

@@ -10,7 +10,7 @@ from statprune.errors import NonFiniteError, SiteError
 from statprune.methods.pruner import PrunedWeight
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
-from statprune.model.weights import InPlace, Twin, check_and_sum_weights, hold_, refuse_sharded
+from statprune.model.weights import Dense, InPlace, Twin, check_and_sum_weights, hold_, refuse_sharded
 from tiny_models import changed, classifier, gpt2, llama, refused, snapshot, tokens
 
 
@@ -184,3 +184,21 @@ def test_a_checksum_is_not_made_of_what_is_not_finite(value):
         model[2].weight[1, 2] = value
     with pytest.raises(NonFiniteError, match=r"NaN or infinity in the parameter 2\.weight"):
         check_and_sum_weights(model)
+
+
+@pytest.mark.parametrize("kind", [InPlace, Twin])
+def test_a_dense_weight_stays_what_it_was_under_every_name_until_it_is_released(kind):
+    model = gpt2(n_layer=1)
+    layers = find_layers(model, bind_batches(model, [tokens(2, 6)]))
+    head = next(site for group in layers.groups for site in group.sites if site.parameter == "lm_head.weight")
+    weights, before = kind(model), snapshot(model)
+    dense = Dense(weights)
+    dense.keep(head)
+    weights.put(head, pruned(torch.zeros(head.shape)))
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        assert torch.equal(dense.get(name), before[name])
+        assert not weights.get(name).any()
+    assert dense.get("transformer.ln_f.weight") is weights.get("transformer.ln_f.weight")
+    assert ("lm_head.weight" in dense, "nowhere" in dense) == (True, False)
+    dense.release(["lm_head.weight", "transformer.wte.weight", "transformer.ln_f.weight"])
+    assert not dense.get("lm_head.weight").any()

@@ -14,6 +14,7 @@ from statprune.clock import peak_memory, timed
 from statprune.engine import run
 from statprune.errors import RanksError, TracingError, adding
 from statprune.how import How, read_how
+from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
@@ -74,6 +75,7 @@ def prune(
     *,
     pattern: str | None = None,
     traced: Layers | TracedModel | None = None,
+    loss: Loss | None = None,
     process_group: ProcessGroup = None,
     progress: Progress = silent,
     say: Say = unsaid,
@@ -94,6 +96,8 @@ def prune(
         pattern: in the place of that of `how`.
         traced: the graph from an earlier plan for this model, or for another instance of it (`PruningPlan.traced`), which saves
             the export; batches must have the shapes it was traced with.
+        loss: `(model, inputs, index)` to the summed loss of a calibration batch, a scalar, for methods that are loss-aware on
+            models that are no causal language models, whose loss is known.
         process_group: in a `torch.distributed` run, the ranks that prune together, each with batches of its own; None for all.
         progress: called after each input group.
         say: called with each step of a search in words.
@@ -107,7 +111,7 @@ def prune(
             activations that are finite on the first batch and not on a later one. The message says so.
     """
     return _carry_out(
-        "statprune.prune", InPlace, model, batches, how, pattern, traced, process_group, progress, say, forward_context
+        "statprune.prune", InPlace, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
     ).report
 
 
@@ -118,6 +122,7 @@ def plan(
     *,
     pattern: str | None = None,
     traced: Layers | TracedModel | None = None,
+    loss: Loss | None = None,
     process_group: ProcessGroup = None,
     progress: Progress = silent,
     say: Say = unsaid,
@@ -128,7 +133,7 @@ def plan(
     The arguments and errors are those of `prune`.
     """
     return _carry_out(
-        "statprune.plan", Twin, model, batches, how, pattern, traced, process_group, progress, say, forward_context
+        "statprune.plan", Twin, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
     )
 
 
@@ -140,6 +145,7 @@ def _carry_out(
     how: How | None,
     pattern: str | None,
     traced: Layers | TracedModel | None,
+    loss: Loss | None,
     process_group: ProcessGroup,
     progress: Progress,
     say: Say,
@@ -167,8 +173,9 @@ def _carry_out(
             tuned_peak = peak_memory(device)
         weights = landing(model)
         report = run(
-            layers, inputs, recipe, weights, process_group=process_group, progress=progress, forward_context=forward_context
-        )
+            layers, inputs, recipe, weights,
+            loss=loss, process_group=process_group, progress=progress, forward_context=forward_context,
+        )  # fmt: skip
         if record is not None:
             seconds = {"tune": record["seconds"], **seconds}
             memory |= {"tune": tuned_peak} if tuned_peak is not None else {}

@@ -19,6 +19,8 @@ from statprune.clock import timed
 from statprune.errors import NonFiniteError, SiteError, adding, number_of
 from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
 from statprune.methods.statistics import InputMoments, Statistic
+from statprune.methods.target import Target
+from statprune.model.gradients import Loss, output_grams
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.observe import ForwardContext
@@ -39,6 +41,7 @@ def run(
     recipe: Recipe,
     weights: Weights,
     *,
+    loss: Loss | None = None,
     process_group: ProcessGroup = None,
     progress: Progress = silent,
     forward_context: ForwardContext = contextlib.nullcontext,
@@ -50,6 +53,7 @@ def run(
         inputs: calibration data, on the model's device.
         recipe: how.
         weights: where weights are read from, and where pruned ones land.
+        loss: of a batch, where the recipe is loss-aware; by default the next-token loss of a causal language model.
         process_group: of the ranks that prune together, each with its own inputs.
         progress: called after each input group.
         forward_context: entered around model code.
@@ -58,17 +62,23 @@ def run(
         StatpruneError: before anything is changed, but for activations that are finite on the first batch and not on a later
             one, and weights that a method cannot prune; the message says how many are pruned already.
     """
-    pruner = recipe.pruner()
-    schedule = layers.schedule(recipe.schedule, pruner.needs)
-    needs = pruner.needs | Statistic.SAMPLE if pruner.needs else Statistic.NONE  # a sample alone is not worth a walk
+    pruner, target = recipe.pruner(), recipe.build_target()
+    needs = pruner.needs | target.needs
+    schedule = layers.schedule(recipe.schedule, needs)
+    is_loss_aware, needs = Statistic.CURVATURE in needs, needs & ~Statistic.CURVATURE
+    needs |= Statistic.SAMPLE if needs else Statistic.NONE  # a sample alone is not worth a walk
     energies: list[Tensor] = []
     device = next((tensor.device for tensor in inputs[0].tensors()), None)
     report = PruningReport(recipe.to_dict(), schedule, num_batches=len(inputs), fallback_reason=layers.reason)
     running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
     with undisturbed(layers.model), adding(lambda: _what_landed(report, weights)):
         selection = select(layers.groups, layers.left_out, recipe)
+        curvature = None
+        if is_loss_aware:
+            with timed(report.seconds, "gradients", report.memory, device):
+                curvature = output_grams(layers.model, selection.sites, inputs, loss=loss, progress=progress, **running)
         with timed(report.seconds, "allocate", report.memory, device):
-            allocation = allocate(layers, selection, inputs, recipe, weights, progress=progress, **running)
+            allocation = allocate(layers, selection, inputs, recipe, weights, curvature=curvature, progress=progress, **running)
         selection = allocation.selection
         report.left_out = list(selection.left_out)
         own = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
@@ -84,7 +94,10 @@ def run(
                 with timed(report.seconds, "prune", report.memory, device):
                     for site in group.sites:
                         weight = site.view(weights.get(site.parameter).detach())
-                        pruned = _prune(own.get(site.parameter, pruner), site, weight, moments)
+                        known = moments
+                        if known is not None and curvature is not None:
+                            known = known.with_output_gram(curvature.gram(site.parameter))
+                        pruned = _prune(own.get(site.parameter, pruner), target, site, weight, known)
                         report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
                         if moments is not None:
                             energies.append(_output_energies(weight, pruned, moments))
@@ -95,15 +108,17 @@ def run(
             report.sites = _with_output_errors(report.sites, energies, process_group)
         all_well(process_group, "the end of the run")  # while a failure can still say what has landed here
     report.seconds["walk"] -= report.seconds["prune"]
-    if not pruner.needs:
+    if not needs:
         del report.seconds["walk"]  # nothing was walked
         report.memory.pop("walk", None)
     return report
 
 
-def _prune(pruner: WeightPruner, site: LinearSite, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+def _prune(
+    pruner: WeightPruner, target: Target, site: LinearSite, weight: Tensor, moments: InputMoments | None
+) -> PrunedWeight:
     try:
-        pruned = pruner(weight, moments)
+        pruned = pruner(target(weight, moments, site.parameter), moments)
     except ValueError as e:
         raise SiteError(f"{site.name}: {e}") from e
     if not bool(torch.isfinite(pruned.weight).all()):
@@ -111,7 +126,7 @@ def _prune(pruner: WeightPruner, site: LinearSite, weight: Tensor, moments: Inpu
             f"{site.name}: the method makes NaN or infinity of its finite weights, which are {weight.dtype}. Take smaller "
             "settings, a wider dtype, or leave the layer dense with `ignore`."
         )
-    return pruned
+    return PrunedWeight(pruned.weight.to(weight.dtype), pruned.keep)  # a dense target is float32
 
 
 def _output_energies(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> Tensor:

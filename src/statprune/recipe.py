@@ -34,7 +34,7 @@ from statprune.methods.patterns import NM, PATTERNS, ModelPattern, Pattern
 from statprune.methods.pruner import WeightPruner
 from statprune.methods.registry import build_pruner, known_compensations, known_criteria
 from statprune.methods.statistics import InputMoments, Statistic
-from statprune.methods.target import TARGETS, DenseTarget, PrunedTarget
+from statprune.methods.target import TARGETS, Target
 from statprune.model.schedule import SCHEDULES, Schedule
 from statprune.presets import DEFAULT, PRESETS, USUAL_CRITERION, Preset
 from statprune.strict_yaml import YamlDumper, load, problem
@@ -202,7 +202,7 @@ class Recipe:
         """The allocation object."""
         return _built(complete("allocation", self.allocation, ALLOCATIONS), ALLOCATIONS)
 
-    def build_target(self) -> PrunedTarget | DenseTarget:
+    def build_target(self) -> Target:
         """The target object."""
         name, settings = split(complete("target", self.target, TARGETS))
         return TARGETS[name](**settings)
@@ -210,6 +210,11 @@ class Recipe:
     def pruner(self, pattern: Pattern | None = None) -> WeightPruner:
         """The function that prunes one weight, with a pattern of its own where an allocation gives it one."""
         return build_pruner(self.criterion, pattern or self.build_pattern(), self.compensation)
+
+    @property
+    def needs(self) -> Statistic:
+        """What is collected for it, of each layer's inputs and of the loss."""
+        return self.pruner().needs | self.build_target().needs
 
     @property
     def _pattern(self) -> Whole:
@@ -227,7 +232,7 @@ class Recipe:
                 pattern = NM(1, 2)
             width = pattern.group_size or 2
             moments = InputMoments.zeros(width, Statistic.GRAM).add(torch.eye(width)).add(-torch.eye(width))
-            moments = moments.with_output_gram(torch.eye(1))
+            moments = moments.with_output_gram(torch.ones(1, 1))
             criterion = _least_work(self.criterion, known_criteria())
             compensation = [_least_work(part, known_compensations()) for part in self.compensation]
             build_pruner(criterion, pattern, compensation)(torch.linspace(1.0, 2.0, width)[None], moments)
@@ -249,6 +254,11 @@ class Recipe:
                 f"Recipe(pattern='{pattern}', allocation={name!r}) with sparsity={sparsity}: with {pattern} every layer that "
                 "is pruned is equally sparse, and the allocation chooses the ones that stay dense. Expected a sparsity of all "
                 f"of them together, up to {pattern.sparsity:g}, such as '{name}:sparsity=0.1'."
+            )
+        if pattern.is_unstructured and getattr(rule, "mixed", False):
+            raise RecipeError(
+                f"Recipe(pattern='{pattern}', allocation={name!r}) with mixed: there is nothing to mix. Leave it out; it is "
+                "for N:M patterns."
             )
         if pattern.is_unstructured and sparsity is not None:
             raise RecipeError(

@@ -14,8 +14,8 @@ from statprune.methods.patterns import NM
 from statprune.model.sites import LinearSite
 from statprune.progress import Progress, silent
 
-USUAL = (NM(2, 4), NM(4, 8))
-"""What hardware and papers use; from the stricter one on."""
+USUAL = (NM(2, 4), NM(4, 8), NM(6, 8))
+"""What hardware and papers use, and what an allocation mixes with 2:4; from the stricter one on."""
 
 SPARSE = 0.01
 """A weight with a larger share of zeros was pruned: training leaves hardly any."""

@@ -24,7 +24,7 @@ def show_plan(model: Any, selection: "Selection", how: "Recipe | Search", reason
 
     title = f"{how.method} at {how.pattern}"
     if isinstance(how, Recipe):
-        title += f", schedule {how.schedule}, allocation {how.allocation}"
+        title += f", schedule {how.schedule}, allocation {how.allocation}, target {how.target}"
     _show_sites(title, selection)
     if reason is not None:
         console.tell(f"[yellow]{escape(reason)}[/]")
@@ -39,16 +39,20 @@ def show_plan(model: Any, selection: "Selection", how: "Recipe | Search", reason
 
 
 def expected(model: Any, selection: "Selection", how: "Recipe | Search") -> dict[str, int]:
-    """Sizes of the result: parameters, those in the weights to prune, zeros (to within a few of each row), bytes of weights."""
+    """Sizes of the result: parameters, those in the weights to prune, zeros, bytes of weights.
+
+    The zeros are exact but for an allocation, which rounds the whole model in the place of each layer.
+    """
     from statprune.recipe import Recipe
 
+    pattern = how.build_pattern()
     allocated = getattr(how.build_allocation(), "sparsity", None) if isinstance(how, Recipe) else None
-    sparsity = how.build_pattern().sparsity if allocated is None else allocated
     to_prune = sum(site.shape[0] * site.shape[1] for site in selection.sites)
+    zeros = sum(pattern.pruned_of(*site.shape) for site in selection.sites)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_to_prune": to_prune,
-        "zeros": round(sparsity * to_prune),
+        "zeros": zeros if allocated is None else round(allocated * to_prune),
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     }
 
@@ -195,8 +199,8 @@ def _beside_wanda(measured: Mapping[str, Any]) -> str:
     if measured["pruned"] is not None and measured["pruned"] <= measured["wanda"]:
         return f"[dim]{text}[/]\n"
     return (
-        f"[bold yellow]{text}: better than this recipe[/], on this text. Try --method wanda --schedule block, --method best, or "
-        "let 'statprune tune' choose.\n"
+        f"[bold yellow]{text}: better than this recipe[/], on this text. Try --method wanda --schedule block, or let "
+        "'statprune tune' choose.\n"
     )
 
 
@@ -210,6 +214,7 @@ def _steps(report: "PruningReport") -> dict[str, str]:
         "trace": "export to a graph, in vain" if report.fallback_reason else "export to a graph",
         **({"allocate": f"allocation: {allocation}, measured on the dense model"} if allocation != "uniform" else {}),
         "compare": "Wanda's mask to compare with, pruned and measured",
+        "gradients": "gradients of the loss at the layers' outputs, of the dense model",
         "check": "first batch through the dense model, before any change",
         "walk": f"walk: the calibration set through the {runner}, {times}",
         "prune": "scores, masks and compensation",
@@ -221,7 +226,9 @@ def show_tuned(tuned: Any, next_command: str) -> None:
     """The end of `statprune tune`."""
     rows = tuned.rows()
     # Everything is in the files: the terminal may be narrow, and methods have long names.
-    shown = [key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} != {"uniform"}]
+    shown = [
+        key for key in rows[0] if not key.endswith("seconds") and {row[key] for row in rows} not in ({"uniform"}, {"pruned"})
+    ]
     rows = [{key: row[key] for key in shown} for row in rows]
     table = Table(title="what was tried, on most windows first", title_justify="left", title_style="bold", header_style="bold")
     for column in ("", *rows[0]):

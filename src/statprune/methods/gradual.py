@@ -1,16 +1,16 @@
 """A mask that is reached in steps: prune a little, solve, score what the solution made of the weights, prune more.
 
-Least squares on the support (`least_squares`) with a mask that is not fixed: here ADMM (as in Boza 2024, arXiv 2401.02938) wins
-over conjugate gradients, because its second variable remembers what the pruned weights would be worth, so that a step can bring
-one back. The sparsity is reached in a third of the steps, `1 - (1 - k/n)^3` of it after step k of n, so that the first steps take
-the most; in the others the mask still moves, with all weights gone that have to go.
+Least squares on the support (`least_squares`) with a mask that is not fixed: here ADMM (as in Boza 2024, arXiv 2401.02938)
+wins over conjugate gradients, because its second variable remembers what the pruned weights would be worth, so that a step can
+bring one back. The sparsity is reached in a third of the steps, `1 - (1 - k/n)^3` of it after step k of n, so that the first
+steps take the most; in the others the mask still moves, with all weights gone that have to go.
 
     V = X + U     X solves without the mask, Z = V masked, and U adds up X - Z
 
-What is ours is the penalty, one for each channel: PENALTY / [H^-1]_jj, H the Gram with ones on its diagonal. [H^-1]_jj is 1 for a
-channel that no other can stand in for, and large for one that others can: there the mask may hardly hold on to what it has. One
-penalty for all channels is too small where the Gram is near diagonal and too large where it is ill-conditioned. Divided by
-sqrt([H^-1]_jj), a channel's weights have one penalty again; all here is in those coordinates.
+What is ours is the penalty, one for each channel: PENALTY / [H^-1]_jj, H the Gram with ones on its diagonal. [H^-1]_jj is 1
+for a channel that no other can stand in for, and large for one that others can: there the mask may hardly hold on to what it
+has. One penalty for all channels is too small where the Gram is near diagonal and too large where it is ill-conditioned.
+Divided by sqrt([H^-1]_jj), a channel's weights have one penalty again; all here is in those coordinates.
 """
 
 import math
@@ -29,8 +29,8 @@ from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight
 from statprune.methods.statistics import InputMoments, Statistic
 
 PENALTY = 3.0
-"""ADMM's step size in these coordinates. Of 1, 3 and 5 the best for 2:4 and 70 %, by the error under the Gram on the layers of a
-trained LLaMA, and by perplexity on SmolLM2."""
+"""ADMM's step size in these coordinates. Of 1, 3 and 5 the best for 2:4 and 70 %, by the error under the Gram on the layers of
+a trained LLaMA."""
 
 Steps = Annotated[int, Count(0, 1000)]
 
@@ -105,7 +105,7 @@ def reach(
     rising = math.ceil(steps / 3)
     candidate, multiplier = dense, None
     for step in range(1, steps + 1):
-        masked = candidate.masked_fill(~choose(candidate, 1 - (1 - min(step / rising, 1)) ** 3), 0.0)
+        masked = candidate * choose(candidate, 1 - (1 - min(step / rising, 1)) ** 3)  # several times faster than to fill
         if step > 1:  # before, there is no X, and V is the dense weight
             multiplier = candidate - masked
             masked = masked.sub_(multiplier)

@@ -1,4 +1,4 @@
-"""The Gram of a layer's inputs with ones on its diagonal, and what solvers derive from it, once for all layers that share it."""
+"""The Gram of a layer's inputs with ones on its diagonal, and what solvers derive of it, once for all layers that share it."""
 
 import torch
 from torch import Tensor

@@ -1,15 +1,16 @@
 """The loss-aware finish: what a layer may change is weighed by what the loss makes of it, not output by output alike.
 
-With D the change of a weight, H the Gram of its inputs and G the mean of g g^T over tokens, g the gradient of the loss with respect
-to the layer's output, tr(G D H D^T) is the change of the loss to second order, in the Gauss-Newton approximation with inputs and
-gradients taken for independent (K-FAC; Martens & Grosse 2015, arXiv 1503.05671). Least squares (`least_squares`) is the case G = 1, in
-which every row stands alone; here an error of one output can make up for that of another.
+With D the change of a weight, H the Gram of its inputs and G the mean of g g^T over tokens, g the gradient of the loss with
+respect to the layer's output, tr(G D H D^T) is the change of the loss to second order, in the Gauss-Newton approximation with
+inputs and gradients taken for independent (K-FAC; Martens & Grosse 2015, arXiv 1503.05671). Least squares (`least_squares`) is
+the case G = 1, in which every row stands alone; here an error of one output can make up for that of another.
 
-G is shrunk toward its diagonal: estimated from few tokens it has directions that it sees nothing in, and errors would go there.
+G is shrunk toward its diagonal: estimated from few tokens it has directions that it sees nothing in, and errors would go
+there.
 
-Two ways to use it. On a mask that is given: conjugate gradients over the whole matrix, two products an iteration. On a mask that is
-reached in steps (`gradual`): ADMM in coordinates in which both curvatures' inverses have ones on their diagonals; with the
-eigenvectors of both, each step is four products.
+Two ways to use it. On a mask that is given: conjugate gradients over the whole matrix, two products an iteration. On a mask
+that is reached in steps (`gradual`): ADMM in coordinates in which both curvatures' inverses have ones on their diagonals; with
+the eigenvectors of both, each step is four products.
 
 Gradients are needed once, of the dense model: this one is not gradient-free.
 """
@@ -59,14 +60,14 @@ class LossAware:
         """Solve on a mask, starting from what the pruner left.
 
         Args:
-            original: [out, in], the weight before pruning, any float dtype.
-            pruned: [out, in], the weight after pruning.
-            keep: [out, in], bool, True = kept.
+            original: [..., out, in], the weight before pruning, any float dtype.
+            pruned: [..., out, in], the weight after pruning.
+            keep: [..., out, in], bool, True = kept.
             moments: of the layer's inputs, with the Gram, and with the Gram of the gradients.
 
         Returns:
-            [out, in], float32, exactly 0 where `keep` is False. tr(G D H D^T), both damped, is never above that of `pruned`, but
-            for rounding.
+            [..., out, in], float32, exactly 0 where `keep` is False. tr(G D H D^T), both damped, is never above that of
+            `pruned`, but for rounding.
 
         Raises:
             ValueError: a Gram is missing, or so large that float32 cannot hold the products.
@@ -111,7 +112,7 @@ class GradualMaskUnderLoss:
         return self.mask.fits(in_features)
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
-        """Prune [out, in]; the arithmetic is float32 and the result has the weight's dtype.
+        """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype.
 
         Raises:
             ValueError: a Gram is missing or cannot be factorised.
@@ -124,11 +125,11 @@ class GradualMaskUnderLoss:
             ("whitened eigenvectors", self.damping), lambda: _eigenvectors(gram_II, in_freedom_I)
         )
         with torch.autocast(weight.device.type, enabled=False):
-            out_freedom_O = inverse(curvature_OO.double()).diagonal().float()
+            out_freedom_O = inverse(curvature_OO.double()).diagonal(dim1=-2, dim2=-1).float()
             values_O, vectors_OO = _eigenvectors(curvature_OO, out_freedom_O)
-            unit_1I, unit_O1 = in_freedom_I.sqrt()[None, :] * scale_1I, out_freedom_O.sqrt()[:, None]
+            unit_1I, unit_O1 = in_freedom_I.sqrt()[..., None, :] * scale_1I, out_freedom_O.sqrt()[..., None]
             dense_OI = weight.float() / unit_1I / unit_O1
-            curvature_OI = values_O[:, None] * values_I[None, :]
+            curvature_OI = values_O[..., None] * values_I[..., None, :]
             gain_OI, pull_OI = curvature_OI / (curvature_OI + PENALTY), PENALTY / (curvature_OI + PENALTY)
             target_OI = (vectors_OO.mT @ dense_OI @ vectors_II) * gain_OI
 
@@ -174,7 +175,7 @@ def loss_aware(
 
 
 def shrunk_curvature(moments: InputMoments | None, shrinkage: float) -> Tensor:
-    """G [out, out], float32, divided by its mean diagonal, with a share of it replaced by its diagonal.
+    """G [..., out, out], float32, divided by its mean diagonal, with a share of it replaced by its diagonal.
 
     Raises:
         ValueError: the statistics have no Gram of gradients.
@@ -183,19 +184,20 @@ def shrunk_curvature(moments: InputMoments | None, shrinkage: float) -> Tensor:
         raise ValueError(
             "loss-aware needs the Gram of the gradients at the layer's output: expected moments with an `output_gram`."
         )
-    diagonal_O = moments.output_gram.diagonal()
-    mean = diagonal_O.mean(dtype=torch.float64)
-    if not bool(mean > 0):
-        return torch.eye(len(diagonal_O), device=diagonal_O.device)  # no loss depends on it: every output alike
-    curvature_OO = (moments.output_gram / mean).float() * (1 - shrinkage)
-    curvature_OO.diagonal().copy_((diagonal_O / mean).clamp_min(_LEAST))
+    diagonal_O = moments.output_gram.diagonal(dim1=-2, dim2=-1)
+    mean_1 = diagonal_O.mean(dim=-1, keepdim=True, dtype=torch.float64)
+    is_free_1 = mean_1 <= 0  # no loss depends on it: every output alike
+    mean_1 = torch.where(is_free_1, 1.0, mean_1)
+    curvature_OO = (moments.output_gram / mean_1[..., None]).float() * (1 - shrinkage)
+    relative_O = torch.where(is_free_1, 1.0, diagonal_O / mean_1)
+    curvature_OO.diagonal(dim1=-2, dim2=-1).copy_(relative_O.clamp_min(_LEAST))
     return curvature_OO
 
 
 def _eigenvectors(matrix: Tensor, freedom: Tensor) -> tuple[Tensor, Tensor]:
     """(values, vectors) of a matrix in coordinates in which its inverse has ones on its diagonal."""
     root = freedom.sqrt()
-    values, vectors = torch.linalg.eigh(matrix * root[:, None] * root[None, :])
+    values, vectors = torch.linalg.eigh(matrix * root[..., :, None] * root[..., None, :])
     return values.clamp_min(0.0), vectors
 
 
@@ -204,21 +206,26 @@ def _conjugate_gradients(
 ) -> Tensor:
     """Minimise tr(G (x - target) H (x - target)^T) over the kept places of the whole matrix, from `start`."""
     support_OI = keep_OI.to(start_OI.dtype)
-    preconditioner_O1 = curvature_OO.diagonal().reciprocal()[:, None]
+    preconditioner_O1 = curvature_OO.diagonal(dim1=-2, dim2=-1).reciprocal()[..., None]
     solution_OI = start_OI * support_OI
     residual_OI = (curvature_OO @ ((target_OI - solution_OI) @ gram_II)).mul_(support_OI)
     conditioned_OI = residual_OI * preconditioner_O1
     direction_OI = conditioned_OI.clone()
-    size = (residual_OI * conditioned_OI).sum(dtype=torch.float64)
+    size_11 = _inner(residual_OI, conditioned_OI)
     for _ in range(iterations):
         product_OI = (curvature_OO @ (direction_OI @ gram_II)).mul_(support_OI)
-        curvature = (direction_OI * product_OI).sum(dtype=torch.float64)
-        if not bool(curvature > 0):
-            break  # solved, or a direction that nothing depends on
-        length = float(size / curvature)
-        solution_OI.add_(direction_OI, alpha=length)
-        residual_OI.add_(product_OI, alpha=-length)
+        curvature_11 = _inner(direction_OI, product_OI)
+        # A matrix that is solved, or a direction that nothing depends on, stays as it is.
+        length_11 = torch.where(curvature_11 > 0, size_11 / curvature_11, 0.0)
+        solution_OI.addcmul_(direction_OI, length_11)
+        residual_OI.addcmul_(product_OI, length_11, value=-1)
         torch.mul(residual_OI, preconditioner_O1, out=conditioned_OI)
-        previous, size = size, (residual_OI * conditioned_OI).sum(dtype=torch.float64)
-        direction_OI.mul_(float(size / previous)).add_(conditioned_OI)
+        previous_11, size_11 = size_11, _inner(residual_OI, conditioned_OI)
+        direction_OI.mul_(torch.where(previous_11 > 0, size_11 / previous_11, 0.0)).add_(conditioned_OI)
     return solution_OI
+
+
+def _inner(one_OI: Tensor, other_OI: Tensor) -> Tensor:
+    """[..., 1, 1]: the sum over each matrix; products of rows, so that no product of matrices lies in memory."""
+    inner: Tensor = torch.linalg.vecdot(one_OI, other_OI).sum(dim=-1)[..., None, None]
+    return inner

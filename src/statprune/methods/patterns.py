@@ -10,7 +10,7 @@ it prunes everything, which is how several published implementations behave.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Literal, Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.select import keep_highest, keep_highest_by_sorting
 
 
 class Pattern(Protocol):
@@ -67,23 +68,21 @@ class ModelPattern(Pattern, Protocol):
             ValueError: the pattern leaves no choice of the number.
         """
 
-
-def keep_highest(score: Tensor, num_kept: int) -> Tensor:
-    """Keep exactly `num_kept` highest scores along the last dimension; ties are broken by position, never by count."""
-    keep = torch.zeros_like(score, dtype=torch.bool)
-    return keep.scatter_(-1, score.topk(num_kept, dim=-1, sorted=False).indices, True)
+    def milder(self) -> "tuple[ModelPattern, ...]":
+        """Patterns of other kinds of groups that cost a layer less, the mildest first; they prune as many weights, or fewer."""
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Prune a fraction of the weights, wherever they stand."""
+    """Prune a fraction of the weights, wherever they stand: as `Counted`, once the matrix and with it the number is known."""
 
     sparsity: Annotated[float, Between(0, 1, without=(1,))]
-    """Fraction of the weights to prune. The number pruned is rounded down, so no row is ever emptied. 0 prunes nothing, for
-    the left end of a curve."""
+    """Fraction of the weights to prune. A matrix loses this share of its weights, rounded down once. 0 prunes nothing, for the
+    left end of a curve."""
 
     rank_over: Literal["row", "layer"] = "row"
-    """Weights compete within their output row (Wanda's choice) or within the whole layer."""
+    """Weights compete within their output row (Wanda's choice), where rows differ by one at most and each keeps a weight, or
+    within the whole layer."""
 
     def __post_init__(self) -> None:
         check("Unstructured", Unstructured, sparsity=self.sparsity)
@@ -103,41 +102,40 @@ class Unstructured:
         """The same with an exact number of weights, for one matrix."""
         return Counted(num_pruned, in_features, self.rank_over)
 
+    def milder(self) -> "tuple[ModelPattern, ...]":
+        """None: `counted` has any number of weights."""
+        return ()
+
     def __call__(self, score: Tensor) -> Tensor:
-        """[..., out, in] scores to a keep mask with exactly `floor(sparsity * n)` False in each ranking group of n."""
-        ranked = score if self.rank_over == "row" else score.flatten(-2)
-        return keep_highest(ranked, ranked.shape[-1] - self.num_pruned(ranked.shape[-1])).view_as(score)
+        """[..., out, in] scores to a keep mask with exactly `pruned_of(out, in)` False in each matrix."""
+        return self._for(score)(score)
 
     def partly(self, score: Tensor, share: float) -> Tensor:
-        """[..., out, in] scores to a keep mask with `floor(share * floor(sparsity * n))` False in each ranking group of n."""
-        ranked = score if self.rank_over == "row" else score.flatten(-2)
-        num_pruned = math.floor(share * self.num_pruned(ranked.shape[-1]))
-        return keep_highest(ranked, ranked.shape[-1] - num_pruned).view_as(score)
+        """[..., out, in] scores to a keep mask with `floor(share * pruned_of(out, in))` False in each matrix."""
+        return self._for(score).partly(score, share)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
         """[..., out, width] scores to a keep mask; weights compete within the slice, by row or all together."""
-        ranked, num_rows = (score, 1) if self.rank_over == "row" else (score.flatten(-2), score.shape[-2])
+        rows, width = score.shape[-2:]
         # Counted from column 0, so that what one slice rounds off the next makes up for.
-        num_pruned = self.num_pruned(num_rows * (start + score.shape[-1])) - self.num_pruned(num_rows * start)
-        return keep_highest(ranked, ranked.shape[-1] - num_pruned).view_as(score)
-
-    def num_pruned(self, group_size: int) -> int:
-        """How many of `group_size` competing weights go."""
-        # 0.29 * 100 is 28.999999999999996 in floating point; nobody who asks for 29 % means 28.
-        return max(0, min(math.floor(self.sparsity * group_size + 1e-6), group_size - 1))
+        return _lose(score, self.pruned_of(rows, start), self.pruned_of(rows, start + width), self.rank_over)
 
     def pruned_of(self, rows: int, columns: int) -> int:
-        """As many in each row, or so many of all."""
-        return rows * self.num_pruned(columns) if self.rank_over == "row" else self.num_pruned(rows * columns)
+        """The share of the matrix, rounded down, but for one weight that stays in each row, or of all."""
+        num_weights, num_staying = rows * columns, rows if self.rank_over == "row" else 1
+        # 0.29 * 100 is 28.999999999999996 in floating point; nobody who asks for 29 % means 28.
+        return max(0, min(math.floor(self.sparsity * num_weights + 1e-6), num_weights - num_staying))
 
     def fits(self, in_features: int) -> bool:
         """Any width will do."""
         return True
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether every ranking group has at least the zeros asked for."""
-        ranked = weight if self.rank_over == "row" else weight.flatten(-2)
-        return bool(((ranked == 0).sum(dim=-1) >= self.num_pruned(ranked.shape[-1])).all())
+        """Whether every row, or the whole matrix, has at least the zeros asked for."""
+        return self._for(weight).holds(weight)
+
+    def _for(self, matrix: Tensor) -> "Counted":
+        return self.counted(self.pruned_of(*matrix.shape[-2:]), matrix.shape[-1])
 
     def __str__(self) -> str:
         return f"{100 * self.sparsity:.6g}%"
@@ -147,7 +145,9 @@ class Unstructured:
 class Counted:
     """Prune an exact number of one matrix's weights: what an allocation gives a layer in place of `Unstructured`.
 
-    By row, the k-th weight that goes is row k's, round and round: rows differ by one at most, and the first ones lose it.
+    By row, the k-th weight that goes is row k's, round and round: rows differ by one at most, and the first ones lose it. Not
+    those in which it costs least: scores of different rows need not be comparable, and a mask that is chosen slice after slice,
+    or reached in steps, would have to know which ones these were. And whoever checks zeros knows how many each row must have.
     """
 
     num_pruned: int
@@ -165,24 +165,16 @@ class Counted:
 
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `num_pruned` False in each matrix."""
-        return self.slice(score, 0)
+        return _lose(score, 0, self.num_pruned, self.rank_over)
 
     def partly(self, score: Tensor, share: float) -> Tensor:
         """[..., out, in] scores to a keep mask with `floor(share * num_pruned)` False."""
-        return replace(self, num_pruned=math.floor(share * self.num_pruned))(score)
+        return _lose(score, 0, math.floor(share * self.num_pruned), self.rank_over)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
         """[..., out, width] scores to a keep mask; weights compete within the slice, by row or all together."""
-        first, last = (self.num_pruned * column // self.in_features for column in (start, start + score.shape[-1]))
-        if self.rank_over == "layer":
-            return keep_highest(score.flatten(-2), score.shape[-2] * score.shape[-1] - (last - first)).view_as(score)
-        in_row_O = _turns(last, score.shape[-2]) - _turns(first, score.shape[-2])
-        least = int(in_row_O.min())
-        keep = keep_highest(score, score.shape[-1] - least)
-        one_more = (in_row_O > least).nonzero()[:, 0].to(score.device)
-        if len(one_more):
-            keep[..., one_more, :] = keep_highest(score[..., one_more, :], score.shape[-1] - least - 1)
-        return keep
+        before, after = (self.num_pruned * column // self.in_features for column in (start, start + score.shape[-1]))
+        return _lose(score, before, after, self.rank_over)
 
     def pruned_of(self, rows: int, columns: int) -> int:
         """The number that it was made with."""
@@ -197,15 +189,31 @@ class Counted:
         num_zeros_O = (weight == 0).sum(dim=-1)
         if self.rank_over == "layer":
             return bool((num_zeros_O.sum(dim=-1) >= self.num_pruned).all())
-        return bool((num_zeros_O >= _turns(self.num_pruned, weight.shape[-2]).to(weight.device)).all())
+        rounds, turn = divmod(self.num_pruned, weight.shape[-2])
+        return bool((num_zeros_O[..., :turn] > rounds).all() and (num_zeros_O >= rounds).all())
 
     def __str__(self) -> str:
         return f"{self.num_pruned} weights, by {self.rank_over}"
 
 
-def _turns(count: int, num_rows: int) -> Tensor:
-    """[rows], int64: how often each row's turn came in so many."""
-    return (count + num_rows - 1 - torch.arange(num_rows)) // num_rows
+def _lose(score: Tensor, before: int, after: int, rank_over: str) -> Tensor:
+    """[..., out, width] scores to a keep mask: where `before` weights went in columns further left, and `after` with these."""
+    rows, width = score.shape[-2:]
+    if rank_over == "layer":
+        return keep_highest(score.flatten(-2), rows * width - (after - before)).view_as(score)
+    (rounds, turn), (rounds_after, turn_after) = divmod(before, rows), divmod(after, rows)
+    # A row's turn has come `rounds` times, and once more where the row is before `turn`: three stretches of rows lose alike.
+    low, high = sorted((turn, turn_after))
+    outer, inner = rounds_after - rounds, rounds_after - rounds + (1 if turn < turn_after else -1)
+    stretches = ((low, outer), (high - low, inner), (rows - high, outer))
+    parts = zip(score.split([size for size, _ in stretches], dim=-2), stretches, strict=True)
+    return torch.cat([keep_highest(part, width - gone) for part, (size, gone) in parts if size], dim=-2)
+
+
+_LONG = 8
+"""Inputs in a group from which on twice as many would not make it much milder."""
+
+_LONGEST = 1024
 
 
 @dataclass(frozen=True)
@@ -215,10 +223,10 @@ class NM:
     Both numbers have names because projects disagree: in some, the N of N:M is what stays, in others what goes.
     """
 
-    keep: Annotated[int, Count(1, 1024)]
+    keep: Annotated[int, Count(1, _LONGEST)]
     """How many weights stay in each group; with all of them, as in 4:4, nothing is pruned."""
 
-    of: Annotated[int, Count(1, 1024)]
+    of: Annotated[int, Count(1, _LONGEST)]
     """How many consecutive inputs form a group."""
 
     def __post_init__(self) -> None:
@@ -245,6 +253,19 @@ class NM:
         """There is no choice of the number."""
         raise ValueError(f"{self} prunes the same fraction of every layer: expected an unstructured pattern, such as 50%.")
 
+    def milder(self) -> "tuple[NM, ...]":
+        """Half of its zeros, and where the groups are short as many zeros in groups of twice the size.
+
+        6:8 and 4:8 beside 2:4; 6:8 beside 4:8. Halves are taken in groups of at least 8, or where they would not be whole in
+        groups of twice the size.
+        """
+        times = 1 if self.of >= _LONG and (self.of - self.keep) % 2 == 0 else 2
+        if self.keep == self.of or times * self.of > _LONGEST:
+            return ()
+        keep, of = times * self.keep, times * self.of
+        half = NM(keep + (of - keep) // 2, of)
+        return (half,) if self.of >= _LONG else (half, NM(keep, of))
+
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `keep` True in each `of` consecutive inputs.
 
@@ -261,13 +282,15 @@ class NM:
         The groups do not go in step: one may be whole where another has its pattern already.
         """
         keep = self(score)
+        if share == 1:
+            return keep
         num_pruned = math.floor(share * (score.shape[-1] // self.of) * (self.of - self.keep))
-        lowest = score.masked_fill(keep, math.inf).topk(num_pruned, dim=-1, largest=False, sorted=False).indices
-        return torch.ones_like(keep).scatter_(-1, lowest, False)
+        return keep_highest(torch.where(keep, math.inf, score), score.shape[-1] - num_pruned)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
-        """As the whole: `start` and the width are multiples of `of`."""
-        return self(score)
+        """As the whole, but for which of equal scores stay; `start` and the width are multiples of `of`."""
+        # For a slice of one group, as SparseGPT has them, one call counts for more than what it does.
+        return keep_highest_by_sorting(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
 
     def pruned_of(self, rows: int, columns: int) -> int:
         """As many of each group."""

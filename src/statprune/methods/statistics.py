@@ -126,8 +126,8 @@ class InputMoments:
     is added to a residual stream h. Empty where nobody asked, and where dense and pruned are still the same."""
 
     output_gram: Tensor | None = None
-    """[out, out], float32, of one layer: mean over tokens of g g^T, where g is the gradient of the summed token loss of the
-    dense model with respect to the layer's output. See `with_output_gram`."""
+    """[..., out, out], float32, of one layer: mean over tokens of g g^T, where g is the gradient of the summed token loss of
+    the dense model with respect to the layer's output. See `with_output_gram`."""
 
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -230,7 +230,7 @@ class InputMoments:
         )  # fmt: skip
 
     def with_output_gram(self, output_gram: Tensor | None) -> "InputMoments":
-        """The same with one layer's curvature: [out, out], float32; all else, and what was derived of it, is shared."""
+        """The same with one layer's curvature: [..., out, out], float32; all else, and what was derived of it, is shared."""
         own = copy.copy(self)
         own.output_gram = output_gram
         return own

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, check
-from statprune.methods.least_squares import Damping, normalised_gram
+from statprune.methods.gram import normalised_gram
+from statprune.methods.least_squares import Damping
 from statprune.methods.statistics import InputMoments, Statistic
 
 Share = Annotated[float, Between(0, 1)]
@@ -58,7 +59,9 @@ class DenseTarget:
         return toward_dense(weight, moments, parameter, share=self.share, damping=self.damping)
 
 
-TARGETS: dict[str, type[PrunedTarget | DenseTarget]] = {"pruned": PrunedTarget, "dense": DenseTarget}
+Target = PrunedTarget | DenseTarget
+
+TARGETS: dict[str, type[Target]] = {"pruned": PrunedTarget, "dense": DenseTarget}
 """By the name a recipe uses."""
 
 
@@ -101,20 +104,31 @@ def toward_dense(
             return original
         gram_II, scale_1I = normalised_gram(moments, damping)
         factor_II = moments.derive(("target", damping), lambda: _factor(gram_II, damping))
-        change_IO = torch.cholesky_solve((missing_OI * scale_1I).double().t(), factor_II)
-    return original + share * change_IO.t().float() * scale_1I
+        change_IO = torch.cholesky_solve((missing_OI * scale_1I).t().to(factor_II.dtype), factor_II)
+    nearest = original + share * change_IO.t().float() * scale_1I
+    if not bool(torch.isfinite(nearest).all()):
+        raise ValueError(
+            "the dense target is too large for float32. Are there absurdly large activations? Leave the layer dense with "
+            "`ignore`, or take the target pruned."
+        )
+    return nearest
 
 
 def _factor(gram_II: Tensor, damping: float) -> Tensor:
-    """The lower Cholesky factor, in float64; channels that were always 0 stay out of it."""
-    wide_II = gram_II.double()
-    diagonal_I = wide_II.diagonal()
-    diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
-    factor_II: Tensor
-    factor_II, info = torch.linalg.cholesky_ex(wide_II)
-    if bool(info.any()) or not bool(torch.isfinite(factor_II).all()):
-        raise ValueError(
-            f"the dense target: the Gram of its inputs cannot be factorised with a damping of {damping:g}. Are there too few "
-            "tokens, or absurdly large activations? Try a larger damping, as in dense:damping=0.1, or the target pruned."
-        )
-    return factor_II
+    """The lower Cholesky factor; channels that were always 0 stay out of it.
+
+    With a trained LLaMA's layers, what float32 solves is within 0.06 % of the exact change where the damping is 0.001 or more,
+    and 1.4 % off without damping: there it is float64, as where float32 fails.
+    """
+    for dtype in (torch.float32, torch.float64) if damping >= 1e-3 else (torch.float64,):
+        damped_II = gram_II.to(dtype, copy=True)
+        diagonal_I = damped_II.diagonal()
+        diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
+        factor_II: Tensor
+        factor_II, info = torch.linalg.cholesky_ex(damped_II)
+        if not bool(info.any()) and bool(torch.isfinite(factor_II).all()):
+            return factor_II
+    raise ValueError(
+        f"the dense target: the Gram of its inputs cannot be factorised with a damping of {damping:g}. Are there too few "
+        "tokens, or absurdly large activations? Try a larger damping, as in dense:damping=0.1, or the target pruned."
+    )

@@ -10,6 +10,7 @@ sites read, and names of modules matter to people only.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from statprune.errors import TracingError
-from statprune.model.nodes import attribute, is_mutable, is_number, shape_of, written_to
+from statprune.model.nodes import CASTS, SAME_TOKENS, aten, attribute, is_mutable, is_number, shape_of, written_to
+from statprune.model.residuals import residuals
 from statprune.model.sites import InputGroup, Layout, LeftOut, LinearSite
 from statprune.model.token_masks import TokenMasks
 
@@ -75,7 +77,9 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> tuple[tup
     groups = []
     for (tensor, _), sites in members.items():
         sites.sort(key=lambda member: position[member[0]])
-        groups.append((sites[0][0], InputGroup(tuple(s for _, s in sites), tensor, sites[0][0], masks.of(tensor))))
+        first = sites[0][0]
+        added = [replace(site, residuals=residuals(reader, site.shape[0], first, position, written)) for reader, site in sites]
+        groups.append((first, InputGroup(tuple(added), tensor, first, masks.of(tensor))))
     groups.sort(key=lambda group: position[group[0]])
     left_out = tuple(
         LeftOut(name.removesuffix(".weight"), tuple(parameter.shape), _why_no_site(parameter, reads_of[id(parameter)]))
@@ -85,21 +89,12 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> tuple[tup
     return tuple(group for _, group in groups), left_out
 
 
-aten = torch.ops.aten
 _LINEARS: dict[Any, tuple[int, int]] = {
     aten.linear.default: (0, 1), aten.mm.default: (0, 1), aten.matmul.default: (0, 1), aten.addmm.default: (1, 2),
 }  # fmt: skip
 """Ops that multiply tokens by a weight, and where the tokens and the weight stand among the arguments."""
 
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default}
-
-_CASTS = {
-    aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default,
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
-}  # fmt: skip
-
-_SAME_TOKENS = _CASTS | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.dropout.default}
-"""Ops that hand on the same tokens with the same channels: a linear behind them reads what stands before them."""
 
 
 class _Read(NamedTuple):
@@ -114,7 +109,7 @@ def _reads(node: Node, is_transposed: bool = False) -> Iterator[_Read]:
     for user in node.users:
         if user.target in _TRANSPOSES:
             yield from _reads(user, not is_transposed)
-        elif user.target in _CASTS:
+        elif user.target in CASTS:
             yield from _reads(user, is_transposed)
         elif user.users or user.op == "output" or is_mutable(user):  # an assertion on its dtype reads nothing
             yield _Read(user, node, is_transposed)
@@ -150,7 +145,7 @@ def _transposed(node: Any) -> Node | None:
 
 def _same_tokens(tensor: Node, in_features: int, written: set[Node]) -> Node:
     """The earliest node with the same tokens and the same channels."""
-    while tensor.target in _SAME_TOKENS:
+    while tensor.target in SAME_TOKENS:
         source = tensor.args[0]
         assert isinstance(source, Node)
         # What was copied before somebody wrote to the source is no longer what the source holds.

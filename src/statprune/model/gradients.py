@@ -1,10 +1,11 @@
 """Gradients: what the loss makes of each output of a linear layer, from one backward pass of the dense model.
 
-For each layer, G = mean over tokens of g g^T, with g the gradient of the loss, summed over tokens, with respect to the layer's output.
-Gradients go through values alone: no parameter gets one, so the backward pass costs as much as a forward pass.
+For each layer, G = mean over tokens of g g^T, with g the gradient of the loss, summed over tokens, with respect to the layer's
+output. Gradients go through values alone: no parameter gets one, so the backward pass costs as much as a forward pass.
 
-A layer is recognised by its weight when a product with it runs, whatever module it is called from, so any callable that runs the
-model and gives a scalar is a loss: the next-token loss of a causal language model, or the training step of a LightningModule.
+A layer is recognised by its weight when a product with it runs, whatever module it is called from, so any callable that runs
+the model and gives a scalar is a loss: the next-token loss of a causal language model, or the training step of a
+LightningModule.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ from statprune.model.sites import LinearSite
 from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup, sum_over_ranks
 
-Loss = Callable[[nn.Module, ModelInputs], Tensor]
-"""The loss of a batch, summed over its tokens: a scalar that depends on the model's weights."""
+Loss = Callable[[nn.Module, ModelInputs, int], Tensor]
+"""`(model, inputs, index)` to the loss of a batch, summed over its tokens: a scalar that depends on the model's weights. The
+batch's number in the calibration set is for losses that need more than a model's inputs, such as labels."""
 
 TOKENS = 6144
 """As many of the calibration set's first tokens make the gradients, in whole batches: more changed little on SmolLM2."""
@@ -56,7 +58,7 @@ class Curvature:
         return self.sums[parameter].diagonal() / self.num_tokens
 
 
-def next_token_loss(model: nn.Module, inputs: ModelInputs) -> Tensor:
+def next_token_loss(model: nn.Module, inputs: ModelInputs, index: int = 0) -> Tensor:
     """The cross-entropy of each next token of `input_ids`, padding left out, summed; in float32.
 
     Raises:
@@ -65,8 +67,8 @@ def next_token_loss(model: nn.Module, inputs: ModelInputs) -> Tensor:
     tokens = inputs.kwargs.get("input_ids")
     if not is_causal(model) or not isinstance(tokens, Tensor):
         raise CalibrationError(
-            f"loss-aware: {type(model).__name__} is no causal language model that is given `input_ids`, so that its loss is not "
-            "known. Give prune and plan a `loss`, a function (model, inputs) -> scalar summed over tokens; StatisticalPruning "
+            f"loss-aware: {type(model).__name__} is no causal language model that is given `input_ids`, so its loss is not "
+            "known. Give prune and plan a `loss`, a function (model, inputs, index) -> scalar; StatisticalPruning "
             "takes the LightningModule's."
         )
     logits = predictions_of(model(*inputs.args, **inputs.kwargs))
@@ -118,7 +120,7 @@ def output_grams(
             with forward_context():
                 try:
                     with capture:
-                        total = loss(model, ModelInputs(*tree_map(_ordinary, (batch.args, batch.kwargs))))
+                        total = loss(model, ModelInputs(*tree_map(ordinary, (batch.args, batch.kwargs))), number)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as e:
@@ -134,8 +136,8 @@ def output_grams(
     sum_over_ranks([num_tokens, *sums.values()], process_group, "the gradients")
     if missing := [site.name for site in sites if site.parameter not in capture.seen]:
         raise SiteError(
-            f"loss-aware: no gradient reached {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}. Leave such "
-            "layers dense with `ignore`, or use least-squares. Nothing was changed."
+            f"loss-aware: no gradient reached {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}. Leave "
+            "such layers dense with `ignore`, or use least-squares. Nothing was changed."
         )
     for site in sites:
         if not bool(torch.isfinite(sums[site.parameter].diagonal()).all()):
@@ -204,8 +206,8 @@ def _num_tokens(batch: ModelInputs) -> int:
     return int(first.numel() if not first.is_floating_point() else first.numel() // max(1, first.shape[-1]))
 
 
-def _ordinary(value: Any) -> Any:
-    """Outside of inference mode, what was made in it takes part in no gradient."""
+def ordinary(value: Any) -> Any:
+    """A copy of a tensor that was made in inference mode, which takes part in no gradient; anything else as it is."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 

@@ -65,7 +65,8 @@ class Layers:
             groups: of this model, perhaps with some of their sites only.
             inputs: calibration data, on the model's device (`bind_batches`).
             schedule: which pruned weights the statistics have seen (see `walk`); without a graph, none.
-            needs: what to collect; with `Statistic.NONE` nothing is run, and the statistics are None.
+            needs: what to collect; with `Statistic.NONE` nothing is run, and the statistics are None. `Statistic.CROSS` runs
+                the dense model beside the pruned one, where there is a graph and the schedule prunes on the way.
             weights: what the graph computes with; by default the model's own. What is put there between two groups counts.
             process_group: of the ranks whose sums are added up.
             forward_context: entered around model code.
@@ -73,7 +74,7 @@ class Layers:
         Raises:
             NonFiniteError: a group's input holds NaN or infinity; names the first such layer.
             CalibrationError: the model cannot run a batch.
-            TracingError: schedule "block" and a model that writes to its buffers.
+            TracingError: schedule "block" or `Statistic.CROSS`, and a model that writes to its buffers.
         """
         if not needs:
             yield from ((group, None) for group in groups)

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+aten = torch.ops.aten
+
+CASTS = {
+    aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
+}  # fmt: skip
+"""Ops that hand on the same numbers in the same shape."""
+
+SAME_TOKENS = CASTS | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.dropout.default}
+"""Ops that hand on the same tokens with the same channels, where the last dimension stays: a linear behind them reads what
+stands before them."""
+
 
 def attribute(graph_module: GraphModule, target: Any) -> Any:
     """What a `get_attr` node reads."""
@@ -44,7 +56,7 @@ def _same_memory(node: Node) -> Node | None:
     schema = getattr(node.target, "_schema", None)
     is_view = schema is not None and any(result.alias_info is not None for result in schema.returns)
     # Their schemas promise a fresh tensor, and they hand back what came in where there is nothing to do.
-    is_view = is_view or node.target in (torch.ops.aten.dropout.default, torch.ops.aten.type_as.default, operator.getitem)
+    is_view = is_view or node.target in (aten.dropout.default, aten.type_as.default, operator.getitem)
     return next(iter(node.all_input_nodes), None) if is_view else None
 
 

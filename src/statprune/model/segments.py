@@ -43,13 +43,17 @@ class Segment:
         return [step for step in self.steps if isinstance(step, InputGroup)]
 
 
-def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, schedule: Schedule = "walk") -> list[Segment]:
+def plan_segments(
+    traced: TracedModel, groups: Sequence[InputGroup], *, schedule: Schedule = "walk", has_dense: bool = False
+) -> list[Segment]:
     """Cut the graph where the schedule prunes, just before a group's first reader; only nodes that a group's input needs run.
+
+    With `has_dense` a second stream will run, and groups read their sites' residual streams as well.
 
     Raises:
         TracingError: as `walk`.
     """
-    needed = _needed(traced, groups) - made_of_weights(traced)
+    needed = _needed(traced, groups, has_dense=has_dense) - made_of_weights(traced)
     observed_at: dict[Node, list[InputGroup]] = defaultdict(list)
     for group in groups:
         observed_at[group.first_reader].append(group)  # type: ignore[index]
@@ -82,20 +86,32 @@ def plan_segments(traced: TracedModel, groups: Sequence[InputGroup], *, schedule
             observing = [step for step in steps[cut : last + 1] if isinstance(step, Node) or id(step) in observed]
             segments.append(Segment(observing, prunes=pairs))
             cut = last + 1
-    _mark_last_reads(segments)
-    _mark_last_weights(segments, made_of_weights(traced))
+    _mark_last_reads(segments, has_dense=has_dense)
+    _mark_last_weights(segments, made_of_weights(traced), has_dense=has_dense)
     if any(segment.is_rehearsal for segment in segments):
-        _refuse_written_buffers(traced)
+        _refuse_written_buffers(traced, "schedule 'block' runs every block twice", "schedule 'walk'")
+    if has_dense:
+        _refuse_written_buffers(traced, "the dense target runs the model twice", "target 'pruned'")
     return segments
 
 
-def _mark_last_reads(segments: Sequence[Segment]) -> None:
+def _reads(step: "Node | InputGroup", *, has_dense: bool) -> list[Node]:
+    """What a step reads; a group its input, and with a dense stream what its sites' results are added to."""
+    if isinstance(step, Node):
+        return step.all_input_nodes
+    assert step.input_node is not None, "a group of a traced graph has a node"
+    return [step.input_node, *(node for site in step.sites for node in site.residuals if has_dense)]
+
+
+def _mark_last_reads(segments: Sequence[Segment], *, has_dense: bool) -> None:
     last_read: dict[Node, tuple[Segment, int]] = {}
     for segment in segments:
         in_here: dict[Node, tuple[Segment, int]] = {}
         for index, step in enumerate(segment.steps):
-            for read in [step.input_node] if isinstance(step, InputGroup) else [*step.all_input_nodes, step]:
-                in_here[read] = (segment, index)  # type: ignore[index]
+            for read in _reads(step, has_dense=has_dense):
+                in_here[read] = (segment, index)
+            if isinstance(step, Node):
+                in_here[step] = (segment, index)
         last_read |= in_here
         if segment.is_rehearsal:  # works on copies, so what it does not read again it may drop
             for node, (_, index) in in_here.items():
@@ -107,38 +123,35 @@ def _mark_last_reads(segments: Sequence[Segment]) -> None:
             segment.dies_after.setdefault(index, []).append(node)
 
 
-def _mark_last_weights(segments: Sequence[Segment], made: set[Node]) -> None:
+def _mark_last_weights(segments: Sequence[Segment], made: set[Node], *, has_dense: bool) -> None:
     last: dict[str, Segment] = {}
 
-    def read(nodes: Iterable[Node | None], segment: Segment) -> None:
+    def read(nodes: Iterable[Node], segment: Segment) -> None:
         for node in nodes:
-            if node is not None and node.op == "get_attr":
+            if node.op == "get_attr":
                 last[str(node.target)] = segment
             elif node in made:
                 read(node.all_input_nodes, segment)
 
     for segment in segments:
         for step in segment.steps:
-            read([step.input_node] if isinstance(step, InputGroup) else step.all_input_nodes, segment)
+            read(_reads(step, has_dense=has_dense), segment)
         for _, part in segment.prunes:
             last.update(dict.fromkeys((name for site in part.sites for name in (site.parameter, *site.aliases)), segment))
     for name, segment in last.items():
         segment.last_weights.append(name)
 
 
-def _refuse_written_buffers(traced: TracedModel) -> None:
+def _refuse_written_buffers(traced: TracedModel, why: str, instead: str) -> None:
     for node in written_to(list(traced.graph_module.graph.nodes)):
         if node.op == "get_attr":
-            raise TracingError(
-                f"schedule 'block' runs every block twice, and this model writes to its buffer {node.target} when it runs: "
-                "use schedule 'walk'."
-            )
+            raise TracingError(f"{why}, and this model writes to its buffer {node.target} when it runs: use {instead}.")
 
 
-def _needed(traced: TracedModel, groups: Sequence[InputGroup]) -> set[Node]:
-    """The groups' inputs, whatever writes to a tensor in place, and everything that these read."""
-    nodes = traced.graph_module.graph.nodes
-    frontier = [group.input_node for group in groups if group.input_node] + [node for node in nodes if is_mutable(node)]
+def _needed(traced: TracedModel, groups: Sequence[InputGroup], *, has_dense: bool) -> set[Node]:
+    """What is read where groups are observed, whatever writes to a tensor in place, and everything that these read."""
+    frontier = [node for group in groups for node in _reads(group, has_dense=has_dense)]
+    frontier += [node for node in traced.graph_module.graph.nodes if is_mutable(node)]
     needed: set[Node] = set()
     while frontier:
         node = frontier.pop()

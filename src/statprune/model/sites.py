@@ -1,6 +1,6 @@
 """What is pruned: linear weights, the groups of them that share their inputs, and the graph that they were found in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -33,6 +33,10 @@ class LinearSite:
 
     feeds_output: bool = False
     """Whether its result is an output of the model, up to operations on that result alone (the lm_head)."""
+
+    residuals: tuple[Node, ...] = field(default=(), repr=False, compare=False)
+    """What its result is added to and nothing else is done with (a residual stream), where the graph has that before the
+    first reader of the layer's input. Empty where a norm or a product stands between, and where there is no graph."""
 
     def view(self, parameter: Tensor) -> Tensor:
         """The parameter seen as [out, in]: a view, so that writing to it writes to the parameter."""

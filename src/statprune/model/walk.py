@@ -13,28 +13,29 @@ so what the walk holds does not grow with the depth.
 The one-shot schedule is the same loop with a single segment: every group is observed on the dense model. The block schedule
 is the published protocol of Wanda and SparseGPT: a block runs once dense, with all its groups observed and its values thrown
 away (a rehearsal), is pruned, and runs again for the blocks behind it. `segments` draws all three.
+
+With `Statistic.CROSS` there are two streams of values (`streams`) from the first pruned weight on: each step is taken with the
+weights as they are, and with the dense ones, which are kept until nothing reads them any more.
 """
 
 import contextlib
-import copy
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from statprune.errors import CalibrationError, first_line
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
-from statprune.model.nodes import attribute, written_to
-from statprune.model.observe import ForwardContext, Observations, complete, fit_mask
-from statprune.model.schedule import Schedule
-from statprune.model.segments import batch_independent, made_of_weights, plan_segments
+from statprune.model.observe import ForwardContext, Observations, complete
+from statprune.model.schedule import SEES_PRUNED, Schedule
+from statprune.model.segments import batch_independent, plan_segments
 from statprune.model.sites import InputGroup, TracedModel
-from statprune.model.weights import Weights
+from statprune.model.streams import Executor, Stream, no_tokens, observe
+from statprune.model.weights import Dense, Weights
 from statprune.ranks import ProcessGroup
 
 
@@ -58,7 +59,7 @@ def walk(
         batches: on the model's device.
         weights: every parameter and buffer of the graph. What is put there between two groups is what the rest computes with.
         schedule: which pruned weights a group's statistics have seen; `Recipe.schedule` tells.
-        needs: what to collect.
+        needs: what to collect. `Statistic.CROSS` takes a second forward pass, and holds the values of both at a cut.
         process_group: of the ranks whose sums are added up.
         forward_context: entered around model code.
 
@@ -68,98 +69,64 @@ def walk(
     Raises:
         NonFiniteError: a group's input holds NaN or infinity; names the first such layer.
         CalibrationError: a batch looks up something that a table of the model does not have.
-        TracingError: schedule "block", and the model writes to a buffer in a block, which would happen twice.
+        TracingError: schedule "block" or `Statistic.CROSS`, and the model writes to a buffer, which would happen twice.
     """
-    segments = plan_segments(traced, groups, schedule=schedule)
-    executor = _Executor(traced, weights)
-    values: list[dict[Node, Any]] = [executor.bind(batch) for batch in batches]
+    has_dense = Statistic.CROSS in needs and schedule in SEES_PRUNED
+    segments = plan_segments(traced, groups, schedule=schedule, has_dense=has_dense)
+    executor, dense_weights = Executor(traced, weights), Dense(weights)
+    streams = [Stream(executor, [executor.bind(batch) for batch in batches])]  # pruned, and later dense
     device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
     shareable = batch_independent(traced)
     shared: dict[Any, dict[Node, Any]] = defaultdict(dict)
     moments: dict[str, InputMoments] = {}
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
     for segment in segments:
-        moments |= {group.name: InputMoments.zeros(group.in_features, needs, device=device) for group in segment.groups}
+        has_two = len(streams) > 1
+        moments |= {group.name: no_tokens(group, needs, device, has_dense=has_two) for group in segment.groups}
         with forward_context():
-            for number, (batch, environment) in enumerate(zip(batches, values, strict=True)):
+            for number, batch in enumerate(batches):
                 common = shared[tuple(tensor.shape for tensor in batch.tensors())]
-                current = executor.rehearsed(environment) if segment.is_rehearsal else environment
+                current = [stream.begin(number, is_rehearsal=segment.is_rehearsal) for stream in streams]
                 for index, step in enumerate(segment.steps):
                     try:
                         if isinstance(step, InputGroup):
-                            inputs = executor.load(step.input_node, current)
-                            moments[step.name].add(inputs, fit_mask(batch.kwargs.get(step.token_mask or ""), inputs))
+                            observe(step, batch, streams, current, moments[step.name])
                         elif step in shareable:
                             if step not in common:
-                                common[step] = executor.run(step, current)
-                            current[step] = common[step]
+                                common[step] = executor.run(step, current[0])
+                            for environment in current:
+                                environment[step] = common[step]
                         else:
-                            current[step] = executor.run(step, current)
+                            for stream, environment in zip(streams, current, strict=True):
+                                environment[step] = stream.executor.run(step, environment)
                     except IndexError as e:
                         raise CalibrationError(_out_of_range(number, step, e)) from e
                     except torch.OutOfMemoryError:
                         raise
                     except RuntimeError as e:
                         raise CalibrationError(_cannot_run(number, step, e)) from e
-                    for dead in segment.dies_after.get(index, ()):
-                        current.pop(dead, None)
-                for dead in segment.releases:
-                    environment.pop(dead, None)
+                    for dead, environment in itertools.product(segment.dies_after.get(index, ()), current):
+                        environment.pop(dead, None)
+                for dead, stream in itertools.product(segment.releases, streams):
+                    stream.values[number].pop(dead, None)
         gone = segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values())
         for dead, common in itertools.product(gone, shared.values()):
             common.pop(dead, None)
         for group in segment.groups:  # all, before a weight changes
             complete(group, moments[group.name], process_group)
         for group, part in segment.prunes:
+            if has_dense:
+                for site in part.sites:
+                    dense_weights.keep(site)
             yield part, moments[group.name]
             still_needed[group.name] -= 1
             if not still_needed[group.name]:
                 del moments[group.name]
-        weights.release(name for name in segment.last_weights if name in weights)
-
-
-class _Executor:
-    """Runs one node with the values of one batch."""
-
-    def __init__(self, traced: TracedModel, weights: Weights) -> None:
-        nodes = list(traced.graph_module.graph.nodes)
-        self.graph_module = traced.graph_module
-        self.weights = weights
-        self.made_of_weights = made_of_weights(traced)
-        placeholders = [node for node in nodes if node.op == "placeholder"]
-        self.placeholders = [node for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
-        self.written = written_to(nodes)
-
-    def bind(self, batch: ModelInputs) -> dict[Node, Any]:
-        """The batch's tensors under their nodes; a copy where the model writes to its input."""
-        return {
-            node: tensor.clone() if node in self.written else tensor
-            for node, tensor in zip(self.placeholders, batch.tensors(), strict=True)
-        }
-
-    def rehearsed(self, environment: dict[Node, Any]) -> dict[Node, Any]:
-        """A copy of a batch's values to run a block with and throw away; only what is written to in place is cloned."""
-        written = [node for node in environment if node in self.written]
-        # All at once: deepcopy keeps two views of one memory together.
-        clones = copy.deepcopy([environment[node] for node in written])
-        return {**environment, **dict(zip(written, clones, strict=True))}
-
-    def run(self, node: Node, environment: dict[Node, Any]) -> Any:
-        """The node's value."""
-
-        def load(read: Node) -> Any:
-            return self.load(read, environment)
-
-        assert node.op == "call_function", f"an exported graph has no {node.op}"
-        return node.target(*map_arg(node.args, load), **map_arg(node.kwargs, load))  # type: ignore[operator]
-
-    def load(self, read: Node | None, environment: dict[Node, Any]) -> Any:
-        """A value that was computed, a parameter or buffer as it is now, or a constant of the graph."""
-        assert read is not None, "a group of a traced graph has a node"
-        if read.op == "get_attr":
-            name = str(read.target)
-            return self.weights.get(name) if name in self.weights else attribute(self.graph_module, name)
-        return self.run(read, environment) if read in self.made_of_weights else environment[read]
+        released = [name for name in segment.last_weights if name in weights]
+        weights.release(released)
+        dense_weights.release(released)
+        if has_dense and segment.prunes and not has_two:  # until now the two were the same
+            streams.append(streams[0].fork(Executor(traced, dense_weights)))
 
 
 def _out_of_range(batch: int, step: "Node | InputGroup", error: IndexError) -> str:

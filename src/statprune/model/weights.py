@@ -2,6 +2,7 @@
 
     InPlace    read from the model, written into the model
     Twin       read from the model until they are pruned; pruned ones are kept aside, and the model stays as it is
+    Dense      read from either as they were, for as long as somebody has use for that
 
 Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
 """
@@ -19,18 +20,22 @@ from statprune.methods.pruner import PrunedWeight
 from statprune.model.sites import LinearSite
 
 
-class Weights(Protocol):
-    """The parameters and buffers of a model by name, as the walk computes with them."""
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether what is put changes the model at once."""
+class Readable(Protocol):
+    """Parameters and buffers of a model by name, to compute with."""
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a parameter or buffer of this name."""
 
     def get(self, name: str) -> Tensor:
-        """As stored, whole, as it is now: pruned where it was put."""
+        """As stored, whole."""
+
+
+class Weights(Readable, Protocol):
+    """The parameters and buffers of a model by name, as the walk computes with them: pruned where they were put."""
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether what is put changes the model at once."""
 
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Land a pruned weight; every name that it is tied to reads it from now on."""
@@ -90,6 +95,32 @@ class Twin:
 
     def release(self, names: Iterable[str]) -> None:
         """They belong to the model or to the plan, and stay."""
+
+
+class Dense:
+    """Weights as they were before they were pruned; in memory is a copy of those that are kept and not released yet."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._kept: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def get(self, name: str) -> Tensor:
+        """The one that was kept, or else the weight as it is now."""
+        return self._kept[name] if name in self._kept else self._weights.get(name)
+
+    def keep(self, site: LinearSite) -> None:
+        """This one will be pruned."""
+        weight = self._weights.get(site.parameter).detach()
+        dense = weight.clone() if self._weights.is_in_place else weight
+        self._kept.update(dict.fromkeys((site.parameter, *site.aliases), dense))
+
+    def release(self, names: Iterable[str]) -> None:
+        """These are not read again."""
+        for name in names:
+            self._kept.pop(name, None)
 
 
 @torch.no_grad()

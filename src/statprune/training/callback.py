@@ -28,13 +28,14 @@ from torch.optim import Optimizer
 
 from statprune.errors import CalibrationError, SiteError
 from statprune.model.inputs import ModelInputs
-from statprune.model.kinds import is_transformers_model, unwrapped
+from statprune.model.kinds import is_causal, is_transformers_model, unwrapped
 from statprune.model.weights import refuse_sharded
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 from statprune.training.batches import draw
 from statprune.training.figures import draw_report
 from statprune.training.loaders import calibration_source, model_inputs, validation_batches
+from statprune.training.losses import training_loss
 from statprune.training.masks import remeasure
 from statprune.training.measurement import Measurement
 from statprune.training.once import PruneOnce, Then
@@ -330,6 +331,8 @@ class StatisticalPruning(Callback):
                 rank=trainer.global_rank, num_ranks=trainer.world_size, is_dealt_out=is_dealt_out,
             )  # fmt: skip
             self._batches = [model_inputs(pl_module, target, batch) for batch in drawn]
+            if not is_causal(target):
+                self._once.loss = training_loss(trainer, pl_module, drawn)
         return self._batches
 
 

@@ -22,6 +22,7 @@ from statprune.api import PruningPlan, plan, prune
 from statprune.checkpoint import Reserved, check_model, refuse_existing, rescue, reserve, save
 from statprune.errors import MaskError, NonFiniteError, RecipeError, StatpruneError, TracingError
 from statprune.how import How, read_how
+from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
@@ -52,6 +53,7 @@ class PruneOnce:
         landed: what was pruned in place, as plain data for checkpoints; None before.
         chosen: what a search has chosen (`recipe` and `chosen_by`, as plain data); None where none has run.
         masks: held while a training runs; else None.
+        loss: for a loss-aware method, of the batches that are given next; None: that of a causal language model.
 
     Raises:
         RecipeError: as `read_how`, or another word for `then`.
@@ -66,6 +68,7 @@ class PruneOnce:
         self.landed: dict[str, Any] | None = None
         self.chosen: dict[str, Any] | None = None
         self.masks: HeldMasks | None = None
+        self.loss: Loss | None = None
         self._place: Reserved | None = None
         self._layers: Layers | None = None
         self._hooks: list[RemovableHandle] = []
@@ -267,6 +270,7 @@ class PruneOnce:
         return {
             "how": Recipe.from_dict(self.chosen["recipe"]) if self.chosen is not None else self.recipe,
             "traced": layers,
+            "loss": self.loss,
             "say": self.say,
             "forward_context": forward_context,
         }

@@ -54,14 +54,14 @@ VARIATIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 TARGETS = ("dense", "dense:share=0.5", "pruned")
 """Tried with the best of what has a schedule of its own: under one-shot they are the same."""
 
-ALLOCATIONS = ("sensitivity", "owl", "uniform")
+ALLOCATIONS = ("curves", "sensitivity", "owl", "uniform")
 """Tried with the best, where the pattern is unstructured: with N:M patterns an allocation prunes fewer weights, and does not
 compare."""
 
 
 def uses_gradients(recipe: Recipe) -> bool:
     """Whether the dense model goes backward for it."""
-    return Statistic.CURVATURE in recipe.pruner().needs
+    return Statistic.CURVATURE in recipe.needs
 
 
 def refinements(recipe: Recipe) -> Iterator[Recipe]:
@@ -77,7 +77,8 @@ def variations(recipe: Recipe) -> Iterator[Recipe]:
     for name, settings in VARIATIONS.items():
         for index, part in enumerate(parts):
             for setting, value in ((setting, value) for setting, values in settings.items() for value in values):
-                if part["name"] == name and part[setting] != value:
+                # A mask is reached in steps by what follows the criterion at once.
+                if part["name"] == name and part[setting] != value and (setting != "steps" or index == 1):
                     changed = [*parts[:index], {**part, setting: value}, *parts[index + 1 :]]
                     yield replace(recipe, method=write_method(changed[0], changed[1:]))
 
