@@ -24,6 +24,7 @@ from statprune.methods import catalog, registry
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
 from statprune.perplexity import evaluate
+from statprune.methods.target import TARGETS
 from statprune.presets import PRESETS, Preset
 from statprune.report import PruningReport
 
@@ -729,8 +730,18 @@ class TestHelp:
             catalog.catalog.cache_clear()
         assert "sparsegpt, my-own" in shown
         assert "my-own Keeps what I like. settings: sharpness=3.5" in shown
-        for name in [*known, *registry.known_compensations(), *ALLOCATIONS, *PATTERNS]:
+        for name in [*known, *registry.known_compensations(), *ALLOCATIONS, *PATTERNS, *TARGETS]:
             assert f" {name} " in shown, name
+
+    @pytest.mark.parametrize("command", ["prune", "compare", "experiment"])
+    def test_presets_come_first_with_a_sentence_and_what_they_stand_for(self, capsys, command):
+        shown = help_of(capsys, command)
+        titles = [line for line in shown.splitlines() if line in ("presets:", "criteria:", "compensations:")]
+        assert titles == ["presets:", "criteria:", "compensations:"]
+        listed = " ".join(shown.partition("\npresets:\n")[2].partition("\n\n")[0].split())
+        for name, preset in PRESETS.items():
+            assert f"{name} {preset.summary.replace('`', '')} {preset.method}, schedule {preset.schedule}" in listed
+        assert "allocation uniform or, where the pattern is unstructured, curves" in listed
 
     def test_of_statprune_teaches_what_to_try_first(self, capsys):
         shown = help_of(capsys)

@@ -23,6 +23,7 @@ from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.catalog import Entry, catalog
 from statprune.methods.patterns import PATTERNS
 from statprune.methods.registry import known_compensations, known_criteria, settings_of, summary
+from statprune.methods.target import TARGETS
 
 
 def python(code, *arguments):
@@ -120,7 +121,7 @@ class TestThePackage:
     ("title", "known"),
     [
         ("criteria", known_criteria()), ("compensations", known_compensations()), ("patterns", PATTERNS),
-        ("allocations", ALLOCATIONS),
+        ("allocations", ALLOCATIONS), ("targets", TARGETS),
     ],
 )  # fmt: skip
 def test_what_is_read_from_the_source_is_what_can_be_imported(title, known):

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from statprune import Recipe, plan
+from statprune import Recipe, Search, plan
 from statprune.commands.cli import main
 from statprune.data import calibration_windows, evaluation_windows
 from statprune.divergence import evaluate_beside
@@ -31,6 +31,7 @@ from statprune.loading import load_model, load_tokenizer
 from statprune.model import layers
 from statprune.perplexity import evaluate
 from statprune.results import Result, ResultsFile, alone_in, digest
+from statprune.tuning.candidates import BASELINES
 from test_zero_shot import write_task
 
 WORDS = "to be or not to be, that is the question; whether it is nobler in the mind to suffer\n"
@@ -126,6 +127,20 @@ class TestDefinition:
             ("auto", 128),
         ]
 
+    def test_what_makes_up_for_layers_before_it_is_calibrated(self):
+        given = {"methods": [{"method": "magnitude", "target": "dense"}], "patterns": ["50%"]}
+        (_, cell) = Experiment.load("perplexity", given).cells()
+        assert (cell.label, cell.samples) == ("magnitude (dense)", 128)
+
+    def test_presets_keep_their_own_schedule_and_their_names(self):
+        given = {"methods": ["best", "paper", {"method": "paper", "schedule": "block"}, "wanda"], "patterns": ["50%"]}
+        cells = Experiment.load("perplexity", given).cells()[1:]
+        assert [cell.label for cell in cells] == ["best", "paper", "paper", "wanda"]
+        assert [cell.how for cell in cells] == [
+            Recipe("best", "50%"), Recipe("cvr+energy", "50%", "walk"), Recipe("cvr+energy", "50%", "block"),
+            Recipe("wanda", "50%", "block"),
+        ]  # fmt: skip
+
     def test_two_ways_to_write_a_pattern_are_one_cell(self):
         cells = Experiment.load("perplexity", {"methods": ["wanda"], "patterns": ["50.0 %", "50%"]}).cells()
         assert [cell.pattern for cell in cells] == ["", "50%"]
@@ -155,6 +170,7 @@ class TestDefinition:
             ("perplexity", {"sizes": [1]}, ExperimentError, "--sizes belongs to the experiment 'calibration'"),
             ("perplexity", {"samples": 0}, ExperimentError, "--samples 0: expected at least 1"),
             ("calibration", {"sizes": [4, 0]}, ExperimentError, "--sizes 0: expected at least 1"),
+            ("runtime", {"methods": ["best"]}, ExperimentError, "'best' needs the dense model beside it or gradients"),
             ("runtime", {"methods": ["auto"]}, ExperimentError, "times a method, and 'auto' is yet to choose one"),
             ("zero-shot", {"tasks": []}, ExperimentError, "has no tasks: give --tasks"),
         ],
@@ -667,7 +683,9 @@ def test_what_auto_chose_is_written_down(settings, tmp_path):
     outcome = run([Experiment.load("correction", given)], tmp_path / "out")
     assert outcome.failures == []
     chosen = {line["label"]: line["chosen"] for line in lines(tmp_path / "out")}
-    assert chosen.pop("auto:minutes=0.0001") in {"wanda (block)", "cvr+energy (block)", "sparsegpt (block)"}
+    assert chosen.pop("auto:minutes=0.0001") in {
+        f"{recipe.method} ({recipe.conditions})" for recipe in (Search("2:4").recipe(**keys) for keys in BASELINES)
+    }
     assert set(chosen.values()) == {None}
     assert "What auto chose: 2:4, seed 0: " in outcome.tables["correction"]
 

@@ -30,6 +30,8 @@ from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.compensations import COMPENSATIONS
 from statprune.methods.criteria import CRITERIA
 from statprune.methods.registry import PRUNERS, kind_of, settings_of
+from statprune.methods.target import TARGETS
+from statprune.presets import PRESETS
 from statprune.recipe import Recipe
 from tiny_models import changed, llama, snapshot, tokens
 
@@ -96,6 +98,7 @@ RECIPES = st.fixed_dictionaries(
         "compensation": st.lists(parts(COMPENSATIONS), max_size=2),
         "schedule": st.sampled_from(["walk", "block", "one-shot"]),
         "allocation": parts(ALLOCATIONS),
+        "target": parts(TARGETS),
         "targets": st.sampled_from([None, ["*.mlp.*"], ["*"], ["nothing"]]),
         "ignore": st.sampled_from([[], ["*.q_proj"], ["*"]]),
         "on_indivisible": st.sampled_from(["error", "skip"]),
@@ -104,7 +107,7 @@ RECIPES = st.fixed_dictionaries(
 METHODS = [
     "wanda", "cvr+energy", "cvr:alpha=0.25,eps=1e-6+energy:column", "sparsegpt:block_size=8,damping=0.1+energy:clamp=[0.5, 2]",
     "cvr+least-squares:steps=15,tolerance=1e-3", "ria:exponent=1+activation-energy:row", "auto:minutes=5", "optimal-brain",
-    "z-pruner+none", "magnitude",
+    "z-pruner+none", "magnitude", "best", "fast", "paper", "default", "auto:gradients=false,minutes=5",
 ]  # fmt: skip
 ONE_VALUE = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(TOKENS),
@@ -115,7 +118,19 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=4),
     max_leaves=8,
 )
-KEYS = ["method", "criterion", "compensation", "pattern", "schedule", "targets", "ignore", "on_indivisible", "allocation", "x"]
+KEYS = [
+    "method",
+    "criterion",
+    "compensation",
+    "pattern",
+    "schedule",
+    "targets",
+    "ignore",
+    "on_indivisible",
+    "allocation",
+    "target",
+    "x",
+]
 
 
 @st.composite
@@ -150,8 +165,8 @@ def is_understood_or_refused(how, **others):
     assert 0 < len(message) < 12_000
 
 
-def recipes_as_texts(method, pattern):
-    is_understood_or_refused(method, pattern=pattern)
+def recipes_as_texts(method, pattern, target):
+    is_understood_or_refused(method, pattern=pattern, target=target)
 
 
 def recipes_as_mappings(data):
@@ -161,6 +176,7 @@ def recipes_as_mappings(data):
 TEXTS = {
     "method": mutated(st.sampled_from(METHODS)),
     "pattern": st.none() | mutated(st.sampled_from(["2:4", "50%", "50%:rank_over=row"])),
+    "target": st.none() | mutated(st.sampled_from(["pruned", "dense", "dense:share=0.5,damping=0.1"])),
 }
 MAPPINGS = {"data": wild() | RECIPES | ANYTHING}
 
@@ -175,7 +191,11 @@ test_many_recipes_as_mappings = pytest.mark.slow(cases(2000, **MAPPINGS)(recipes
 
 @functools.cache
 def yaml_texts():
-    recipes = [Recipe(), Recipe("cvr:alpha=1+energy:eps=1e-7", "50%", targets=("*.mlp.*",), allocation="owl:spread=0.1")]
+    recipes = [
+        Recipe(),
+        Recipe("best", "50%"),
+        Recipe("cvr:alpha=1+energy:eps=1e-7", "50%", targets=("*.mlp.*",), allocation="owl:spread=0.1"),
+    ]
     return [text for one in recipes for text in (one.to_yaml(), yaml.safe_dump(one.to_dict(), sort_keys=False))]
 
 
@@ -247,7 +267,7 @@ def recipes_on_a_model(data, scale, seed):
 
 
 APPLIED = {
-    "data": RECIPES,
+    "data": RECIPES | st.fixed_dictionaries({"method": st.sampled_from(sorted(PRESETS)), "pattern": PATTERNS}),
     "scale": st.sampled_from([0, 0, 0, -30, -8, 4, 9, 17]),
     "seed": st.integers(0, 9),
 }
@@ -269,6 +289,8 @@ LINES = [
     "prune --config options.yaml --output out --max-shard-size 1MB --dtype float32 --device cpu --batch-size 1 --seed 3",
     "evaluate tiny --text text.txt --seqlen 8 --batch-size 64",
     "evaluate --text text.txt tiny --seqlen 8 --batch-size 32 --json --dtype bfloat16",
+    "prune tiny --output out --samples 2 --seqlen 8 --method best --pattern 50% --target dense:share=0.5 --text text.txt",
+    "prune tiny --output out --samples 2 --seqlen 8 --method paper --text text.txt --no-compare",
     "inspect tiny --pattern 4:8 --json",
     "inspect sparse --quiet",
     "verify sparse --json",
@@ -276,8 +298,8 @@ LINES = [
     "report sparse --output page.html",
     "push sparse me/mine --private",
     "merge sparse adapter --output out",
-    "compare tiny --methods wanda cvr+energy --patterns 2:4 50% --text text.txt --calibration text.txt --samples 2 --seqlen 8",
-    "tune tiny --output out --minutes 0.01 --calibration text.txt --samples 4 --seqlen 8 --pattern 2:4",
+    "compare tiny --methods wanda best paper --patterns 2:4 50% --text text.txt --calibration text.txt --samples 2 --seqlen 8",
+    "tune tiny --output out --minutes 0.01 --calibration text.txt --samples 4 --seqlen 8 --pattern 2:4 --no-gradients",
     "experiment perplexity --model tiny --output out --patterns 2:4 --samples 2 --seeds 0 1",
     "benchmark tiny --samples 2 --seqlen 8 --rounds 1",
     "quickstart --output out --steps 3",
@@ -288,6 +310,7 @@ LINES = [
 WORDS = [
     *["--json", "--quiet", "--pattern", "2:4", "4:4", "1e400", "-1", "0", "99999999999999999999", "", "--", "-", "--help", "é"],
     *["--samples", "--seed", "--config", "options.yaml", "--recipe", "--text", "tiny", "sparse", "nowhere", "text.txt", "out"],
+    *["best", "paper:alpha=1", "fast+energy", "--target", "dense", "dense:share=nan", "--no-compare", "--method"],
     *["cvr:alpha=1e999", "auto", "auto:minutes=1e9", "[a, b]", "['energy', 'least-squares']", "{name: cvr}", "{", "*a", "nan"],
     *[
         "--dtype",

@@ -15,6 +15,7 @@ from statprune import Recipe
 from statprune.checkpoint import verify
 from statprune.commands.cli import main
 from statprune.errors import RecipeError
+from statprune.methods.catalog import catalog
 from statprune.methods.compensations import COMPENSATIONS
 from statprune.methods.criteria import CRITERIA
 from statprune.methods.registry import PRUNERS, known_compensations, known_criteria, known_pruners, summary
@@ -282,7 +283,7 @@ MODULE = "methods_of_another_package"
 
 def forget():
     """What a process that starts anew would look up again."""
-    for known in (known_criteria, known_pruners, known_compensations):
+    for known in (known_criteria, known_pruners, known_compensations, catalog):
         known.cache_clear()
 
 
@@ -427,6 +428,9 @@ def test_a_folder_keeps_its_promises_for_those_who_have_not_got_the_package(inst
             "'a+b' = '{module}:smallest' in statprune.criteria",
         ),
         ("[statprune.criteria]\n2:4 = {module}:smallest\n", "in statprune.criteria"),
+        ("[statprune.criteria]\nauto = {module}:smallest\n", "'auto' = "),
+        ("[statprune.criteria]\nbest = {module}:smallest\n", "'best' = "),
+        ("[statprune.pruners]\npaper = {module}:Halved\n", "'paper' = "),
     ],
 )
 def test_a_name_that_is_taken_or_is_none_is_refused(install, entry_points, origin):

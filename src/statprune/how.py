@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from statprune.errors import RecipeError
+from statprune.errors import RecipeError, shown
 from statprune.grammar import complete_parts, read_method, write_method
 from statprune.presets import PRESETS, USUAL_CRITERION
 from statprune.recipe import Recipe, Search, is_auto, load_yaml, scope_to_dict
@@ -39,7 +39,7 @@ def read_how(how: How | None = None, **others: Any) -> Recipe | Search:
         data = dict(how or {})
     else:
         raise RecipeError(
-            f"how={how!r} is a {type(how).__name__}: expected a Recipe, a Search, a method's short name such as 'best', "
+            f"how={shown(how)} is a {type(how).__name__}: expected a Recipe, a Search, a method's short name such as 'best', "
             "or a mapping of a recipe's keys."
         )
     is_search = isinstance(how, Search) and "method" not in others and "criterion" not in others

@@ -212,6 +212,11 @@ class Recipe:
         return build_pruner(self.criterion, pattern or self.build_pattern(), self.compensation)
 
     @property
+    def needs(self) -> Statistic:
+        """What is collected for it, of each layer's inputs and of the loss."""
+        return self.pruner().needs | self.build_target().needs
+
+    @property
     def _pattern(self) -> Whole:
         return complete_pattern(read_pattern(self.pattern), self.criterion["name"])
 

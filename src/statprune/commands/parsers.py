@@ -250,7 +250,11 @@ def _texts(entry: Entry) -> list[str]:
 
 def _row(name: str, texts: Sequence[str]) -> list[str]:
     indent = " " * 20
-    lines = [line for text in texts for line in textwrap.wrap(text, _width() - len(indent), break_on_hyphens=False)]
+    lines = [
+        line
+        for text in texts
+        for line in textwrap.wrap(text, _width() - len(indent), break_on_hyphens=False, break_long_words=False)
+    ]
     return [f"  {name:<{len(indent) - 2}}{lines[0]}", *(indent + line for line in lines[1:])]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from statprune.errors import ExperimentError, nearest
 from statprune.how import Method, labelled
+from statprune.methods.statistics import Statistic
 from statprune.model.schedule import Schedule
 from statprune.recipe import Recipe, Search
 from statprune.strict_yaml import load as load_yaml
@@ -164,8 +165,17 @@ class Experiment:
                 label, how = labelled(method, pattern=pattern, schedule=self.schedule)
                 if isinstance(how, Search) and self.measure == "runtime":
                     raise ExperimentError(f"The experiment runtime times a method, and {label!r} is yet to choose one.")
+                if (
+                    self.measure == "runtime"
+                    and isinstance(how, Recipe)
+                    and how.needs & (Statistic.CROSS | Statistic.CURVATURE)
+                ):
+                    raise ExperimentError(
+                        f"The experiment runtime times what one block's own inputs are enough for, and {label!r} needs the dense "
+                        "model beside it or gradients. Leave it out, or take its pruning seconds in another experiment."
+                    )
                 # An allocation measures the dense model, whatever the pruner needs.
-                is_calibrated = isinstance(how, Search) or bool(how.pruner().needs) or how.allocation != "uniform"
+                is_calibrated = isinstance(how, Search) or how.allocation != "uniform" or bool(how.needs)
                 for samples in self.sizes or [self.samples]:
                     for seed in self.seeds:
                         calibration = (samples, seed) if is_calibrated else (None, None)

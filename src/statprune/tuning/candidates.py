@@ -61,7 +61,7 @@ compare."""
 
 def uses_gradients(recipe: Recipe) -> bool:
     """Whether the dense model goes backward for it."""
-    return Statistic.CURVATURE in recipe.pruner().needs
+    return Statistic.CURVATURE in recipe.needs
 
 
 def refinements(recipe: Recipe) -> Iterator[Recipe]:
