@@ -23,8 +23,8 @@ from statprune.loading import load_model, load_tokenizer
 from statprune.methods import catalog, registry
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS
-from statprune.perplexity import evaluate
 from statprune.methods.target import TARGETS
+from statprune.perplexity import evaluate
 from statprune.presets import PRESETS, Preset
 from statprune.report import PruningReport
 

@@ -171,8 +171,8 @@ class Experiment:
                     and how.needs & (Statistic.CROSS | Statistic.CURVATURE)
                 ):
                     raise ExperimentError(
-                        f"The experiment runtime times what one block's own inputs are enough for, and {label!r} needs the dense "
-                        "model beside it or gradients. Leave it out, or take its pruning seconds in another experiment."
+                        f"The experiment runtime times what one block's own inputs are enough for, and {label!r} needs the "
+                        "dense model beside it or gradients. Leave it out, or take its pruning seconds in another experiment."
                     )
                 # An allocation measures the dense model, whatever the pruner needs.
                 is_calibrated = isinstance(how, Search) or how.allocation != "uniform" or bool(how.needs)
