@@ -42,20 +42,19 @@ DEFAULT = "default"
 PRESETS: dict[str, Preset] = {
     DEFAULT: Preset(
         "The best that needs no gradients and costs no more than SparseGPT.",
-        "optimal-brain+least-squares:steps=15",
+        "optimal-brain+least-squares:steps=6,iterations=2",
     ),
     "best": Preset(
-        "The best there is; with gradients of the dense model, for about four times SparseGPT's time.",
-        "optimal-brain+loss-aware:steps=15",
+        "The best there is; with gradients of the dense model, for three to four times SparseGPT's time.",
+        "optimal-brain+loss-aware:steps=9,iterations=4",
         target="dense",
         unstructured_allocation="curves",
         uses_gradients=True,
     ),
     "fast": Preset(
-        "Most of what `best` gives, with gradients too, for less than half of its time.",
-        "optimal-brain+least-squares:steps=6+loss-aware:iterations=12",
-        unstructured_allocation="curves",
-        uses_gradients=True,
+        "Most of what `best` gives, without gradients, for half of its time.",
+        "optimal-brain+least-squares:steps=6,iterations=2",
+        target="dense",
     ),
     "paper": Preset(
         "The paper's method, CVR and EC, with its settings.",

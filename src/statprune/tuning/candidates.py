@@ -41,7 +41,7 @@ SCHEDULES: tuple[Schedule, ...] = ("block", "walk", "one-shot")
 """Tried with the methods that one-shot statistics have found good; the last only with the best."""
 
 VARIATIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "least-squares": {"steps": (15, 40), "damping": (0.1, 0.001)},
+    "least-squares": {"steps": (6, 15, 40), "damping": (0.1, 0.001)},
     "loss-aware": {"shrinkage": (0.1, 0.6), "steps": (0, 15), "iterations": (40,)},
     "activation-energy": {"strength": (0.5,)},
     "energy": {"strength": (0.5,)},
@@ -51,7 +51,7 @@ VARIATIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 """Other values of settings, by the name of the part that has them, the most promising first; each is tried alone."""
 
-TARGETS = ("dense", "dense:share=0.5", "pruned")
+TARGETS = ("dense", "dense:damping=1.0", "dense:share=0.5", "pruned")
 """Tried with the best of what has a schedule of its own: under one-shot they are the same."""
 
 ALLOCATIONS = ("curves", "sensitivity", "owl", "uniform")
