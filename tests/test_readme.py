@@ -16,6 +16,7 @@ from statprune.grammar import complete
 from statprune.methods.budget import ALLOCATIONS
 from statprune.methods.patterns import PATTERNS, parse_shorthand
 from statprune.methods.registry import known_compensations, known_criteria, settings_of
+from statprune.methods.target import TARGETS
 from statprune.model.schedule import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
@@ -123,8 +124,13 @@ def test_every_command_is_in_the_table():
 
 @pytest.mark.parametrize(
     ("part", "known"),
-    [("criterion", known_criteria()), ("compensation", known_compensations()), ("allocation", ALLOCATIONS)],
-    ids=["criterion", "compensation", "allocation"],
+    [
+        ("criterion", known_criteria()),
+        ("compensation", known_compensations()),
+        ("target", TARGETS),
+        ("allocation", ALLOCATIONS),
+    ],
+    ids=["criterion", "compensation", "target", "allocation"],
 )
 def test_the_table_of_methods_has_every_name_and_every_setting_with_its_default(part, known):
     written = methods()[part]
@@ -139,7 +145,7 @@ def test_the_table_of_methods_has_every_name_and_every_setting_with_its_default(
 
 def test_the_table_of_methods_has_the_patterns_and_the_schedules():
     written = methods()
-    assert written.keys() == {"criterion", "compensation", "pattern", "schedule", "allocation"}
+    assert written.keys() == {"criterion", "compensation", "pattern", "schedule", "target", "allocation"}
     assert tuple(written["schedule"]) == SCHEDULES
     shown = {type(parse_shorthand(text)): settings for text, settings in written["pattern"].items()}
     assert shown.keys() == set(PATTERNS.values())
