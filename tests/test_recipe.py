@@ -688,7 +688,7 @@ def test_a_target_is_an_object_of_its_settings():
     assert Recipe("wanda").build_target() == PrunedTarget()
     assert Recipe("wanda", target="dense:share=0.5").build_target() == DenseTarget(share=0.5)
     assert Recipe("wanda", target="dense:share=1.0") == Recipe("wanda", target="dense")
-    assert Recipe("wanda", target="dense").to_dict()["target"] == {"name": "dense", "share": 1.0, "damping": 0.01}
+    assert Recipe("wanda", target="dense").to_dict()["target"] == {"name": "dense", "share": 1.0, "damping": 0.3}
     assert (
         Recipe("wanda", "50%", "block", allocation="owl:spread=0.1", target="dense").conditions
         == "block, owl:spread=0.1, dense"

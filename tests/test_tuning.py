@@ -210,7 +210,7 @@ def test_the_files_say_what_was_tried_and_the_recipe_can_be_used(few, tmp_path):
     (chosen,) = [row for row in rows if row["chosen"] == "True"]
     assert (chosen["method"], float(chosen["perplexity"])) == (tuned.recipe.method, tuned.winner.perplexity)
     assert {row["allocation"].partition(":")[0] for row in rows} <= {*ALLOCATIONS, "uniform"}
-    assert {row["target"] for row in rows} == {"pruned", "dense", "dense:share=0.5"}
+    assert {row["target"] for row in rows} == {"pruned", "dense", "dense:damping=1.0", "dense:share=0.5"}
     assert any(row["allocation"] != "uniform" for row in rows)  # an unstructured pattern's sparsity can be shared out
     table = (tmp_path / "tried.md").read_text()
     assert "{" not in table
