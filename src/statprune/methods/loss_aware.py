@@ -6,7 +6,8 @@ inputs and gradients taken for independent (K-FAC; Martens & Grosse 2015, arXiv 
 the case G = 1, in which every row stands alone; here an error of one output can make up for that of another.
 
 G is shrunk toward its diagonal: estimated from few tokens it has directions that it sees nothing in, and errors would go
-there.
+there. And its diagonal has a floor: where one token is huge and a norm divides by its size, as with the massive activations of
+LLaMAs, the loss hardly sees a small change of the outputs that make it, and errors that go there without limit are not small.
 
 Two ways to use it. On a mask that is given: conjugate gradients over the whole matrix, two products an iteration. On a mask
 that is reached in steps (`gradual`): ADMM in coordinates in which both curvatures' inverses have ones on their diagonals; with
@@ -31,8 +32,10 @@ from statprune.methods.statistics import InputMoments, Statistic
 
 Shrinkage = Annotated[float, Between(0.01, 1)]
 
-_LEAST = 1e-6
-"""An output's curvature is at least this fraction of the mean: one that no loss depends on would have no inverse."""
+_LEAST = 0.1
+"""An output's curvature is at least this fraction of the mean. Without such a floor, the second layer of a trained LLaMA, which
+makes massive activations, lost 1.5 times the energy of its output at 70 %, and the model 2.8 times what SparseGPT loses, where
+it now loses 0.26. With 0.01 that is 0.27, and a multiple of the identity in the place of the floor gives the same."""
 
 
 @dataclass(frozen=True)
