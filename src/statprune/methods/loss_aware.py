@@ -33,9 +33,10 @@ from statprune.methods.statistics import InputMoments, Statistic
 Shrinkage = Annotated[float, Between(0.01, 1)]
 
 _LEAST = 0.1
-"""An output's curvature is at least this fraction of the mean. Without such a floor, the second layer of a trained LLaMA, which
-makes massive activations, lost 1.5 times the energy of its output at 70 %, and the model 2.8 times what SparseGPT loses, where
-it now loses 0.26. With 0.01 that is 0.27, and a multiple of the identity in the place of the floor gives the same."""
+"""An output's curvature is at least this fraction of the mean; one that no loss depends on would have no inverse. With 1e-6 the
+second layer of a trained LLaMA, which makes massive activations, changed its output by 1.5 times the output's own root mean
+square (70 %, uniform, 12 x 512 tokens), and the model lost 2.8 times what SparseGPT loses, where it now loses 0.26. With 0.01
+that is 0.27; multiples of the identity in the place of the floor give 0.22 to 0.27."""
 
 
 @dataclass(frozen=True)
