@@ -1,7 +1,7 @@
 """Segments: where a schedule cuts the graph, what runs in between, and what each value is kept for."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,9 @@ class Segment:
 
     releases: list[Node] = field(default_factory=list)
     """Values from before a rehearsal that nothing reads after it."""
+
+    weights: list[str] = field(default_factory=list)
+    """Parameters and buffers, by the graph's names, that its steps and its pruning read."""
 
     last_weights: list[str] = field(default_factory=list)
     """Parameters and buffers, by the graph's names, that nothing reads after this segment and its pruning."""
@@ -87,7 +90,7 @@ def plan_segments(
             segments.append(Segment(observing, prunes=pairs))
             cut = last + 1
     _mark_last_reads(segments, has_dense=has_dense)
-    _mark_last_weights(segments, made_of_weights(traced), has_dense=has_dense)
+    _mark_weights(segments, made_of_weights(traced), has_dense=has_dense)
     if any(segment.is_rehearsal for segment in segments):
         _refuse_written_buffers(traced, "schedule 'block' runs every block twice", "schedule 'walk'")
     if has_dense:
@@ -123,21 +126,20 @@ def _mark_last_reads(segments: Sequence[Segment], *, has_dense: bool) -> None:
             segment.dies_after.setdefault(index, []).append(node)
 
 
-def _mark_last_weights(segments: Sequence[Segment], made: set[Node], *, has_dense: bool) -> None:
-    last: dict[str, Segment] = {}
-
-    def read(nodes: Iterable[Node], segment: Segment) -> None:
+def _mark_weights(segments: Sequence[Segment], made: set[Node], *, has_dense: bool) -> None:
+    def read(nodes: Iterable[Node]) -> Iterator[str]:
         for node in nodes:
             if node.op == "get_attr":
-                last[str(node.target)] = segment
+                yield str(node.target)
             elif node in made:
-                read(node.all_input_nodes, segment)
+                yield from read(node.all_input_nodes)
 
+    last: dict[str, Segment] = {}
     for segment in segments:
-        for step in segment.steps:
-            read(_reads(step, has_dense=has_dense), segment)
-        for _, part in segment.prunes:
-            last.update(dict.fromkeys((name for site in part.sites for name in (site.parameter, *site.aliases)), segment))
+        names = [name for step in segment.steps for name in read(_reads(step, has_dense=has_dense))]
+        names += [name for _, part in segment.prunes for site in part.sites for name in (site.parameter, *site.aliases)]
+        segment.weights = list(dict.fromkeys(names))
+        last.update(dict.fromkeys(segment.weights, segment))
     for name, segment in last.items():
         segment.last_weights.append(name)
 

@@ -80,8 +80,10 @@ def walk(
     shared: dict[Any, dict[Node, Any]] = defaultdict(dict)
     moments: dict[str, InputMoments] = {}
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
-    for segment in segments:
+    reads = [[name for name in segment.weights if name in weights] for segment in segments]
+    for segment, names, following in zip(segments, reads, [*reads[1:], []], strict=True):
         has_two = len(streams) > 1
+        weights.prepare(names, following)
         moments |= {group.name: no_tokens(group, needs, device, has_dense=has_two) for group in segment.groups}
         with forward_context():
             for number, batch in enumerate(batches):

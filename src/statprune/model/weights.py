@@ -7,7 +7,7 @@
 Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,12 @@ class Weights(Readable, Protocol):
     def is_in_place(self) -> bool:
         """Whether what is put changes the model at once."""
 
+    def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
+        """These are read from now on, until they are released; those of the segment behind it come next.
+
+        Every rank calls it with the same names at the same place, so that it may talk to the others.
+        """
+
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Land a pruned weight; every name that it is tied to reads it from now on."""
 
@@ -58,6 +64,9 @@ class InPlace:
     def get(self, name: str) -> Tensor:
         """The model's own tensor."""
         return self._tensors[name]
+
+    def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
+        """They are there."""
 
     @torch.no_grad()
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
@@ -85,6 +94,9 @@ class Twin:
     def get(self, name: str) -> Tensor:
         """The pruned one where there is one."""
         return self._tensors[name]
+
+    def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
+        """They are there."""
 
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Keep it aside."""
