@@ -22,6 +22,7 @@ FLOORS = """
     checkpoint
     card  companions  hub  output  page  verification
     loading  configuration  completeness  weight_files
+    disk
     perplexity  divergence  report  data  results  zeros  how  recipe  grammar  presets  record
     model
     methods
