@@ -20,7 +20,6 @@ from statprune.errors import CheckpointError, shown
 from statprune.model.sites import LinearSite
 from statprune.report import FinishedSite, site_report
 
-JOURNAL = "journal.jsonl"
 FORMAT = 1
 
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from statprune.disk.ranges import WORDS, Range, digest_of, ranges_of, read, write
+from statprune.disk.ranges import WORDS, Range, check_finite, digest_of, read, write
 from statprune.errors import CheckpointError, ModelError
 
 _ALIGNMENT = 64
@@ -88,9 +88,18 @@ class Shards:
             ) from e
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor into its place; OSError where the disk does not take it."""
+        """Put a tensor into its place, and remember its digest; OSError where the disk does not take it."""
         write(self.places[name], tensor)
         self.digests[name] = digest_of(tensor)
+
+    def copy(self, name: str, source: Range) -> None:
+        """Put a tensor of another file into its place, in this one's dtype.
+
+        Raises:
+            NonFiniteError: NaN or infinity in it.
+            OSError: the disk does not take it.
+        """
+        write(self.places[name], check_finite(read(source), name).to(self.places[name].dtype))
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
         """A tensor that was written; see `ranges.read`."""
@@ -114,13 +123,6 @@ class Shards:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-    def check(self) -> None:
-        """Raise CheckpointError where a file does not hold what was laid out."""
-        for file in self._headers:
-            known = {name: place for name, place in self.places.items() if place.file.name == file}
-            if ranges_of(self.folder / file) != known:
-                raise CheckpointError(f"{self.folder / file} was changed while it was written.")
 
 
 def _header(blank: Mapping[str, Tensor], names: list[str]) -> bytes:

@@ -4,6 +4,8 @@ transformers loads it "onto the disk": it knows which of a model's weights are r
 files, says where each one is, and writes those that it has to make into files of their own.
 """
 
+import contextlib
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -67,8 +69,7 @@ def open_skeleton(
     kind, part = model_class(config)
     offload = tempfile.TemporaryDirectory(prefix="statprune-converted-")
     try:
-        with without_report() as reports, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*offloaded to the disk")
+        with without_report() as reports, _quiet():
             model, found = kind.from_pretrained(
                 folder, config=part, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                 ignore_mismatched_sizes=True, output_loading_info=True, device_map={"": "disk"}, offload_folder=offload.name,
@@ -114,6 +115,18 @@ def open_skeleton(
     return Skeleton(model.eval(), places, canonical, kept, stored_as, offload)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without accelerate's line that parameters are on the meta device."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _check_accelerate() -> None:
     try:
         import accelerate  # type: ignore[import-untyped]  # noqa: F401
@@ -143,6 +156,7 @@ def _empty_(model: nn.Module, device: str) -> None:
     from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-untyped]
 
     remove_hook_from_submodules(model)
+    vars(model).pop("hf_device_map", None)  # else save_pretrained warns of memory that it does not take here
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):

@@ -13,10 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from statprune.disk.ranges import read
+from statprune.disk.ranges import check_finite, read
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import Skeleton
-from statprune.errors import NonFiniteError
 from statprune.methods.pruner import PrunedWeight
 from statprune.model.sites import LinearSite
 
@@ -119,8 +118,7 @@ class Streamed:
             tensor = self._shards.read(self._skeleton.stored_as[own], pinned=pinned)
         else:
             tensor = read(self._skeleton.places[own], pinned=pinned)
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            raise NonFiniteError(f"NaN or infinity in the parameter {own}. Was the checkpoint saved whole?")
+        check_finite(tensor, own)
         dtype = self._skeleton.model.get_parameter(own).dtype
         if self._copies is None:
             return tensor.to(dtype)
@@ -135,10 +133,3 @@ class Streamed:
         if self._copies is not None:
             tensor.record_stream(torch.cuda.current_stream(self._device))  # made on another one
         return tensor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """NaN and infinity survive a sum, which needs no memory; a sum that is infinite without them is looked at again."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype is torch.float64 else torch.float32))) or bool(
-        torch.isfinite(tensor).all()
-    )
