@@ -273,7 +273,7 @@ def test_a_disk_that_fills_up_later_loses_nothing(tmp_path, folders, batches, mo
 def test_shards_are_what_safetensors_reads(tmp_path):
     torch.manual_seed(0)
     tensors = {f"t{i}": torch.randn(3, 5).to(dtype) for i, dtype in enumerate([torch.float32, torch.bfloat16, torch.float64])}
-    shards = Shards(tmp_path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, "100B")
+    shards = Shards(tmp_path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, 100)
     shards.create()
     for name in ("t2", "t0", "t1"):
         shards.write(name, tensors[name])

@@ -106,9 +106,9 @@ def run(
                         if known is not None and curvature is not None:
                             known = known.with_output_gram(curvature.gram(site.parameter))
                         pruned = _prune(own.get(site.parameter, pruner), target, site, weight, known)
-                        weights.put(site, pruned)
-                        fresh.append(_finished(site, weight, pruned, moments, allocation))
+                        fresh.append(_finished(site, weight, pruned, moments, allocation))  # before the weight changes
                         report.sites.append(fresh[-1].report)
+                        weights.put(site, pruned)
                     if ledger is not None and fresh:
                         ledger.add(fresh)
                     done += fresh
