@@ -10,7 +10,7 @@ from statprune import checkpoint, streaming
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import open_skeleton
 from statprune.disk.streamed import Streamed
-from statprune.errors import CheckpointError, NonFiniteError, SiteError
+from statprune.errors import CheckpointError, NonFiniteError, RecipeError, SiteError
 from statprune.loading import load_model
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
@@ -287,3 +287,29 @@ def test_shards_are_what_safetensors_reads(tmp_path):
     assert index["weight_map"].keys() == tensors.keys()
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert all(torch.equal(shards.read(name), one) for name, one in load_file(tmp_path / "theirs.safetensors").items())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=text_of)
+def test_a_run_in_memory_goes_on_where_another_one_stopped(tmp_path, folders, batches, recipe):
+    models = [load_model(str(folders["llama"])) for _ in range(3)]
+    expected = statprune.prune(models[0], batches, recipe)
+    with pytest.raises(Stopped):
+        statprune.prune(models[1], batches, recipe, journal=tmp_path, progress=stop_after(9))
+    kept = len(list((tmp_path / "pruned").iterdir()))
+    assert 9 <= kept < len(expected.sites)
+    report = statprune.prune(models[2], batches, recipe, journal=tmp_path)
+    assert report.sites == expected.sites
+    assert all(torch.equal(one, other) for one, other in zip(models[0].parameters(), models[2].parameters(), strict=True))
+
+
+def test_a_journal_is_of_a_dense_model(tmp_path, folders, batches):
+    model = load_model(str(folders["llama"]))
+    with pytest.raises(Stopped):
+        statprune.prune(model, batches, "wanda", journal=tmp_path, progress=stop_after(4))
+    with pytest.raises(CheckpointError, match="its model was"):  # which is pruned in part by now
+        statprune.prune(model, batches, "wanda", journal=tmp_path)
+
+
+def test_a_search_has_no_journal(tmp_path, folders, batches):
+    with pytest.raises(RecipeError, match="a journal is of one process and a recipe, not of a search"):
+        statprune.prune(load_model(str(folders["llama"])), batches, "auto", journal=tmp_path)

@@ -2,8 +2,10 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,17 +13,20 @@ from torch.fx import GraphModule
 
 from statprune.agreement import check_layers, check_start, device_of
 from statprune.clock import peak_memory, timed
+from statprune.disk.journal import Journal, fingerprint
+from statprune.disk.pieces import KeptInPlace
 from statprune.engine import run
-from statprune.errors import RanksError, TracingError, adding
+from statprune.errors import RanksError, RecipeError, TracingError, adding
 from statprune.how import How, read_how
 from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
+from statprune.model.kinds import architecture
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.sites import TracedModel
-from statprune.model.weights import InPlace, Twin, write_
+from statprune.model.weights import InPlace, Twin, check_and_sum_weights, write_
 from statprune.progress import Progress, Say, silent, unsaid
-from statprune.ranks import ProcessGroup, together
+from statprune.ranks import ProcessGroup, is_distributed, together
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 
@@ -76,6 +81,7 @@ def prune(
     pattern: str | None = None,
     traced: Layers | TracedModel | None = None,
     loss: Loss | None = None,
+    journal: str | Path | None = None,
     process_group: ProcessGroup = None,
     progress: Progress = silent,
     say: Say = unsaid,
@@ -98,6 +104,8 @@ def prune(
             the export; batches must have the shapes it was traced with.
         loss: `(model, inputs, index)` to the summed loss of a calibration batch, a scalar, for methods that are loss-aware on
             models that are no causal language models, whose loss is known.
+        journal: a folder to keep each pruned weight in, so that the same call on the same dense model goes on where one was
+            that ended early; remove it afterwards. It takes as much disk as the pruned weights. Of one process and a recipe.
         process_group: in a `torch.distributed` run, the ranks that prune together, each with batches of its own; None for all.
         progress: called after each input group.
         say: called with each step of a search in words.
@@ -110,9 +118,11 @@ def prune(
         StatpruneError: bad data, weights, names or widths; before anything is changed. One case cannot be seen so early:
             activations that are finite on the first batch and not on a later one. The message says so.
     """
+    landing = InPlace if journal is None else partial(KeptInPlace, folder=Path(journal) / "pruned")
     return _carry_out(
-        "statprune.prune", InPlace, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
-    ).report
+        "statprune.prune", landing, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context,
+        journal,
+    ).report  # fmt: skip
 
 
 def plan(
@@ -139,7 +149,7 @@ def plan(
 
 def _carry_out(
     call: str,
-    landing: type[InPlace] | type[Twin],
+    landing: Callable[[nn.Module], InPlace | Twin],
     model: nn.Module,
     batches: Iterable[Any],
     how: How | None,
@@ -150,11 +160,14 @@ def _carry_out(
     progress: Progress,
     say: Say,
     forward_context: ForwardContext,
+    journal: str | Path | None = None,
 ) -> PruningPlan:
     device = device_of(model)
     with together(process_group, device, call):
         with adding(lambda: "Nothing was changed.", RanksError):
             chosen = read_how(how, pattern=pattern)
+            if journal is not None:
+                _check_journal(journal, chosen, process_group)
             if isinstance(chosen, Search):
                 # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
                 from statprune.tuning.halves import check_has_perplexity
@@ -171,10 +184,11 @@ def _carry_out(
                 warnings.warn(layers.reason, stacklevel=3)
             recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
             tuned_peak = peak_memory(device)
-        weights = landing(model)
+            weights = landing(model)
+            ledger = _journal(journal, weights, model, recipe, inputs) if journal is not None else None
         report = run(
             layers, inputs, recipe, weights,
-            loss=loss, process_group=process_group, progress=progress, forward_context=forward_context,
+            loss=loss, ledger=ledger, process_group=process_group, progress=progress, forward_context=forward_context,
         )  # fmt: skip
         if record is not None:
             seconds = {"tune": record["seconds"], **seconds}
@@ -202,3 +216,18 @@ def _recipe(
         layers, inputs, how, process_group=process_group, progress=progress, say=say, forward_context=forward_context
     )
     return tuned.recipe, {"search": how.to_dict(), **tuned.record()}
+
+
+def _check_journal(folder: str | Path, how: Recipe | Search, process_group: ProcessGroup) -> None:
+    if is_distributed(process_group) or isinstance(how, Search):
+        what = "several ranks" if is_distributed(process_group) else "a search, which may choose another recipe the next time"
+        raise RecipeError(f"statprune.prune(journal={str(folder)!r}): a journal is of one process and a recipe, not of {what}.")
+
+
+def _journal(
+    folder: str | Path, weights: InPlace | Twin, model: nn.Module, recipe: Recipe, inputs: Sequence[ModelInputs]
+) -> Journal:
+    """The journal in a folder, for the same run to go on with."""
+    assert isinstance(weights, KeptInPlace), "a journal has files to name"
+    content = {"architecture": architecture(model), "weights": check_and_sum_weights(model)}
+    return Journal(Path(folder) / "journal.jsonl", fingerprint(recipe.to_dict(), content, inputs), weights)

@@ -100,6 +100,11 @@ class Reserved:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether the journal names something that is finished, which will not be removed."""
+        return _has_work(self.journal.parent)
+
     def check_held(self) -> None:
         """Raise CheckpointError where the place was given back; make its folder again where somebody has removed it."""
         if not self.release.alive:

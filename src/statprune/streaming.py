@@ -13,7 +13,7 @@ import torch
 
 from statprune.agreement import device_of
 from statprune.clock import timed
-from statprune.disk.journal import Journal
+from statprune.disk.journal import Journal, fingerprint
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import Skeleton
 from statprune.disk.streamed import Streamed
@@ -27,9 +27,7 @@ from statprune.output import Reserved
 from statprune.progress import Progress, silent
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
-from statprune.results import digest
 from statprune.selection import select
-from statprune.versions import versions
 
 
 def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
@@ -127,18 +125,13 @@ def _identity(
     skeleton: Skeleton, inputs: Sequence[ModelInputs], recipe: Recipe, shards: Shards, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What two runs have in common of which one can go on with the other's work: all that a result depends on."""
-    tensors = {
-        f"{number}.{index}": tensor for number, batch in enumerate(inputs) for index, tensor in enumerate(batch.tensors())
-    }
     files = {}
     for place in skeleton.kept.values():
         status = place.file.stat()
         files[place.file.name] = [status.st_size, status.st_mtime_ns]
-    return {
-        "recipe": recipe.to_dict(), "model": files, "tokens": digest(tensors), "device": str(device_of(skeleton.model)),
-        "dtype": str(skeleton.model.dtype), "output": {place.file.name: place.start for place in shards.places.values()},
-        "threads": torch.get_num_threads(), **settings, "versions": versions(),
-    }  # fmt: skip
+    model = {"files": files, "dtype": str(skeleton.model.dtype), "device": str(device_of(skeleton.model))}
+    layout = {place.file.name: place.start for place in shards.places.values()}
+    return fingerprint(recipe.to_dict(), model, inputs, output=layout, **settings)
 
 
 def _copy_rest(skeleton: Skeleton, shards: Shards, pruned: set[str], progress: Progress) -> None:

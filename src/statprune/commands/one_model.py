@@ -90,13 +90,27 @@ def prune(
     streams = wants_stream(model, stream, memory)
     if streams and isinstance(how, Search):
         raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
-    with checkpoint.reserve(
-        output, overwrite=overwrite, source=model.model, say=console.say, resumes=streams, restarts=restart
-    ) as place:
+    with (
+        checkpoint.reserve(
+            output, overwrite=overwrite, source=model.model, say=console.say, resumes=isinstance(how, Recipe), restarts=restart
+        ) as place,
+        _kept(place),
+    ):
         if streams:
             assert isinstance(how, Recipe)
             return prune_streamed(model, place, how, calibration, max_shard_size or checkpoint.USUAL_SHARD_SIZE)
         return _prune(model, place, how, calibration, text, not no_compare, max_shard_size)
+
+
+@contextlib.contextmanager
+def _kept(place: "Reserved") -> Iterator[None]:
+    """Where the run ends early, it is said what becomes of what was done."""
+    try:
+        yield
+    except BaseException:
+        if place.has_work:
+            console.say("What was finished is kept: the same command goes on with it, and --restart begins anew.")
+        raise
 
 
 def _prune(
@@ -133,11 +147,14 @@ def _prune(
         if compares and how.method not in _NOT_COMPARED:
             with timed(seconds, "compare"):
                 perplexity["wanda"] = _wandas(opened, list(windows.split(calibration.batch_size)), held_out, how, layers)
+    if place.journal.exists():
+        console.say(f"going on with what a run that ended early has left in {place.journal.parent}")
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
     with console.progress(title) as progress, _said_already(layers.reason):
         report = prune_model(
-            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=console.say
-        )
+            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=console.say,
+            journal=place.journal.parent if isinstance(how, Recipe) else None,
+        )  # fmt: skip
     if held_out is not None:
         perplexity["pruned"] = _perplexity_or_none(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
         report.perplexity = {**perplexity, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}

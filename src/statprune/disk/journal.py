@@ -16,9 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from statprune.errors import CheckpointError, shown
+from statprune.model.inputs import ModelInputs
 from statprune.model.sites import LinearSite
 from statprune.report import FinishedSite, site_report
+from statprune.results import digest
+from statprune.versions import versions
 
 FORMAT = 1
 
@@ -93,10 +98,15 @@ class Journal:
             raise CheckpointError(f"The journal {self.path} cannot be written: {e.strerror}.") from e
 
 
-def read_inputs(path: Path) -> dict[str, Any] | None:
-    """What the run of a journal is about; None where there is no journal that says so."""
-    lines, _ = _lines(path)
-    return lines[0].get("inputs") if lines else None
+def fingerprint(
+    recipe: Mapping[str, Any], model: Mapping[str, Any], inputs: Sequence[ModelInputs], **settings: Any
+) -> dict[str, Any]:
+    """What two runs have in common of which one can go on with the other's work: all that the bits of a result depend on."""
+    tokens = {f"{number}.{at}": one for number, batch in enumerate(inputs) for at, one in enumerate(batch.tensors())}
+    return {
+        "recipe": dict(recipe), "model": dict(model), "tokens": digest(tokens), "threads": torch.get_num_threads(), **settings,
+        "versions": versions(),
+    }  # fmt: skip
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
