@@ -329,18 +329,36 @@ class TestEnds:
         finally:
             signal.signal(number, found)
 
-    def test_while_it_saves_nothing_is_left(self, capsys, tmp_path, tiny_model_folder, monkeypatch):
+    def test_while_it_saves_what_was_pruned_stays(self, capsys, tmp_path, tiny_model_folder, monkeypatch):
         saved = []
 
         def verify(folder):
             saved.append(list(tmp_path.iterdir()))
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("statprune.checkpoint.verify", verify)
-        assert main(["prune", tiny_model_folder, "--output", str(tmp_path / "o"), "--samples", "2", "--seqlen", "8"]) == 130
-        assert len(saved[0]) == 1  # the hidden folder was there
-        assert list(tmp_path.iterdir()) == []
-        assert capsys.readouterr().err.endswith("interrupted\n")
+        words = ["prune", tiny_model_folder, "--output", str(tmp_path / "o"), "--samples", "2", "--seqlen", "8"]
+        with monkeypatch.context() as patched:
+            patched.setattr("statprune.checkpoint.verify", verify)
+            assert main(words) == 130
+        assert saved[0] == list(tmp_path.iterdir())  # the hidden folder
+        error = capsys.readouterr().err
+        assert error.endswith("interrupted\n")
+        assert "the same command goes on with it" in error
+        assert main(words) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["o"]
+        assert "going on with" in capsys.readouterr().err
+
+    def test_begun_anew_it_removes_what_was_done(self, tmp_path, tiny_model_folder, monkeypatch):
+        def verify(folder):
+            raise KeyboardInterrupt
+
+        words = ["prune", tiny_model_folder, "--output", str(tmp_path / "o"), "--samples", "2", "--seqlen", "8"]
+        with monkeypatch.context() as patched:
+            patched.setattr("statprune.checkpoint.verify", verify)
+            assert main(words) == 130
+        assert main([*words, "--pattern", "4:8"]) == 1
+        assert main([*words, "--pattern", "4:8", "--restart"]) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
     @pytest.mark.parametrize(
         "module", ["jsonargparse", "torch", pytest.param("transformers.models.llama.modeling_llama", marks=pytest.mark.slow)]

@@ -52,7 +52,10 @@ def resident_memory(key: str) -> int | None:
 def available_memory(device: torch.device) -> int | None:
     """Bytes that are free on a GPU, or in main memory without swapping; None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        try:
+            return int(torch.cuda.mem_get_info(device)[0])
+        except (RuntimeError, AssertionError):
+            return None  # there is no such GPU, which whoever computes on it will say
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):

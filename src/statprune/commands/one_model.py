@@ -87,17 +87,20 @@ def prune(
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
-    streams = wants_stream(model, stream, memory)
-    if streams and isinstance(how, Search):
-        raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
+    resumes = isinstance(how, Recipe)
     with (
         checkpoint.reserve(
-            output, overwrite=overwrite, source=model.model, say=console.say, resumes=isinstance(how, Recipe), restarts=restart
+            output, overwrite=overwrite, source=model.model, say=console.say, resumes=resumes, restarts=restart
         ) as place,
         _kept(place),
     ):
-        if streams:
-            assert isinstance(how, Recipe)
+        if wants_stream(model, calibration, stream, memory):
+            if isinstance(how, Search):
+                raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
+            if text:
+                raise CalibrationError(
+                    "--stream: the perplexity (--text) is not measured while weights are streamed: leave it out."
+                )
             return prune_streamed(model, place, how, calibration, max_shard_size or checkpoint.USUAL_SHARD_SIZE)
         return _prune(model, place, how, calibration, text, not no_compare, max_shard_size)
 

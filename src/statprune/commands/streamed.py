@@ -27,13 +27,14 @@ def read_size(text: str) -> int:
     return int(size)
 
 
-def wants_stream(model: ModelOptions, stream: bool, memory: str | None) -> bool:
+def wants_stream(model: ModelOptions, calibration: CalibrationOptions, stream: bool, memory: str | None) -> bool:
     """Whether to stream: it is asked for, or the weights take more than the memory that there is, or that is allowed."""
     from statprune.clock import available_memory
     from statprune.configuration import empty_model
     from statprune.loading import choose_device
 
     budget = read_size(memory) if memory is not None else None
+    model.check(calibration)
     if stream:
         return True
     import torch
