@@ -52,8 +52,8 @@ class Common:
 
 
 @contextlib.contextmanager
-def told(batch: int, step: "Node | InputGroup") -> Iterator[None]:
-    """What torch raises inside says which batch it was, and where in the model.
+def told(batch: str, step: "Node | InputGroup") -> Iterator[None]:
+    """What torch raises inside says which batch it was, such as `Calibration batch 0`, and where in the model.
 
     Raises:
         CalibrationError: the model cannot run this batch.
@@ -68,16 +68,16 @@ def told(batch: int, step: "Node | InputGroup") -> Iterator[None]:
         raise CalibrationError(_cannot_run(batch, step, e)) from e
 
 
-def _out_of_range(batch: int, step: "Node | InputGroup", error: IndexError) -> str:
+def _out_of_range(batch: str, step: "Node | InputGroup", error: IndexError) -> str:
     return (
-        f"Calibration batch {batch}: {error} (at {_place(step)}). Are there token ids beyond the "
+        f"{batch}: {error} (at {_place(step)}). Are there token ids beyond the "
         "vocabulary, or sequences longer than the model's context?"
     )
 
 
-def _cannot_run(batch: int, step: "Node | InputGroup", error: RuntimeError) -> str:
+def _cannot_run(batch: str, step: "Node | InputGroup", error: RuntimeError) -> str:
     return (
-        f"Calibration batch {batch}: {first_line(error)} (at {_place(step)}). Expected inputs of the dtype and the shape that "
+        f"{batch}: {first_line(error)} (at {_place(step)}). Expected inputs of the dtype and the shape that "
         "the model computes with."
     )
 

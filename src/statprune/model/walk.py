@@ -87,7 +87,7 @@ def walk(
                 known = common.of(batch)
                 current = [stream.begin(number, is_rehearsal=segment.is_rehearsal) for stream in streams]
                 for index, step in enumerate(segment.steps):
-                    with told(number, step):
+                    with told(f"Calibration batch {number}", step):
                         if isinstance(step, InputGroup):
                             observe(step, batch, streams, current, moments[step.name])
                         else:
