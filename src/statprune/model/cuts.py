@@ -8,10 +8,13 @@ copy of the residual stream is made again rather than kept.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from statprune.errors import TracingError
 from statprune.model.nodes import attribute
@@ -28,15 +31,19 @@ from statprune.model.segments import (
 from statprune.model.sites import TracedModel
 
 
-def cut_into_blocks(traced: TracedModel) -> list[Segment]:
-    """The whole graph, up to its outputs: a segment for each block (`schedule.block_of`), one for each weight outside of any.
+def cut_into_blocks(traced: TracedModel, outputs: Sequence[Node] | None = None) -> list[Segment]:
+    """The graph up to its outputs: a segment for each block (`schedule.block_of`), one for each weight outside of any.
 
     A segment drops what nothing reads after it; the outputs nobody drops.
 
+    Args:
+        traced: the graph.
+        outputs: the nodes whose values are wanted; by default all outputs of the model.
+
     Raises:
-        TracingError: the graph has no output that depends on its inputs.
+        TracingError: no output depends on the model's inputs.
     """
-    outputs, made = outputs_of(traced), made_of_weights(traced)
+    outputs, made = outputs_of(traced) if outputs is None else outputs, made_of_weights(traced)
     needed = needed_for(traced, outputs) - made
     steps = [node for node in traced.graph_module.graph.nodes if node in needed and node.op == "call_function"]
     if not set(outputs) & set(steps):
@@ -114,14 +121,13 @@ def _bytes_before(traced: TracedModel, steps: Sequence[Node], outputs: Sequence[
 
 
 def bytes_of(node: Node) -> int:
-    """Of a node's tensor, for the sizes that were traced with; 0 where it is none, or where its size depends on values."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return 0
-    numel = 1
-    for size in value.shape:
-        if not isinstance(size, int):  # symbolic: its hint is what was traced with
-            hint = size.node.hint
-            size = hint if isinstance(hint, int) else 0
-        numel *= size
-    return numel * value.element_size()
+    """Of a node's tensor, or of its tuple of them, for the sizes that were traced with; 0 where a size depends on values."""
+    tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    return sum(math.prod(map(_number, tensor.shape)) * tensor.element_size() for tensor in tensors)
+
+
+def _number(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint  # a symbol's is what was traced with
+    return hint if isinstance(hint, int) else 0
