@@ -120,9 +120,7 @@ def test_a_streamed_perplexity_is_that_of_the_model_bit_for_bit(make):
     windows = torch.randint(0, VOCABULARY, (5, 16))
     told = []
     storage = Storage(model)
-    found = evaluate_streamed(
-        without_values(model), windows, storage, batch_size=2, progress=lambda *step: told.append(step)
-    )
+    found = evaluate_streamed(without_values(model), windows, storage, batch_size=2, progress=lambda *step: told.append(step))
     assert found == evaluate(model, windows, batch_size=2)
     assert told == [(2, 5, "windows"), (4, 5, "windows"), (5, 5, "windows")]
     assert storage.most_blocks == 1

@@ -9,7 +9,7 @@ copy of the residual stream is made again rather than kept.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from statprune.errors import TracingError
-from statprune.model.nodes import attribute
+from statprune.model.nodes import attribute, written_to
 from statprune.model.schedule import block_of
 from statprune.model.segments import (
     Segment,
@@ -102,22 +102,27 @@ def _cuts(traced: TracedModel, steps: Sequence[Node], made: set[Node], outputs: 
     ]
 
 
-def _bytes_before(traced: TracedModel, steps: Sequence[Node], outputs: Sequence[Node]) -> list[int]:
-    """For each step, the bytes of one batch's values that are there just before it and are read by it or later."""
-    shared = batch_independent(traced)
+def _bytes_before(traced: TracedModel, steps: Sequence[Node], outputs: Sequence[Node]) -> list[tuple[int, int]]:
+    """For each step, the bytes of one batch's values that are there just before it and are read by it or later.
+
+    Before all of them come those of values that something writes to in place: a block that runs twice would do so twice.
+    """
+    shared, written = batch_independent(traced), written_to(list(traced.graph_module.graph.nodes))
     made_at = {step: index for index, step in enumerate(steps)}
     last_read = {read: index for index, step in enumerate(steps) for read in step.all_input_nodes}
     last_read |= dict.fromkeys(outputs, len(steps))
-    change = [0] * (len(steps) + 2)
-    for node, last in last_read.items():
-        if node in made_at and node not in shared:
-            change[made_at[node] + 1] += bytes_of(node)
-            change[last + 1] -= bytes_of(node)
-    total, before = 0, []
-    for difference in change[: len(steps)]:
-        total += difference
-        before.append(total)
-    return before
+    crossing = [
+        (made_at[node] + 1, last + 1, node) for node, last in last_read.items() if node in made_at and node not in shared
+    ]
+
+    def totals(spans: Iterable[tuple[int, int, Node]]) -> list[int]:
+        change = [0] * (len(steps) + 2)
+        for begin, end, node in spans:
+            change[begin] += bytes_of(node)
+            change[end] -= bytes_of(node)
+        return list(itertools.accumulate(change))
+
+    return list(zip(totals(span for span in crossing if span[2] in written), totals(crossing), strict=True))
 
 
 def bytes_of(node: Node) -> int:
