@@ -31,6 +31,9 @@ class Storage:
         assert name in self.there, f"{name} was not prepared"
         return self._tensors[name]
 
+    def original(self, name: str) -> torch.Tensor:
+        return self.get(name)
+
     def prepare(self, names, following=()):
         assert len(set(names)) == len(names)
         assert all(name in self._tensors for name in (*names, *following))

@@ -18,7 +18,7 @@ from statprune.model.kinds import predictions_of, vocabulary_and_context
 from statprune.model.sites import TracedModel
 from statprune.model.trace import check_traced, trace
 from statprune.model.undisturbed import eval_mode, undisturbed, without_cache
-from statprune.model.weights import Weights, named_tensors
+from statprune.model.weights import Segmented, named_tensors
 from statprune.progress import Progress, silent
 
 TOKENS_PER_CHUNK = 1024
@@ -139,7 +139,7 @@ def evaluate(
 def evaluate_streamed(
     model: nn.Module,
     windows: Tensor,
-    weights: Weights,
+    weights: Segmented,
     *,
     batch_size: int = 1,
     traced: TracedModel | None = None,
@@ -198,7 +198,7 @@ def _graph_for(model: nn.Module, batches: Sequence[ModelInputs], traced: TracedM
         return trace(model, example_batch(batches), dynamic_dims(batches), batches)
 
 
-def _one_by_one(weights: Weights, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _one_by_one(weights: Segmented, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         weights.prepare([name])
         yield name, weights.get(name)

@@ -49,7 +49,7 @@ from statprune.model.segments import Segment, refuse_written_buffers
 from statprune.model.sites import LinearSite, TracedModel
 from statprune.model.steps import Common
 from statprune.model.streams import Environment, Executor
-from statprune.model.weights import Readable, Weights
+from statprune.model.weights import Original, Weights
 from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup
 
@@ -77,7 +77,8 @@ def output_grams_streamed(
         layers: of a causal language model, with a graph; its parameters may be without values.
         sites: of the model.
         batches: on the model's device; the graph holds for their shapes.
-        weights: every parameter and buffer of the graph, dense. Every rank runs the same blocks in the same order.
+        weights: every parameter and buffer of the graph, read as they were before the run (`original`). Every rank prepares the
+            same ones in the same order.
         loss: none but the default: another one sees a whole model.
         tokens: as `output_grams`.
         process_group: as `output_grams`.
@@ -108,19 +109,6 @@ def output_grams_streamed(
     return grams.total(chosen, process_group)
 
 
-class _Detached:
-    """Weights that ask for no gradient."""
-
-    def __init__(self, weights: Readable) -> None:
-        self._weights = weights
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._weights
-
-    def get(self, name: str) -> Tensor:
-        return self._weights.get(name).detach()
-
-
 class _Backward:
     """One forward pass and one backward pass over all batches."""
 
@@ -132,10 +120,10 @@ class _Backward:
         weights: Weights,
         grams: Grams,
     ) -> None:
-        self.batches, self.weights, self.grams = batches, weights, grams
+        self.batches, self.weights, self.grams = batches, Original(weights), grams
         self.logits = _logits_node(traced)
         self.segments = cut_into_blocks(traced, [self.logits])
-        self.executor, self.common = Executor(traced, _Detached(weights)), Common(traced)
+        self.executor, self.common = Executor(traced, self.weights), Common(traced)
         self.products = products(traced.graph_module, sites)
         self.carrying = _behind(traced, self.products)
         has_gradients = [any(step in self.carrying for step in segment.steps) for segment in self.segments]

@@ -23,14 +23,14 @@ from statprune.model.segments import Segment
 from statprune.model.sites import TracedModel
 from statprune.model.steps import Common, told
 from statprune.model.streams import Environment, Executor
-from statprune.model.weights import Weights
+from statprune.model.weights import Segmented
 
 
 @torch.no_grad()
 def forward(
     traced: TracedModel,
     batches: Sequence[ModelInputs],
-    weights: Weights,
+    weights: Segmented,
     *,
     forward_context: ForwardContext = contextlib.nullcontext,
     name: str = "Calibration batch",
@@ -69,7 +69,7 @@ def forward(
         common.drop(itertools.chain.from_iterable(segment.dies_after.values()))
 
 
-def with_weights(segments: Sequence[Segment], weights: Weights) -> Iterator[Segment]:
+def with_weights(segments: Sequence[Segment], weights: Segmented) -> Iterator[Segment]:
     """Each segment while its weights are there; those that the next one reads too are not read twice."""
     reads = [[name for name in segment.weights if name in weights] for segment in segments]
     for segment, names, following in zip(segments, reads, [*reads[1:], []], strict=True):

@@ -3,6 +3,7 @@
     InPlace    read from the model, written into the model
     Twin       read from the model until they are pruned; pruned ones are kept aside, and the model stays as it is
     Dense      read from either as they were, for as long as somebody has use for that
+    Original   read from either as they were, one segment after another
 
 Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
 """
@@ -30,12 +31,8 @@ class Readable(Protocol):
         """As stored, whole."""
 
 
-class Weights(Readable, Protocol):
-    """The parameters and buffers of a model by name, as the walk computes with them: pruned where they were put."""
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether what is put changes the model at once."""
+class Segmented(Readable, Protocol):
+    """Parameters and buffers that are there for one segment after another."""
 
     def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
         """These are read from now on, until they are released; those of the segment behind it come next.
@@ -43,11 +40,22 @@ class Weights(Readable, Protocol):
         Every rank calls it with the same names at the same place, so that it may talk to the others.
         """
 
+    def release(self, names: Iterable[str]) -> None:
+        """These are not read again in this walk, or prepared before they are."""
+
+
+class Weights(Segmented, Protocol):
+    """The parameters and buffers of a model by name, as the walk computes with them: pruned where they were put."""
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether what is put changes the model at once."""
+
+    def original(self, name: str) -> Tensor:
+        """As it was before this run, or at least as it is before it is put."""
+
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Land a pruned weight; every name that it is tied to reads it from now on."""
-
-    def release(self, names: Iterable[str]) -> None:
-        """These are not read again in this walk."""
 
 
 class InPlace:
@@ -63,6 +71,10 @@ class InPlace:
 
     def get(self, name: str) -> Tensor:
         """The model's own tensor."""
+        return self._tensors[name]
+
+    def original(self, name: str) -> Tensor:
+        """The model's own tensor: whoever needs it later keeps a copy."""
         return self._tensors[name]
 
     def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
@@ -85,6 +97,7 @@ class Twin:
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = named_tensors(model)
+        self._model = dict(self._tensors)
         self.pruned: dict[str, Tensor] = {}
         """By the site's name of the parameter, as the parameter is stored: ready for `torch.func.functional_call`."""
 
@@ -94,6 +107,10 @@ class Twin:
     def get(self, name: str) -> Tensor:
         """The pruned one where there is one."""
         return self._tensors[name]
+
+    def original(self, name: str) -> Tensor:
+        """The model's own."""
+        return self._model[name]
 
     def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
         """They are there."""
@@ -125,7 +142,7 @@ class Dense:
 
     def keep(self, site: LinearSite) -> None:
         """This one will be pruned."""
-        weight = self._weights.get(site.parameter).detach()
+        weight = self._weights.original(site.parameter).detach()
         dense = weight.clone() if self._weights.is_in_place else weight
         self._kept.update(dict.fromkeys((site.parameter, *site.aliases), dense))
 
@@ -133,6 +150,36 @@ class Dense:
         """These are not read again."""
         for name in names:
             self._kept.pop(name, None)
+
+
+class Original:
+    """Weights as they were before the run, a segment at a time: for a pass over the model before anything is pruned.
+
+    An earlier run that goes on may have pruned some of them already.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._there: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
+        """As `Weights`."""
+        self._weights.prepare(names, following)
+        self._there.update({name: self._weights.original(name).detach() for name in names if name not in self._there})
+
+    def get(self, name: str) -> Tensor:
+        """One that was prepared; it asks for no gradient."""
+        return self._there[name]
+
+    def release(self, names: Iterable[str]) -> None:
+        """As `Weights`."""
+        names = list(names)
+        for name in names:
+            self._there.pop(name, None)
+        self._weights.release(names)
 
 
 @torch.no_grad()
