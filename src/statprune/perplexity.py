@@ -1,7 +1,8 @@
 """Perplexity, as a torchmetrics Metric that stays right on long runs, low precision and bad models."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,14 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from statprune.errors import CalibrationError, NonFiniteError
-from statprune.model.kinds import vocabulary_and_context
-from statprune.model.undisturbed import eval_mode, without_cache
-from statprune.model.weights import named_tensors
+from statprune.errors import CalibrationError, NonFiniteError, TracingError
+from statprune.model.forward import forward
+from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
+from statprune.model.kinds import predictions_of, vocabulary_and_context
+from statprune.model.sites import TracedModel
+from statprune.model.trace import check_traced, trace
+from statprune.model.undisturbed import eval_mode, undisturbed, without_cache
+from statprune.model.weights import Segmented, named_tensors
 from statprune.progress import Progress, silent
 
 TOKENS_PER_CHUNK = 1024
@@ -131,6 +136,75 @@ def evaluate(
     return perplexity
 
 
+def evaluate_streamed(
+    model: nn.Module,
+    windows: Tensor,
+    weights: Segmented,
+    *,
+    batch_size: int = 1,
+    traced: TracedModel | None = None,
+    tokens_per_round: int | None = None,
+    progress: Progress = silent,
+) -> float:
+    """`evaluate` with the weights of one block in memory: block by block over many windows, every weight from `weights`.
+
+    The numbers are those of the model's graph, op for op. Where the graph runs the model's own kernels they are those of
+    `evaluate`, bit for bit: so it is for LLaMA and GPT-2 on a CPU, in float32 and bfloat16.
+
+    Args:
+        model: as `evaluate`; its parameters may be without values.
+        windows: as `evaluate`.
+        weights: every parameter and buffer of the model.
+        batch_size: windows in one forward pass.
+        traced: the model's graph, if there is one; made where it does not hold for these windows.
+        tokens_per_round: this many tokens' values are held between two blocks, in whole batches, at least one; each round
+            reads every weight once. By default one round. `model.forward.bytes_between_blocks` tells a batch's bytes.
+        progress: called when a batch is scored, in windows.
+
+    Raises:
+        CalibrationError: as `evaluate`.
+        NonFiniteError: as `evaluate`.
+        TracingError: the model cannot be exported, so that it cannot be run block by block.
+    """
+    check_windows(model, windows)
+    device = next(model.parameters()).device
+    batches = [ModelInputs((), {"input_ids": tokens.to(device).long()}) for tokens in windows.split(batch_size)]
+    metric, num_scored = Perplexity().to(device), 0
+    per_round = len(batches) if tokens_per_round is None else max(1, tokens_per_round // (batch_size * windows.shape[1]))
+    graph = _graph_for(model, batches, traced)
+    with undisturbed(model):
+        for start in range(0, len(batches), per_round):
+            some = batches[start : start + per_round]
+            for number, output in forward(graph, some, weights, name="Evaluation batch"):
+                logits, tokens = predictions_of(output), some[number].kwargs["input_ids"]
+                assert logits is not None, "a causal language model gives logits"
+                metric.update_next_token(logits, tokens)
+                del output, logits
+                num_scored += len(tokens)
+                progress(num_scored, len(windows), "windows")
+        perplexity = float(metric.compute())
+        if not math.isfinite(perplexity):
+            names = list(named_tensors(model))
+            raise NonFiniteError(f"The perplexity is {perplexity}: {_cause(_one_by_one(weights, names), model)}")
+    return perplexity
+
+
+def _graph_for(model: nn.Module, batches: Sequence[ModelInputs], traced: TracedModel | None) -> TracedModel:
+    if traced is not None:
+        with contextlib.suppress(TracingError):
+            check_traced(model, traced, batches)
+            return traced
+    with undisturbed(model):
+        return trace(model, example_batch(batches), dynamic_dims(batches), batches)
+
+
+def _one_by_one(weights: Segmented, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        weights.prepare([name])
+        yield name, weights.get(name)
+        weights.release([name])
+
+
 def check_windows(model: nn.Module, windows: Tensor) -> None:
     """Refuse what the model cannot be measured on.
 
@@ -153,7 +227,11 @@ def check_windows(model: nn.Module, windows: Tensor) -> None:
 
 def cause_of_nonfinite(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Why a perplexity is not finite, as far as the weights tell."""
-    for name, tensor in {**named_tensors(model), **weights}.items():
+    return _cause({**named_tensors(model), **weights}.items(), model)
+
+
+def _cause(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> str:
+    for name, tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return f"NaN or infinity in {name}. Was the checkpoint saved whole?"
     dtype = next(model.parameters()).dtype

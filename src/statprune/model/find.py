@@ -89,6 +89,13 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> tuple[tup
     return tuple(group for _, group in groups), left_out
 
 
+def products(graph_module: GraphModule, sites: Sequence[LinearSite]) -> dict[Node, LinearSite]:
+    """The nodes that multiply tokens by one of these weights, each with its site; a weight may have several."""
+    site_of = {name: site for site in sites for name in (site.parameter, *site.aliases)}
+    weights = [node for node in graph_module.graph.nodes if node.op == "get_attr" and node.target in site_of]
+    return {read.reader: site_of[str(node.target)] for node in weights for read in _reads(node) if _product(read) is not None}
+
+
 _LINEARS: dict[Any, tuple[int, int]] = {
     aten.linear.default: (0, 1), aten.mm.default: (0, 1), aten.matmul.default: (0, 1), aten.addmm.default: (1, 2),
 }  # fmt: skip

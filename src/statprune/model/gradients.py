@@ -64,15 +64,25 @@ def next_token_loss(model: nn.Module, inputs: ModelInputs, index: int = 0) -> Te
     Raises:
         CalibrationError: the model is no causal language model, or its inputs are no tokens.
     """
-    tokens = inputs.kwargs.get("input_ids")
-    if not is_causal(model) or not isinstance(tokens, Tensor):
+    refuse_unless_causal(model, inputs)
+    logits = predictions_of(model(*inputs.args, **inputs.kwargs))
+    assert logits is not None
+    return loss_of_logits(logits, inputs)
+
+
+def refuse_unless_causal(model: nn.Module, inputs: ModelInputs) -> None:
+    """Raise CalibrationError where the model or its inputs have no next-token loss."""
+    if not is_causal(model) or not isinstance(inputs.kwargs.get("input_ids"), Tensor):
         raise CalibrationError(
             f"loss-aware: {type(model).__name__} is no causal language model that is given `input_ids`, so its loss is not "
             "known. Give prune and plan a `loss`, a function (model, inputs, index) -> scalar; StatisticalPruning "
             "takes the LightningModule's."
         )
-    logits = predictions_of(model(*inputs.args, **inputs.kwargs))
-    assert logits is not None
+
+
+def loss_of_logits(logits: Tensor, inputs: ModelInputs) -> Tensor:
+    """`next_token_loss`, of the logits [batch, length, vocabulary] that a causal model gave for these inputs."""
+    tokens: Tensor = inputs.kwargs["input_ids"]
     labels = tokens[..., 1:]
     mask = inputs.kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == tokens.shape:
@@ -112,10 +122,10 @@ def output_grams(
     """
     loss = loss or next_token_loss
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    chosen = _first(batches, tokens)
+    chosen = first_batches(batches, tokens)
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
-        sums = _zeros(sites, device)
-        capture = _Capture(model, sites, sums)
+        grams = Grams(sites, device)
+        capture = _Capture(model, sites, grams)
         for number, batch in enumerate(chosen):
             with forward_context():
                 try:
@@ -125,35 +135,81 @@ def output_grams(
                     raise
                 except RuntimeError as e:
                     raise CalibrationError(f"loss-aware: the loss of calibration batch {number}: {first_line(e)}.") from e
-            if not isinstance(total, Tensor) or total.numel() != 1 or not total.requires_grad:
-                raise CalibrationError(
-                    f"loss-aware: the loss of calibration batch {number} is {_describe(total)}: expected a scalar tensor that "
-                    "depends on the model's layers."
-                )
+            refuse_unless_scalar(total, number)
             total.backward()  # type: ignore[no-untyped-call]
             progress(number + 1, len(chosen), "gradients")
-    num_tokens = torch.tensor([sum(_num_tokens(batch) for batch in chosen)], device=device)
-    sum_over_ranks([num_tokens, *sums.values()], process_group, "the gradients")
-    if missing := [site.name for site in sites if site.parameter not in capture.seen]:
-        raise SiteError(
-            f"loss-aware: no gradient reached {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}. Leave "
-            "such layers dense with `ignore`, or use least-squares. Nothing was changed."
-        )
-    for site in sites:
-        if not bool(torch.isfinite(sums[site.parameter].diagonal()).all()):
-            raise NonFiniteError(
-                f"loss-aware: NaN or infinity in the gradient at the output of {site.name}. In float16, try bfloat16 or "
-                "float32. Nothing was changed."
+    return grams.total(chosen, process_group)
+
+
+class Grams:
+    """g g^T of each site's output, added up over batches."""
+
+    def __init__(self, sites: Sequence[LinearSite], device: torch.device) -> None:
+        self._sites, self._device = sites, device
+        self._sums = _zeros(sites, device)
+        self._seen: set[str] = set()
+
+    def watch(self, site: LinearSite, result: Tensor) -> None:
+        """Add what the next backward pass gives for this result of a product with the site's weight.
+
+        Args:
+            site: one of them.
+            result: [..., out]; another shape is no output of the layer, and passed over.
+        """
+        if result.shape[-1] == site.shape[0]:
+            if not result.requires_grad:
+                result.requires_grad_()  # the first layers: nothing before them needs a gradient
+            result.register_hook(lambda gradient: self._add(site, gradient))
+
+    @torch.no_grad()
+    def _add(self, site: LinearSite, gradient: Tensor) -> None:
+        self._seen.add(site.parameter)
+        rows_TO = gradient.reshape(-1, gradient.shape[-1]).float()
+        total = self._sums[site.parameter]
+        with torch.autocast(rows_TO.device.type, enabled=False):
+            if total.device == rows_TO.device:
+                total.addmm_(rows_TO.t(), rows_TO)
+            else:
+                total += (rows_TO.t() @ rows_TO).to(total.device)
+
+    def total(self, batches: Sequence[ModelInputs], process_group: ProcessGroup) -> Curvature:
+        """Over the ranks too, each of which ran batches of its own.
+
+        Raises:
+            SiteError: no gradient came to a layer.
+            NonFiniteError: NaN or infinity in one.
+        """
+        num_tokens = torch.tensor([sum(map(_num_tokens, batches))], device=self._device)
+        sum_over_ranks([num_tokens, *self._sums.values()], process_group, "the gradients")
+        if missing := [site.name for site in self._sites if site.parameter not in self._seen]:
+            raise SiteError(
+                f"loss-aware: no gradient reached {missing[0]}{f' and {len(missing) - 1} others' if missing[1:] else ''}. "
+                "Leave such layers dense with `ignore`, or use least-squares. Nothing was changed."
             )
-    return Curvature(sums, int(num_tokens))
+        for site in self._sites:
+            if not bool(torch.isfinite(self._sums[site.parameter].diagonal()).all()):
+                raise NonFiniteError(
+                    f"loss-aware: NaN or infinity in the gradient at the output of {site.name}. In float16, try bfloat16 or "
+                    "float32. Nothing was changed."
+                )
+        return Curvature(self._sums, int(num_tokens))
+
+
+def refuse_unless_scalar(loss: Any, batch: int) -> None:
+    """Raise CalibrationError where a batch's loss is nothing to take gradients of."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise CalibrationError(
+            f"loss-aware: the loss of calibration batch {batch} is {_describe(loss)}: expected a scalar tensor that depends on "
+            "the model's layers."
+        )
 
 
 class _Capture(TorchFunctionMode):
-    """Adds up g g^T where a product with a site's weight runs."""
+    """Watches each product with a site's weight, where it runs."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[LinearSite], sums: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[LinearSite], grams: Grams) -> None:
         super().__init__()
-        self.sums, self.seen = sums, set[str]()
+        self.grams = grams
         # A transpose of a weight is another tensor on the same memory.
         self.site_of = {model.get_parameter(site.parameter).untyped_storage().data_ptr(): site for site in sites}
 
@@ -161,10 +217,8 @@ class _Capture(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and isinstance(result, Tensor):
             site = next(filter(None, map(self._site, (*args, *(kwargs or {}).values()))), None)
-            if site is not None and result.shape[-1] == site.shape[0]:
-                if not result.requires_grad:
-                    result.requires_grad_()  # the first layers: nothing before them needs a gradient
-                result.register_hook(lambda gradient: self._add(site, gradient))
+            if site is not None:
+                self.grams.watch(site, result)
         return result
 
     def _site(self, argument: Any) -> LinearSite | None:
@@ -173,17 +227,6 @@ class _Capture(TorchFunctionMode):
         site = self.site_of.get(argument.untyped_storage().data_ptr())
         return site if site is not None and argument.numel() == site.shape[0] * site.shape[1] else None
 
-    @torch.no_grad()
-    def _add(self, site: LinearSite, gradient: Tensor) -> None:
-        self.seen.add(site.parameter)
-        rows_TO = gradient.reshape(-1, gradient.shape[-1]).float()
-        total = self.sums[site.parameter]
-        with torch.autocast(rows_TO.device.type, enabled=False):
-            if total.device == rows_TO.device:
-                total.addmm_(rows_TO.t(), rows_TO)
-            else:
-                total += (rows_TO.t() @ rows_TO).to(total.device)
-
 
 _PRODUCTS = {
     nn.functional.linear, torch.addmm, torch.Tensor.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
@@ -191,7 +234,8 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
-def _first(batches: Sequence[ModelInputs], tokens: int) -> list[ModelInputs]:
+def first_batches(batches: Sequence[ModelInputs], tokens: int) -> list[ModelInputs]:
+    """Those that make the gradients: the first that hold as many tokens, at least one."""
     chosen: list[ModelInputs] = []
     for batch in batches:
         if sum(map(_num_tokens, chosen)) >= tokens:

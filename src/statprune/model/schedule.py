@@ -19,24 +19,25 @@ SEES_PRUNED = ("walk", "block")
 """The schedules in which weights change before the last batch has run."""
 
 
+def block_of(parameter: str) -> str:
+    """The outermost numbered submodule that a parameter is in, such as `model.layers.3`; its own name outside of any."""
+    path = parameter.split(".")
+    number = next((index for index, part in enumerate(path) if part.isdecimal()), len(path))
+    return ".".join(path[: number + 1])
+
+
 def blocks(groups: "Sequence[InputGroup]") -> "list[list[InputGroup]]":
     """Neighbouring groups of one block: of one outermost numbered submodule, such as `model.layers.3` or `encoder.block.0`.
 
     A group outside of any, such as an embedding's projection, is a block of its own. Sites of one group that belong to several
     blocks (the keys of every decoder block read what the encoder gave) come with their own block, as a group for each.
     """
-
-    def block_of(site: "LinearSite") -> str:
-        path = site.parameter.split(".")
-        number = next((index for index, part in enumerate(path) if part.isdecimal()), len(path))
-        return ".".join(path[: number + 1])
-
     found: list[tuple[str, list[InputGroup]]] = []
     waiting: dict[str, list[InputGroup]] = {}
     for group in groups:
         of_block: dict[str, list[LinearSite]] = {}
         for site in group.sites:
-            of_block.setdefault(block_of(site), []).append(site)
+            of_block.setdefault(block_of(site.parameter), []).append(site)
         (block, part), *later = ((block, replace(group, sites=tuple(sites))) for block, sites in of_block.items())
         if not found or found[-1][0] != block:
             found.append((block, waiting.pop(block, [])))

@@ -56,7 +56,8 @@ def plan_segments(
     Raises:
         TracingError: as `walk`.
     """
-    needed = _needed(traced, groups, has_dense=has_dense) - made_of_weights(traced)
+    read = [node for group in groups for node in _reads(group, has_dense=has_dense)]
+    needed = needed_for(traced, read) - made_of_weights(traced)
     observed_at: dict[Node, list[InputGroup]] = defaultdict(list)
     for group in groups:
         observed_at[group.first_reader].append(group)  # type: ignore[index]
@@ -89,12 +90,12 @@ def plan_segments(
             observing = [step for step in steps[cut : last + 1] if isinstance(step, Node) or id(step) in observed]
             segments.append(Segment(observing, prunes=pairs))
             cut = last + 1
-    _mark_last_reads(segments, has_dense=has_dense)
-    _mark_weights(segments, made_of_weights(traced), has_dense=has_dense)
+    mark_last_reads(segments, has_dense=has_dense)
+    mark_weights(segments, made_of_weights(traced), has_dense=has_dense)
     if any(segment.is_rehearsal for segment in segments):
-        _refuse_written_buffers(traced, "schedule 'block' runs every block twice", "schedule 'walk'")
+        refuse_written_buffers(traced, "schedule 'block' runs every block twice", "schedule 'walk'")
     if has_dense:
-        _refuse_written_buffers(traced, "the dense target runs the model twice", "target 'pruned'")
+        refuse_written_buffers(traced, "the dense target runs the model twice", "target 'pruned'")
     return segments
 
 
@@ -106,7 +107,8 @@ def _reads(step: "Node | InputGroup", *, has_dense: bool) -> list[Node]:
     return [step.input_node, *(node for site in step.sites for node in site.residuals if has_dense)]
 
 
-def _mark_last_reads(segments: Sequence[Segment], *, has_dense: bool) -> None:
+def mark_last_reads(segments: Sequence[Segment], *, has_dense: bool = False) -> None:
+    """Fill in what each segment drops, and after which of its steps."""
     last_read: dict[Node, tuple[Segment, int]] = {}
     for segment in segments:
         in_here: dict[Node, tuple[Segment, int]] = {}
@@ -126,17 +128,11 @@ def _mark_last_reads(segments: Sequence[Segment], *, has_dense: bool) -> None:
             segment.dies_after.setdefault(index, []).append(node)
 
 
-def _mark_weights(segments: Sequence[Segment], made: set[Node], *, has_dense: bool) -> None:
-    def read(nodes: Iterable[Node]) -> Iterator[str]:
-        for node in nodes:
-            if node.op == "get_attr":
-                yield str(node.target)
-            elif node in made:
-                yield from read(node.all_input_nodes)
-
+def mark_weights(segments: Sequence[Segment], made: set[Node], *, has_dense: bool = False) -> None:
+    """Fill in which weights each segment reads, and which nothing reads after it; `made` is `made_of_weights`."""
     last: dict[str, Segment] = {}
     for segment in segments:
-        names = [name for step in segment.steps for name in read(_reads(step, has_dense=has_dense))]
+        names = [name for step in segment.steps for name in weights_read(_reads(step, has_dense=has_dense), made)]
         names += [name for _, part in segment.prunes for site in part.sites for name in (site.parameter, *site.aliases)]
         segment.weights = list(dict.fromkeys(names))
         last.update(dict.fromkeys(segment.weights, segment))
@@ -144,16 +140,25 @@ def _mark_weights(segments: Sequence[Segment], made: set[Node], *, has_dense: bo
         segment.last_weights.append(name)
 
 
-def _refuse_written_buffers(traced: TracedModel, why: str, instead: str) -> None:
+def weights_read(nodes: Iterable[Node], made: set[Node]) -> Iterator[str]:
+    """The parameters and buffers among what a step reads, by the graph's names, and those that it is made of."""
+    for node in nodes:
+        if node.op == "get_attr":
+            yield str(node.target)
+        elif node in made:
+            yield from weights_read(node.all_input_nodes, made)
+
+
+def refuse_written_buffers(traced: TracedModel, why: str, instead: str) -> None:
+    """Raise TracingError where a model writes to a buffer, which would happen twice."""
     for node in written_to(list(traced.graph_module.graph.nodes)):
         if node.op == "get_attr":
             raise TracingError(f"{why}, and this model writes to its buffer {node.target} when it runs: use {instead}.")
 
 
-def _needed(traced: TracedModel, groups: Sequence[InputGroup], *, has_dense: bool) -> set[Node]:
-    """What is read where groups are observed, whatever writes to a tensor in place, and everything that these read."""
-    frontier = [node for group in groups for node in _reads(group, has_dense=has_dense)]
-    frontier += [node for node in traced.graph_module.graph.nodes if is_mutable(node)]
+def needed_for(traced: TracedModel, nodes: Sequence[Node]) -> set[Node]:
+    """These, whatever writes to a tensor in place, and everything that these read."""
+    frontier = [*nodes, *(node for node in traced.graph_module.graph.nodes if is_mutable(node))]
     needed: set[Node] = set()
     while frontier:
         node = frontier.pop()

@@ -20,20 +20,18 @@ weights as they are, and with the dense ones, which are kept until nothing reads
 
 import contextlib
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Container, Sequence
-from typing import Any
 
 import torch
-from torch.fx import Node
 
-from statprune.errors import CalibrationError, first_line
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.observe import ForwardContext, Observations, complete
 from statprune.model.schedule import SEES_PRUNED, Schedule
-from statprune.model.segments import Segment, batch_independent, plan_segments
+from statprune.model.segments import Segment, plan_segments
 from statprune.model.sites import InputGroup, TracedModel
+from statprune.model.steps import Common, told
 from statprune.model.streams import Executor, Stream, no_tokens, observe
 from statprune.model.weights import Dense, Weights
 from statprune.ranks import ProcessGroup
@@ -83,8 +81,7 @@ def walk(
     executor = Executor(traced, dense_weights if goes_on_dense else weights)
     streams = [Stream(executor, [executor.bind(batch) for batch in batches])]  # pruned, and later dense
     device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
-    shareable = batch_independent(traced)
-    shared: dict[Any, dict[Node, Any]] = defaultdict(dict)
+    common = Common(traced)
     moments: dict[str, InputMoments] = {}
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
     done = [_is_finished(segment, finished) for segment in segments]
@@ -98,34 +95,20 @@ def walk(
         has_purpose = not segment.is_rehearsal or bool(observed)
         with forward_context():
             for number, batch in enumerate(batches if has_purpose else ()):
-                common = shared[tuple(tensor.shape for tensor in batch.tensors())]
+                known = common.of(batch)
                 current = [stream.begin(number, is_rehearsal=segment.is_rehearsal) for stream in streams]
                 for index, step in enumerate(segment.steps):
-                    try:
+                    with told(f"Calibration batch {number}", step):
                         if isinstance(step, InputGroup):
                             if step.name in wanted:
                                 observe(step, batch, streams, current, moments[step.name])
-                        elif step in shareable:
-                            if step not in common:
-                                common[step] = executor.run(step, current[0])
-                            for environment in current:
-                                environment[step] = common[step]
                         else:
-                            for stream, environment in zip(streams, current, strict=True):
-                                environment[step] = stream.executor.run(step, environment)
-                    except IndexError as e:
-                        raise CalibrationError(_out_of_range(number, step, e)) from e
-                    except torch.OutOfMemoryError:
-                        raise
-                    except RuntimeError as e:
-                        raise CalibrationError(_cannot_run(number, step, e)) from e
+                            common.take(step, known, [stream.executor for stream in streams], current)
                     for dead, environment in itertools.product(segment.dies_after.get(index, ()), current):
                         environment.pop(dead, None)
         for dead, stream, number in itertools.product(segment.releases, streams, range(len(batches))):
             stream.values[number].pop(dead, None)
-        gone = segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values())
-        for dead, common in itertools.product(gone, shared.values()):
-            common.pop(dead, None)
+        common.drop(segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values()))
         for group in observed:  # all, before a weight changes
             complete(group, moments[group.name], process_group)
         for group, part in segment.prunes:
@@ -146,22 +129,3 @@ def walk(
 def _is_finished(segment: Segment, finished: Container[str]) -> bool:
     """Whether everything is pruned already that is pruned after this segment."""
     return bool(segment.prunes) and all(site.parameter in finished for _, part in segment.prunes for site in part.sites)
-
-
-def _out_of_range(batch: int, step: "Node | InputGroup", error: IndexError) -> str:
-    return (
-        f"Calibration batch {batch}: {error} (at {_place(step)}). Are there token ids beyond the "
-        "vocabulary, or sequences longer than the model's context?"
-    )
-
-
-def _cannot_run(batch: int, step: "Node | InputGroup", error: RuntimeError) -> str:
-    return (
-        f"Calibration batch {batch}: {first_line(error)} (at {_place(step)}). Expected inputs of the dtype and the shape that "
-        "the model computes with."
-    )
-
-
-def _place(step: "Node | InputGroup") -> object:
-    modules = list(step.meta.get("nn_module_stack", {}).values()) if isinstance(step, Node) else []
-    return modules[-1][0] if modules else step

@@ -3,6 +3,7 @@
     InPlace    read from the model, written into the model
     Twin       read from the model until they are pruned; pruned ones are kept aside, and the model stays as it is
     Dense      read from either as they were, for as long as somebody has use for that
+    Original   read from either as they were, one segment after another
 
 Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
 """
@@ -30,7 +31,20 @@ class Readable(Protocol):
         """As stored, whole."""
 
 
-class Weights(Readable, Protocol):
+class Segmented(Readable, Protocol):
+    """Parameters and buffers that are there for one segment after another."""
+
+    def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
+        """These are read from now on, until they are released; those of the segment behind it come next.
+
+        Every rank calls it with the same names at the same place, so that it may talk to the others.
+        """
+
+    def release(self, names: Iterable[str]) -> None:
+        """These are not read again in this walk, or prepared before they are."""
+
+
+class Weights(Segmented, Protocol):
     """The parameters and buffers of a model by name, as the walk computes with them: pruned where they were put."""
 
     @property
@@ -40,17 +54,8 @@ class Weights(Readable, Protocol):
     def original(self, name: str) -> Tensor:
         """As it was before this run, or at least as it is before it is put."""
 
-    def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
-        """These are read from now on, until they are released; those of the segment behind it come next.
-
-        Every rank calls it with the same names at the same place, so that it may talk to the others.
-        """
-
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Land a pruned weight; every name that it is tied to reads it from now on."""
-
-    def release(self, names: Iterable[str]) -> None:
-        """These are not read again in this walk."""
 
 
 class InPlace:
@@ -145,6 +150,36 @@ class Dense:
         """These are not read again."""
         for name in names:
             self._kept.pop(name, None)
+
+
+class Original:
+    """Weights as they were before the run, a segment at a time: for a pass over the model before anything is pruned.
+
+    An earlier run that goes on may have pruned some of them already.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._there: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
+        """As `Weights`."""
+        self._weights.prepare(names, following)
+        self._there.update({name: self._weights.original(name).detach() for name in names if name not in self._there})
+
+    def get(self, name: str) -> Tensor:
+        """One that was prepared; it asks for no gradient."""
+        return self._there[name]
+
+    def release(self, names: Iterable[str]) -> None:
+        """As `Weights`."""
+        names = list(names)
+        for name in names:
+            self._there.pop(name, None)
+        self._weights.release(names)
 
 
 @torch.no_grad()
