@@ -7,12 +7,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from statprune.disk.skeleton import open_skeleton
+from statprune.disk.streamed import Streamed
 from statprune.errors import CalibrationError, SiteError, TracingError
 from statprune.model.backward import output_grams_streamed
 from statprune.model.gradients import output_grams
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
 from statprune.model.undisturbed import undisturbed
+from statprune.perplexity import evaluate, evaluate_streamed
 from storage import Storage, without_values
 from tiny_models import TRANSFORMER, classifier, gpt2, llama, tokens
 
@@ -58,6 +61,23 @@ def test_they_are_those_of_the_whole_model_and_one_block_is_there(make, batches)
     assert storage.most_blocks == 1
     assert not storage.there
     assert {count for name, count in storage.reads.items() if ".layers." in name or ".h." in name} == {2}
+
+
+def test_weights_that_are_read_from_files(tiny_model_folder):
+    skeleton = open_skeleton(tiny_model_folder)
+    weights = Streamed(skeleton, None, torch.device("cpu"))
+    inputs = bind_batches(skeleton.model, [tokens(2, 8), tokens(2, 8)])
+    layers = find_layers(skeleton.model, inputs)
+    sites = [site for group in layers.groups for site in group.sites]
+    found = output_grams_streamed(layers, sites, inputs, weights)
+    perplexity = evaluate_streamed(skeleton.model, inputs[0].kwargs["input_ids"], weights)
+    weights.close()
+    model = LlamaForCausalLM.from_pretrained(tiny_model_folder)
+    with undisturbed(model):
+        expected = output_grams(model, sites, inputs)
+    for name, total in expected.sums.items():  # grouped queries without padding
+        torch.testing.assert_close(found.sums[name], total, rtol=0, atol=1e-6 * float(total.abs().max()))
+    assert perplexity == evaluate(model, inputs[0].kwargs["input_ids"])
 
 
 def test_with_grouped_queries_and_no_padding_they_differ_in_last_bits():
