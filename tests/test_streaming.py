@@ -26,6 +26,7 @@ RECIPES = [
     Recipe("optimal-brain+least-squares", pattern="2:4", schedule="block", target="dense"),
     Recipe("magnitude", pattern="50%"),
     Recipe("wanda", pattern="50%", allocation="owl"),
+    Recipe("best", pattern="50%"),
 ]
 
 

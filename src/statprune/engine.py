@@ -20,8 +20,10 @@ from statprune.errors import NonFiniteError, SiteError, adding, number_of
 from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.methods.target import Target
+from statprune.model.backward import output_grams_streamed
 from statprune.model.gradients import Loss, output_grams
 from statprune.model.inputs import ModelInputs
+from statprune.model.kinds import has_values
 from statprune.model.layers import Layers
 from statprune.model.observe import ForwardContext
 from statprune.model.schedule import SEES_PRUNED
@@ -78,7 +80,12 @@ def run(
         curvature = None
         if is_loss_aware:
             with timed(report.seconds, "gradients", report.memory, device):
-                curvature = output_grams(layers.model, selection.sites, inputs, loss=loss, progress=progress, **running)
+                if has_values(layers.model):
+                    curvature = output_grams(layers.model, selection.sites, inputs, loss=loss, progress=progress, **running)
+                else:
+                    curvature = output_grams_streamed(
+                        layers, selection.sites, inputs, weights, loss=loss, progress=progress, **running
+                    )
         with timed(report.seconds, "allocate", report.memory, device):
             allocation = allocate(layers, selection, inputs, recipe, weights, curvature=curvature, progress=progress, **running)
         selection = allocation.selection

@@ -57,12 +57,17 @@ def load_causal(model: str, dtype: str, device: str, revision: str | None = None
         loaded = load_model(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device, revision=revision)
     except (RuntimeError, AssertionError) as e:
         raise ModelError(f"--device {device}: {first_line(e)}") from e
+    refuse_unless_causal(model, loaded)
+    return loaded
+
+
+def refuse_unless_causal(path: str, loaded: Any) -> None:
+    """Raise ModelError for a model that is no causal language model."""
     if loaded.config.is_encoder_decoder or not loaded.can_generate():
         raise ModelError(
-            f"{model} is a {type(loaded).__name__}, not a causal language model, and text alone does not calibrate it: "
+            f"{path} is a {type(loaded).__name__}, not a causal language model, and text alone does not calibrate it: "
             "use statprune.prune(model, batches, recipe) in Python, with batches of its own inputs."
         )
-    return loaded
 
 
 def choose_device(device: str) -> str:

@@ -6,7 +6,7 @@ shards       the output's files: a pruned weight goes there at once  disk/shards
 journal      what is finished, for a run that goes on after this     disk/journal
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,12 +42,11 @@ def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
             f"{type(skeleton.model).__name__} has no graph, so it cannot be streamed: {layers.reason} Prune it in memory."
         )
     needs = recipe.pruner().needs | recipe.build_target().needs
-    if Statistic.CURVATURE in needs:
-        raise SiteError(f"{recipe.method} needs gradients of the whole model, which are not streamed: prune it in memory.")
-    if isinstance(recipe.build_allocation(), Sensitivity | Curves):
+    allocation = recipe.build_allocation()
+    if isinstance(allocation, Sensitivity) or (isinstance(allocation, Curves) and Statistic.CURVATURE not in needs):
         raise SiteError(
             f"The allocation {recipe.allocation} runs the whole model for each layer, which would read all weights as often. "
-            "Stream with the allocation uniform or owl, or prune in memory."
+            "Stream with the allocation uniform or owl (or curves, where the method is loss-aware), or prune in memory."
         )
     for site in select(layers.groups, layers.left_out, recipe).sites:
         own = skeleton.canonical[site.parameter]
@@ -80,6 +79,7 @@ def prune_streamed(
     settings: dict[str, Any] | None = None,
     progress: Progress = silent,
     copied: Progress = silent,
+    then: Callable[[Streamed], None] | None = None,
 ) -> tuple[PruningReport, dict[str, tuple[str, str]]]:
     """Prune a model from its files into those of its output, or go on with a run that has been ended.
 
@@ -93,6 +93,7 @@ def prune_streamed(
         settings: what else two runs must have in common for one to go on with the other's work.
         progress: called after each input group.
         copied: called after each tensor that is copied as it is, at the end.
+        then: called at the end with the pruned weights, before they are let go.
 
     Returns:
         The report, and in which file and under which name each pruned parameter is.
@@ -114,6 +115,8 @@ def prune_streamed(
         with timed(report.seconds, "copy", report.memory):
             _copy_rest(skeleton, shards, set(pruned.values()), copied)
             shards.sync()
+        if then is not None:
+            then(weights)
     except OSError as e:
         raise CheckpointError(f"The output {place.output} could not be written: {e.strerror}. Make room.") from e
     finally:

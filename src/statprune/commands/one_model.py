@@ -16,7 +16,7 @@ from statprune.commands.options import (
     RecipeOptions,
     WindowOptions,
 )
-from statprune.commands.streamed import prune_streamed, wants_stream
+from statprune.commands.streamed import evaluate_streamed, prune_streamed, wants_stream
 from statprune.errors import CalibrationError, NonFiniteError, RecipeError
 
 if TYPE_CHECKING:
@@ -97,11 +97,7 @@ def prune(
         if wants_stream(model, calibration, stream, memory):
             if isinstance(how, Search):
                 raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
-            if text:
-                raise CalibrationError(
-                    "--stream: the perplexity (--text) is not measured while weights are streamed: leave it out."
-                )
-            return prune_streamed(model, place, how, calibration, max_shard_size or checkpoint.USUAL_SHARD_SIZE)
+            return prune_streamed(model, place, how, calibration, text, max_shard_size or checkpoint.USUAL_SHARD_SIZE)
         return _prune(model, place, how, calibration, text, not no_compare, max_shard_size)
 
 
@@ -241,7 +237,9 @@ def _look(
         return model, find_layers(model, bind_batches(model, batches(model)))
 
 
-def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> dict[str, Any]:
+def evaluate(
+    model: ModelOptions, text: list[str], windows: WindowOptions, stream: bool = False, memory: str | None = None
+) -> dict[str, Any]:
     """Perplexity of a causal language model on text.
 
     The text is joined, tokenized whole and cut into windows that do not overlap; the last partial one is dropped (the field's
@@ -250,6 +248,8 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> di
     Args:
         text: Text files, joined by blank lines (several: --text a.txt b.txt); a token file (FILE.safetensors:KEY); or
             wikitext2, from the hub.
+        stream: Read the weights from their files, block by block; by itself where they do not fit.
+        memory: How much memory the weights may take, such as 20GB, before they are streamed. Default: what is free.
 
     Examples:
         statprune evaluate MODEL --text held-out.txt
@@ -258,10 +258,14 @@ def evaluate(model: ModelOptions, text: list[str], windows: WindowOptions) -> di
     from statprune.perplexity import evaluate as evaluate_model
     from statprune.versions import versions
 
-    opened = model.open(windows)
-    tokens, tokenizer = opened.held_out(text), opened.tokenizer_for(text)
-    with console.progress("evaluating") as progress:
-        perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
+    if wants_stream(model, windows, stream, memory):
+        opened, tokens, perplexity = evaluate_streamed(model, windows, text)
+    else:
+        opened = model.open(windows)
+        tokens = opened.held_out(text)
+        with console.progress("evaluating") as progress:
+            perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
+    tokenizer = opened.tokenizer_for(text)
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,
         **({"tokenizer": type(tokenizer).__name__, "vocabulary": len(tokenizer)} if tokenizer is not None else {}),

@@ -1,13 +1,20 @@
-"""`prune --stream`: a model that is larger than memory, read from its files and written into those of the output."""
+"""`prune --stream` and `evaluate --stream`: a model that is larger than memory, read from its files, block by block."""
 
 import re
 from typing import TYPE_CHECKING, Any
 
 from statprune.commands import console, display
-from statprune.commands.options import CalibrationOptions, ModelOptions, Opened
-from statprune.errors import CalibrationError, ModelError
+from statprune.commands.options import CalibrationOptions, ModelOptions, Opened, WindowOptions
+from statprune.errors import CalibrationError, ModelError, NonFiniteError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from statprune.disk.skeleton import Skeleton
+    from statprune.disk.streamed import Streamed
+    from statprune.model.layers import Layers
     from statprune.output import Reserved
     from statprune.recipe import Recipe
 
@@ -27,14 +34,14 @@ def read_size(text: str) -> int:
     return int(size)
 
 
-def wants_stream(model: ModelOptions, calibration: CalibrationOptions, stream: bool, memory: str | None) -> bool:
+def wants_stream(model: ModelOptions, windows: WindowOptions, stream: bool, memory: str | None) -> bool:
     """Whether to stream: it is asked for, or the weights take more than the memory that there is, or that is allowed."""
     from statprune.clock import available_memory
     from statprune.configuration import empty_model
     from statprune.loading import choose_device
 
     budget = read_size(memory) if memory is not None else None
-    model.check(calibration)
+    model.check(windows)
     if stream:
         return True
     import torch
@@ -51,21 +58,73 @@ def wants_stream(model: ModelOptions, calibration: CalibrationOptions, stream: b
     return True
 
 
+def open_streamed(model: ModelOptions, windows: WindowOptions, scratch: "Path | None" = None) -> "tuple[Opened, Skeleton]":
+    """The model without values, and where they are; errors as for `ModelOptions.open`."""
+    import torch
+
+    from statprune.disk.skeleton import open_skeleton
+    from statprune.loading import choose_device, refuse_unless_causal
+
+    seqlen = model.check(windows)
+    console.say(f"opening {model.model}, whose weights stay in its files")
+    skeleton = open_skeleton(
+        model.model,
+        dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
+        device=choose_device(model.device),
+        revision=model.revision,
+        scratch=scratch,
+    )
+    refuse_unless_causal(model.model, skeleton.model)
+    return Opened(skeleton.model, model.model, model.revision, seqlen), skeleton
+
+
+def perplexity(
+    opened: Opened, layers: "Layers | None", weights: "Streamed", held_out: "Tensor", batch_size: int, title: str
+) -> float:
+    """Of the model with these weights. What lies between two blocks is held for so many windows at once as `_HELD` allows."""
+    from statprune.perplexity import evaluate_streamed
+
+    traced = layers.traced if layers is not None else None
+    width = opened.model.config.get_text_config().hidden_size * 4
+    with console.progress(title) as progress:
+        return evaluate_streamed(
+            opened.model, held_out, weights, batch_size=batch_size, traced=traced, progress=progress,
+            tokens_per_round=_HELD // width,
+        )  # fmt: skip
+
+
+_HELD = 1 << 30
+"""Bytes of the residual streams that are held between two blocks while a perplexity is measured."""
+
+
+def evaluate_streamed(model: ModelOptions, windows: WindowOptions, text: list[str]) -> "tuple[Opened, Tensor, float]":
+    """The model, the windows of the text and the perplexity on them."""
+    from statprune.agreement import device_of
+    from statprune.disk.streamed import Streamed
+
+    opened, skeleton = open_streamed(model, windows)
+    held_out = opened.held_out(text)
+    weights = Streamed(skeleton, None, device_of(skeleton.model))
+    try:
+        return opened, held_out, perplexity(opened, None, weights, held_out, windows.batch_size, "evaluating")
+    finally:
+        weights.close()
+
+
 def prune_streamed(
     model: ModelOptions,
     place: "Reserved",
     how: "Recipe",
     calibration: CalibrationOptions,
+    text: list[str] | None,
     max_shard_size: str,
 ) -> dict[str, Any]:
     """`prune` with the model on disk."""
-    import torch
-
     import statprune.checkpoint as checkpoint
     from statprune import streaming
+    from statprune.agreement import device_of
     from statprune.clock import timed
-    from statprune.disk.skeleton import open_skeleton
-    from statprune.loading import choose_device
+    from statprune.disk.streamed import Streamed
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
     from statprune.selection import select
@@ -75,35 +134,49 @@ def prune_streamed(
             "--stream: the model's own samples would read all weights for each token. Give --calibration: text files, a token "
             "file (FILE.safetensors:KEY) or a data set's name."
         )
-    seqlen = model.check(calibration)
     seconds: dict[str, float] = {}
-    console.say(f"reading {model.model}, without keeping its weights")
     with timed(seconds, "open"):
-        skeleton = open_skeleton(
-            model.model,
-            dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
-            device=choose_device(model.device),
-            revision=model.revision,
-            scratch=place.folder.parent,
-        )
-    opened = Opened(skeleton.model, model.model, model.revision, seqlen)
+        opened, skeleton = open_streamed(model, calibration, place.folder.parent)
+    held_out = opened.held_out(text) if text else None
     opened.tokenizer_for(calibration.calibration or [])  # one that is broken is refused before the export
     with timed(seconds, "trace"):
         console.say("exporting the model to a graph")
-        layers = find_layers(skeleton.model, bind_batches(skeleton.model, calibration.blank_batches(seqlen)))
+        layers = find_layers(skeleton.model, bind_batches(skeleton.model, calibration.blank_batches(opened.seqlen)))
     streaming.check_streamed(skeleton, layers, how)
     display.show_plan(skeleton.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     drawn = calibration.places(opened)
     inputs = bind_batches(skeleton.model, list(calibration.windows(opened).split(calibration.batch_size)))
     if place.journal.exists():
         console.say(f"going on with what a run that ended early has left in {place.journal.parent}")
+    measured: dict[str, float | None] = {}
+
+    def measure(weights: Streamed, which: str) -> None:
+        if held_out is not None:
+            title = f"perplexity of the {which} model"
+            measured[which] = perplexity(opened, layers, weights, held_out, calibration.batch_size, title)
+
+    dense = Streamed(skeleton, None, device_of(skeleton.model))
+    try:
+        measure(dense, "dense")
+    finally:
+        dense.close()
+
+    def measure_pruned(weights: Streamed) -> None:
+        try:
+            measure(weights, "pruned")
+        except NonFiniteError:
+            measured["pruned"] = None  # the result of a pruning is not lost for it
+
     with console.progress("pruning") as progress, console.progress("copying") as copied:
         report, stored_in = streaming.prune_streamed(
-            skeleton, layers, inputs, how, place, max_shard_size=max_shard_size, progress=progress, copied=copied
-        )
+            skeleton, layers, inputs, how, place,
+            max_shard_size=max_shard_size, progress=progress, copied=copied, then=measure_pruned,
+        )  # fmt: skip
+    if held_out is not None:
+        report.perplexity = {**measured, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
     report.seconds = {**seconds, **report.seconds}
     protocol = {
-        "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": seqlen,
+        "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place, "streamed": True,
     }  # fmt: skip
     console.say(f"finishing {place.output}, and verifying what was written")

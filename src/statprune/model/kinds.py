@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -26,6 +27,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
             model, prefix = model.module, f"{prefix}module."
         else:
             return model, prefix
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether the parameters hold numbers; those of a model that is streamed from its files do not."""
+    return not any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in model.parameters())
 
 
 def is_causal(model: nn.Module) -> bool:
