@@ -6,7 +6,10 @@
 
 Weights are normal with a standard deviation of 0.02, those whose results are added to the residual stream (`o_proj`,
 `down_proj`) of 0.02 / sqrt(2 * layers), as GPT-2 was begun; norms are ones. Such a model predicts nothing, and no perplexity
-of it means anything; time and memory are those of a trained one. There is no tokenizer: calibrate on tokens from a file.
+of it means anything; time and memory are those of a trained one. There is no tokenizer: calibrate on the random tokens that
+are written beside the folder, 128 windows of 2048 (fewer where the context is shorter):
+
+    statprune prune random-7b --output pruned --stream --calibration random-7b-tokens.safetensors:tokens --seqlen 128
 
 Every number is drawn, 16 MiB at a time into one buffer, about 300 million in a second on one core: nothing else is held in
 memory, whatever the size. A tensor's values follow from the seed, its name and its shape, whatever the size of the shards.
@@ -24,11 +27,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 STD = 0.02
 CHUNK = 1 << 22
 """Numbers that are drawn at a time."""
+
+WINDOWS, LENGTH = 128, 2048
+"""Of random tokens."""
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """torch's names and those of safetensors."""
@@ -65,7 +72,7 @@ SHAPES = {
 def write_checkpoint(
     folder: Path, shape: Shape, *, dtype: str = "bfloat16", shard_bytes: int = 5 * 10**9, seed: int = 0
 ) -> int:
-    """Write config.json, the shards and their index.
+    """Write config.json, the shards and their index; and tokens beside the folder (`tokens_of`).
 
     Args:
         folder: one that does not exist yet.
@@ -79,9 +86,11 @@ def write_checkpoint(
 
     Raises:
         ValueError: a shape that is no LLaMA, an unknown dtype, no bytes in a shard.
-        FileExistsError: there is something of that name.
+        FileExistsError: there is something of that name, or of the token file's.
     """
     _check(shape, dtype, shard_bytes)
+    if tokens_of(folder).exists():
+        raise FileExistsError(f"{tokens_of(folder)} exists already")
     folder.mkdir(parents=True)
     itemsize = getattr(torch, dtype).itemsize
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -106,8 +115,20 @@ def write_checkpoint(
     total = sum(math.prod(sizes) for _, sizes in _tensors(shape)) * itemsize
     if len(shards) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": placed})
+    tokens = torch.randint(
+        shape.vocabulary,
+        (WINDOWS, min(LENGTH, shape.context)),
+        dtype=torch.int32,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    save_file({"tokens": tokens}, tokens_of(folder))
     _write_json(folder / "config.json", _config(shape, dtype))  # last: without it nobody takes a torn folder for a model
     return total
+
+
+def tokens_of(folder: Path) -> Path:
+    """The file of random tokens, int32 [windows, length] under the key `tokens`: not in the folder, where all are weights."""
+    return folder.with_name(f"{folder.name}-tokens.safetensors")
 
 
 def _check(shape: Shape, dtype: str, shard_bytes: int) -> None:
@@ -226,6 +247,7 @@ def main() -> None:
     except (ValueError, OSError) as e:
         sys.exit(f"make_random_checkpoint {given.folder}: {e}")
     print(f"{given.folder}: {total / 1e9:.2f} GB of weights, {given.dtype}, {shape}")
+    print(f"calibrate it with --calibration {tokens_of(given.folder)}:tokens")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from statprune.data.sources import token_file_windows
 from statprune.loading import load_model
 from tiny_models import tokens
 
@@ -32,6 +33,7 @@ def make(script, monkeypatch):
     def run(folder, *options):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), *options])
         script.main()
+        assert script.tokens_of(folder).exists()
         return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
     return run
@@ -40,6 +42,9 @@ def make(script, monkeypatch):
 def test_it_loads_and_runs(make, tmp_path, capsys):
     written = make(tmp_path / "model", *TINY, "--dtype", "float32")
     model = load_model(str(tmp_path / "model"))
+    drawn = token_file_windows(f"{tmp_path / 'model-tokens.safetensors'}:tokens", 128, 128)
+    assert drawn.min() == 0
+    assert drawn.max() == 47
     assert model(tokens(1, 5)).logits.isfinite().all()
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {k: v.shape for k, v in written.items()}
     assert f"{sum(tensor.nbytes for tensor in written.values()) / 1e9:.2f} GB of weights, float32" in capsys.readouterr().out
@@ -91,3 +96,7 @@ def test_a_folder_that_exists_is_refused(make, tmp_path):
     with pytest.raises(SystemExit, match="exists"):
         make(tmp_path / "model", *TINY)
     assert not any((tmp_path / "model").iterdir())
+    (tmp_path / "other-tokens.safetensors").touch()
+    with pytest.raises(SystemExit, match=r"other-tokens\.safetensors exists"):
+        make(tmp_path / "other", *TINY)
+    assert not (tmp_path / "other").exists()
