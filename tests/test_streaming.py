@@ -26,7 +26,7 @@ RECIPES = [
     Recipe("optimal-brain+least-squares", pattern="2:4", schedule="block", target="dense"),
     Recipe("magnitude", pattern="50%"),
     Recipe("wanda", pattern="50%", allocation="owl"),
-    Recipe("best", pattern="50%"),
+    Recipe("best", pattern="2:4"),
 ]
 
 
@@ -39,7 +39,9 @@ def folders(tmp_path_factory):
     """Checkpoints in the folders that transformers writes: in pieces, tied, transposed, in bfloat16."""
     made = {}
     models = {
-        "llama": llama(tie_word_embeddings=False).bfloat16(),
+        # Grouped queries without padding run another kernel in the model than in its graph, which has a mask: the gradients of
+        # loss-aware methods differ in their last bits then (`model/backward.py`).
+        "llama": llama(tie_word_embeddings=False, num_key_value_heads=2).bfloat16(),
         "tied": llama(tie_word_embeddings=True),
         "gpt2": gpt2(),
     }
@@ -147,7 +149,7 @@ class Stopped(BaseException):
 
 def stop_after(count):
     def progress(done, total, what):
-        if done >= count:
+        if total == 14 and done >= count:  # weights, and not the batches of gradients
             raise Stopped
 
     return progress
