@@ -18,7 +18,7 @@ FLOORS = """
     training
     api
     tuning
-    engine  allocation  selection  agreement
+    engine  allocation  selection  agreement  sharing
     checkpoint
     card  companions  hub  output  page  verification
     loading  configuration  completeness  weight_files

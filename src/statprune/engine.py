@@ -2,7 +2,7 @@
 
 for group, moments in layers.observe(...):      the statistics of a group's inputs are complete
     for site in group.sites:
-        prune the weight, report it, put it     what is observed next has seen it
+        prune the weight, report it, put it     several ranks share the work; what is observed next has seen it
 """
 
 import contextlib
@@ -16,16 +16,14 @@ from torch import Tensor
 
 from statprune.allocation import allocate
 from statprune.clock import timed
-from statprune.errors import NonFiniteError, SiteError, adding, number_of
-from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
+from statprune.errors import adding, number_of
+from statprune.methods.pruner import PrunedWeight, output_energies
 from statprune.methods.statistics import InputMoments, Statistic
-from statprune.methods.target import Target
 from statprune.model.gradients import Loss, output_grams
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.observe import ForwardContext
 from statprune.model.schedule import SEES_PRUNED
-from statprune.model.sites import LinearSite
 from statprune.model.undisturbed import undisturbed
 from statprune.model.weights import Weights
 from statprune.progress import Progress, silent
@@ -33,6 +31,7 @@ from statprune.ranks import ProcessGroup, all_well, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.report import PruningReport, SiteReport
 from statprune.selection import select
+from statprune.sharing import Task, prune_shared
 
 
 def run(
@@ -92,16 +91,18 @@ def run(
                 selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, **running
             ):
                 with timed(report.seconds, "prune", report.memory, device):
-                    for site in group.sites:
-                        weight = site.view(weights.get(site.parameter).detach())
-                        known = moments
-                        if known is not None and curvature is not None:
-                            known = known.with_output_gram(curvature.gram(site.parameter))
-                        pruned = _prune(own.get(site.parameter, pruner), target, site, weight, known)
-                        report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
+                    tasks = [
+                        Task(
+                            site, site.view(weights.get(site.parameter).detach()), own.get(site.parameter, pruner), target,
+                            moments, curvature,
+                        )
+                        for site in group.sites
+                    ]  # fmt: skip
+                    for task, pruned in prune_shared(tasks, process_group):
+                        report.sites.append(SiteReport.of(task.site, task.weight, pruned, allocation.record(task.site)))
                         if moments is not None:
-                            energies.append(_output_energies(weight, pruned, moments))
-                        weights.put(site, pruned)
+                            energies.append(_output_energies(task.weight, pruned, moments))
+                        weights.put(task.site, pruned)
                 if moments is not None and not report.num_tokens:
                     report.num_tokens = int(moments.num_tokens)
                 progress(len(report.sites), len(selection.sites), group.sites[-1].name)
@@ -112,21 +113,6 @@ def run(
         del report.seconds["walk"]  # nothing was walked
         report.memory.pop("walk", None)
     return report
-
-
-def _prune(
-    pruner: WeightPruner, target: Target, site: LinearSite, weight: Tensor, moments: InputMoments | None
-) -> PrunedWeight:
-    try:
-        pruned = pruner(target(weight, moments, site.parameter), moments)
-    except ValueError as e:
-        raise SiteError(f"{site.name}: {e}") from e
-    if not bool(torch.isfinite(pruned.weight).all()):
-        raise NonFiniteError(
-            f"{site.name}: the method makes NaN or infinity of its finite weights, which are {weight.dtype}. Take smaller "
-            "settings, a wider dtype, or leave the layer dense with `ignore`."
-        )
-    return PrunedWeight(pruned.weight.to(weight.dtype), pruned.keep)  # a dense target is float32
 
 
 def _output_energies(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> Tensor:
