@@ -15,6 +15,7 @@ from statprune.model.kinds import vocabulary_and_context
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.model.weights import named_tensors
 from statprune.progress import Progress, silent
+from statprune.ranks import collective
 
 TOKENS_PER_CHUNK = 1024
 """Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""
@@ -104,7 +105,7 @@ def evaluate(
     weights: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> float:
-    """Perplexity of a causal language model on token windows.
+    """Perplexity of a causal language model on token windows; in a `torch.distributed` run, on those of all ranks together.
 
     Args:
         model: returns an object with `logits` for tokens.
@@ -125,7 +126,8 @@ def evaluate(
             tokens = windows[start : start + batch_size].to(device).long()
             metric.update_next_token(functional_call(model, dict(weights or {}), (tokens,)).logits, tokens)
             progress(min(start + batch_size, len(windows)), len(windows), "windows")
-    perplexity = float(metric.compute())
+    with collective(None, "the perplexity"):  # of the windows of all ranks
+        perplexity = float(metric.compute())
     if not math.isfinite(perplexity):
         raise NonFiniteError(f"The perplexity is {perplexity}: {cause_of_nonfinite(model, weights or {})}")
     return perplexity
