@@ -135,7 +135,6 @@ METHODS = {
     "layer": ("sparsegpt", "50%", "pruned", "walk", (8, 6)),  # q, o, gate, down | k and v, up
     "best": ("best", "2:4", "dense", "walk", (8, 6)),
     "curves": ("optimal-brain+least-squares", "50%", "pruned", "one-shot", 14),
-    "wanda": ("wanda", "2:4", "dense", "walk", 14),
     "paper": ("paper", "2:4", "pruned", "walk", 14),  # cheaper than to send: each rank prunes everything
 }
 
