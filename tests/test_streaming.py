@@ -14,6 +14,7 @@ from statprune.errors import CheckpointError, NonFiniteError, SiteError
 from statprune.loading import load_model
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
+from statprune.progress import unsaid
 from statprune.recipe import Recipe
 from tiny_models import gpt2, llama, tokens
 
@@ -57,7 +58,7 @@ def stream(folder, batches, recipe, output, **settings):
     skeleton = open_skeleton(str(folder))
     inputs = bind_batches(skeleton.model, batches)
     layers = find_layers(skeleton.model, inputs)
-    with checkpoint.reserve(output, resumes=True) as place:
+    with checkpoint.reserve(output, resumes=True, say=unsaid) as place:
         report, stored_in = streaming.prune_streamed(skeleton, layers, inputs, recipe, place, max_shard_size="9KB", **settings)
         checkpoint.finish(skeleton.model, report, place, stored_in, source=folder)
     return report
@@ -73,7 +74,8 @@ def test_a_streamed_model_is_to_the_bit_what_one_in_memory_is(tmp_path, folders,
     model = load_model(str(folders[name]))
     expected = statprune.prune(model, batches, recipe)
     report = stream(folders[name], batches, recipe, tmp_path / "out")
-    assert report.sites == expected.sites and report.num_tokens == expected.num_tokens
+    assert report.sites == expected.sites
+    assert report.num_tokens == expected.num_tokens
     checkpoint.save(model, expected, tmp_path / "memory", source=folders[name], max_shard_size="9KB")
     found, wanted = in_files(tmp_path / "out"), in_files(tmp_path / "memory")
     assert found.keys() == wanted.keys()
@@ -164,7 +166,8 @@ def test_a_run_goes_on_where_another_one_stopped(tmp_path, folders, batches, rec
         report = stream(folders["llama"], batches, recipe, tmp_path / "out")
     finally:
         Streamed.put = put
-    assert report.sites == expected.sites and report.num_tokens == expected.num_tokens
+    assert report.sites == expected.sites
+    assert report.num_tokens == expected.num_tokens
     assert 0 < len(seen) < len(report.sites)
     found, wanted = in_files(tmp_path / "out"), in_files(tmp_path / "whole")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -246,7 +249,7 @@ def test_a_disk_that_is_full_says_so_before_anything_is_pruned(tmp_path, folders
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*Make room"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*Make room"):
         stream(folders["llama"], batches, Recipe("wanda"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -273,7 +276,7 @@ def test_a_disk_that_fills_up_later_loses_nothing(tmp_path, folders, batches, mo
 def test_shards_are_what_safetensors_reads(tmp_path):
     torch.manual_seed(0)
     tensors = {f"t{i}": torch.randn(3, 5).to(dtype) for i, dtype in enumerate([torch.float32, torch.bfloat16, torch.float64])}
-    shards = Shards(tmp_path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, "100B")
+    shards = Shards(tmp_path, {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, 100)
     shards.create()
     for name in ("t2", "t0", "t1"):
         shards.write(name, tensors[name])

@@ -109,7 +109,9 @@ def run(
                     ]  # fmt: skip
                     fresh: list[FinishedSite] = []
                     for task, pruned in prune_shared(tasks, process_group):
-                        fresh.append(_finished(task.site, task.weight, pruned, moments, allocation))
+                        fresh.append(
+                            _finished(task.site, task.weight, pruned, moments, allocation)
+                        )  # before the weight changes
                         report.sites.append(fresh[-1].report)
                         weights.put(task.site, pruned)
                     if ledger is not None and fresh:

@@ -83,6 +83,7 @@ def prune_streamed(
             dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
             device=choose_device(model.device),
             revision=model.revision,
+            scratch=place.folder.parent,
         )
     opened = Opened(skeleton.model, model.model, model.revision, seqlen)
     opened.tokenizer_for(calibration.calibration or [])  # one that is broken is refused before the export

@@ -6,8 +6,10 @@ files, says where each one is, and writes those that it has to make into files o
 
 import contextlib
 import logging
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +45,6 @@ class Skeleton:
     stored_as: dict[str, str]
     """The name in the files of each parameter that lies there as it is; the others are made of several."""
 
-    offload: tempfile.TemporaryDirectory[str]
-    """Of the parameters that transformers had to make; it goes when nothing refers to it any more."""
-
     @property
     def num_bytes(self) -> int:
         """Of all parameters as they are computed with."""
@@ -53,9 +52,22 @@ class Skeleton:
 
 
 def open_skeleton(
-    path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", revision: str | None = None
+    path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    scratch: Path | None = None,
 ) -> Skeleton:
-    """A model that is read from its files while it is computed with. Arguments and errors: `load_model`.
+    """A model that is read from its files while it is computed with.
+
+    Args:
+        path: as for `load_model`, and so are the next three.
+        dtype: to compute in.
+        device: to compute on.
+        revision: on the hub.
+        scratch: a folder that stays for as long as the model, for parameters that transformers makes of several tensors;
+            None: one in the system's temporary folder, which goes with the model.
 
     Raises:
         ModelError: as `load_model`; or accelerate is not installed.
@@ -67,12 +79,12 @@ def open_skeleton(
     empty = empty_model(path, config=config)
     left_out = check_stored(path, stored, empty)
     kind, part = model_class(config)
-    offload = tempfile.TemporaryDirectory(prefix="statprune-converted-")
+    offload = tempfile.mkdtemp(prefix="statprune-converted-", dir=scratch)
     try:
         with without_report() as reports, _quiet():
             model, found = kind.from_pretrained(
                 folder, config=part, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True, output_loading_info=True, device_map={"": "disk"}, offload_folder=offload.name,
+                ignore_mismatched_sizes=True, output_loading_info=True, device_map={"": "disk"}, offload_folder=offload,
             )  # fmt: skip
     except Exception as e:  # whatever a model class, safetensors and torch raise on weights that do not fit
         if names := unconverted(reports):
@@ -95,14 +107,14 @@ def open_skeleton(
             continue
         file, tensor = index[name]
         places[own] = ranges.setdefault(file, ranges_of(file))[tensor]
-        if file.parent != Path(offload.name):
+        if file.parent != Path(offload):
             stored_as[own] = tensor
     if missing := sorted(set(canonical.values()) - places.keys()):
         raise ModelError(f"{path}: transformers does not say where {some(missing)} is in the files.")
     in_files = {name: Range(folder / one.file, 0, DTYPES[one.dtype], one.shape) for name, one in stored.items()}
     for name, one in in_files.items():
         in_files[name] = ranges.setdefault(one.file, ranges_of(one.file))[name]
-    direct = {tensor for file, tensor in index.values() if file.parent != Path(offload.name)}
+    direct = {tensor for file, tensor in index.values() if file.parent != Path(offload)}
     unused = {*left_out, *strays, *ignored_names(stored, empty)}
     aliases = {index[name][1] for name, own in canonical.items() if name in index} - set(stored_as.values())
     is_converted = len(stored_as) < len(places)
@@ -112,7 +124,8 @@ def open_skeleton(
         if name not in unused and name not in aliases and (name in direct or is_converted)
     }
     model.config._commit_hash, model.config.name_or_path, model.name_or_path = config._commit_hash, path, path
-    return Skeleton(model.eval(), places, canonical, kept, stored_as, offload)
+    weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
+    return Skeleton(model.eval(), places, canonical, kept, stored_as)
 
 
 @contextlib.contextmanager
