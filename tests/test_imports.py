@@ -18,7 +18,7 @@ FLOORS = """
     training
     api  streaming
     tuning
-    engine  allocation  selection  agreement
+    engine  allocation  selection  agreement  sharing
     checkpoint
     card  companions  disk  hub  output  page  verification
     loading  configuration  completeness  weight_files

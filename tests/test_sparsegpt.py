@@ -466,9 +466,9 @@ def factorised(monkeypatch):
     """How many channels each matrix had that was factorised; recipes are to be made before, they try themselves out."""
     sizes = []
 
-    def counted(gram, damping):
+    def counted(gram, damping, team):
         sizes.append(gram.shape[-1])
-        return inverse_factor(gram, damping)
+        return inverse_factor(gram, damping, team)
 
     monkeypatch.setattr(sparsegpt, "inverse_factor", counted)
     return sizes
@@ -502,9 +502,9 @@ def hopeless(monkeypatch, after: int) -> None:
     """From the call of this number on, no matrix can be factorised."""
     calls = []
 
-    def fail(gram, damping):
+    def fail(gram, damping, team):
         calls.append(gram)
-        return inverse_factor(gram if len(calls) <= after else gram * torch.nan, damping)
+        return inverse_factor(gram if len(calls) <= after else gram * torch.nan, damping, team)
 
     monkeypatch.setattr(sparsegpt, "inverse_factor", fail)
 

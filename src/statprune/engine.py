@@ -2,7 +2,7 @@
 
 for group, moments in layers.observe(...):      the statistics of a group's inputs are complete
     for site in group.sites:
-        prune the weight, report it, put it     what is observed next has seen it
+        prune the weight, report it, put it     several ranks share the work; what is observed next has seen it
 """
 
 import contextlib
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from statprune.allocation import Allocation, allocate
 from statprune.clock import timed
-from statprune.errors import NonFiniteError, SiteError, adding, number_of
-from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
+from statprune.errors import adding, number_of
+from statprune.methods.pruner import PrunedWeight, output_energies
 from statprune.methods.statistics import InputMoments, Statistic
-from statprune.methods.target import Target
 from statprune.model.backward import output_grams_streamed
 from statprune.model.gradients import Loss, output_grams
 from statprune.model.inputs import ModelInputs
@@ -35,6 +34,7 @@ from statprune.ranks import ProcessGroup, all_well, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.report import FinishedSite, Ledger, PruningReport, SiteReport
 from statprune.selection import select
+from statprune.sharing import Task, prune_shared
 
 
 def run(
@@ -102,20 +102,25 @@ def run(
                 selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, finished=finished, **running
             ):
                 with timed(report.seconds, "prune", report.memory, device):
+                    landed = [site for site in group.sites if ledger is not None and site.parameter in finished]
+                    for site in landed:
+                        assert ledger is not None
+                        ledger.land(site)
+                        done.append(finished[site.parameter])
+                    tasks = [
+                        Task(
+                            site, site.view(weights.get(site.parameter).detach()), own.get(site.parameter, pruner), target,
+                            moments, curvature,
+                        )
+                        for site in group.sites if site not in landed
+                    ]  # fmt: skip
                     fresh: list[FinishedSite] = []
-                    for site in group.sites:
-                        if ledger is not None and site.parameter in finished:
-                            ledger.land(site)
-                            done.append(finished[site.parameter])
-                            continue
-                        weight = site.view(weights.get(site.parameter).detach())
-                        known = moments
-                        if known is not None and curvature is not None:
-                            known = known.with_output_gram(curvature.gram(site.parameter))
-                        pruned = _prune(own.get(site.parameter, pruner), target, site, weight, known)
-                        fresh.append(_finished(site, weight, pruned, moments, allocation))  # before the weight changes
+                    for task, pruned in prune_shared(tasks, process_group):
+                        fresh.append(
+                            _finished(task.site, task.weight, pruned, moments, allocation)
+                        )  # before the weight changes
                         report.sites.append(fresh[-1].report)
-                        weights.put(site, pruned)
+                        weights.put(task.site, pruned)
                     if ledger is not None and fresh:
                         ledger.add(fresh)
                     done += fresh
@@ -128,21 +133,6 @@ def run(
         del report.seconds["walk"]  # nothing was walked
         report.memory.pop("walk", None)
     return report
-
-
-def _prune(
-    pruner: WeightPruner, target: Target, site: LinearSite, weight: Tensor, moments: InputMoments | None
-) -> PrunedWeight:
-    try:
-        pruned = pruner(target(weight, moments, site.parameter), moments)
-    except ValueError as e:
-        raise SiteError(f"{site.name}: {e}") from e
-    if not bool(torch.isfinite(pruned.weight).all()):
-        raise NonFiniteError(
-            f"{site.name}: the method makes NaN or infinity of its finite weights, which are {weight.dtype}. Take smaller "
-            "settings, a wider dtype, or leave the layer dense with `ignore`."
-        )
-    return PrunedWeight(pruned.weight.to(weight.dtype), pruned.keep)  # a dense target is float32
 
 
 def _finished(

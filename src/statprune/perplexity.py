@@ -20,6 +20,7 @@ from statprune.model.trace import check_traced, trace
 from statprune.model.undisturbed import eval_mode, undisturbed, without_cache
 from statprune.model.weights import Segmented, named_tensors
 from statprune.progress import Progress, silent
+from statprune.ranks import collective
 
 TOKENS_PER_CHUNK = 1024
 """Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""
@@ -109,7 +110,7 @@ def evaluate(
     weights: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> float:
-    """Perplexity of a causal language model on token windows.
+    """Perplexity of a causal language model on token windows; in a `torch.distributed` run, on those of all ranks together.
 
     Args:
         model: returns an object with `logits` for tokens.
@@ -130,7 +131,8 @@ def evaluate(
             tokens = windows[start : start + batch_size].to(device).long()
             metric.update_next_token(functional_call(model, dict(weights or {}), (tokens,)).logits, tokens)
             progress(min(start + batch_size, len(windows)), len(windows), "windows")
-    perplexity = float(metric.compute())
+    with collective(None, "the perplexity"):  # of the windows of all ranks
+        perplexity = float(metric.compute())
     if not math.isfinite(perplexity):
         raise NonFiniteError(f"The perplexity is {perplexity}: {cause_of_nonfinite(model, weights or {})}")
     return perplexity

@@ -48,6 +48,13 @@ def is_distributed(process_group: ProcessGroup = None) -> bool:
     return distributed.get_world_size(process_group) > 1
 
 
+def place(process_group: ProcessGroup = None) -> tuple[int, int]:
+    """(this process's rank in the group, how many there are); (0, 1) without `torch.distributed`."""
+    if not is_distributed(process_group):
+        return 0, 1
+    return distributed.get_rank(process_group), distributed.get_world_size(process_group)
+
+
 @contextlib.contextmanager
 def together(process_group: ProcessGroup, device: torch.device, work: str) -> Iterator[None]:
     """Work that either every rank of the group does to its end, or none: what fails inside on one rank is an error on all.
@@ -142,6 +149,22 @@ def from_first_rank(value: float, device: torch.device, process_group: ProcessGr
     with collective(process_group, "the first rank's word"):
         distributed.broadcast(shared, group=process_group, group_src=0)
     return float(shared)
+
+
+def send_around(tensors: Iterable[tuple[int, Tensor]], process_group: ProcessGroup = None, what: str = "a result") -> None:
+    """Fill each tensor with that of one rank, in place; errors as for `sum_over_ranks`.
+
+    Args:
+        tensors: (the rank of the group that has it, contiguous), of the same shapes and dtypes on every rank.
+        process_group: the ranks that take part.
+        what: goes around, for the message.
+    """
+    if not is_distributed(process_group):
+        return
+    with collective(process_group, what):
+        for owner, tensor in tensors:
+            # As bytes: not every engine sends every dtype.
+            distributed.broadcast(tensor.view(torch.uint8), group=process_group, group_src=owner)
 
 
 def share(count: int, available: int, device: torch.device, process_group: ProcessGroup = None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple, get_type_hints
 
-from statprune.commands import COMMANDS, console, endings, options
+from statprune.commands import COMMANDS, console, endings, options, processes
 from statprune.commands.command_line import in_place
 from statprune.commands.parsers import parser_of_all, refuse
 
@@ -32,12 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in words
-    with endings.stoppable() as signals:
+    with endings.stoppable() as signals, processes.one_voice() as speaks:
         try:
             call = parse(words)
             as_json = call.show.json
-            with console.showing(as_json=as_json, quiet=call.show.quiet):
-                result = call.function(**call.given)
+            with (
+                console.showing(as_json=as_json, quiet=call.show.quiet or not speaks),
+                processes.joined(call.function.__name__, call.given) as given,
+            ):
+                result = call.function(**given)
             if as_json:
                 console.show_json(result)
             return 0

@@ -78,8 +78,13 @@ def explain(error: Exception) -> str:
 
 def show_traceback(error: BaseException) -> None:
     """Where it was asked for."""
-    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+    if wants_traceback():
         traceback.print_exception(error, file=sys.stderr)
+
+
+def wants_traceback() -> bool:
+    """Whether the environment asks for it."""
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

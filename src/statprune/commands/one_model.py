@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from statprune.commands import console, display
+from statprune.commands import console, display, processes
 from statprune.commands.options import (
     MODEL_SAMPLES,
     CalibrationOptions,
@@ -17,7 +17,7 @@ from statprune.commands.options import (
     WindowOptions,
 )
 from statprune.commands.streamed import evaluate_streamed, prune_streamed, wants_stream
-from statprune.errors import CalibrationError, NonFiniteError, RecipeError
+from statprune.errors import CalibrationError, NonFiniteError, RanksError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,9 @@ def prune(
     from statprune.selection import select
 
     how = recipe.read()
+    processes.check_windows(calibration.samples, halves=isinstance(how, Search))
+    if not processes.place().is_first:  # what is written, the first rank writes
+        return {} if dry_run else _prune(model, None, how, calibration, text, not no_compare, max_shard_size)
     checkpoint.check_output(output, overwrite=overwrite, source=model.model)
     checkpoint.check_shard_size(max_shard_size)
     if dry_run:
@@ -87,7 +90,7 @@ def prune(
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
-    resumes = isinstance(how, Recipe)
+    resumes = isinstance(how, Recipe) and processes.place().size == 1
     with (
         checkpoint.reserve(
             output, overwrite=overwrite, source=model.model, say=console.say, resumes=resumes, restarts=restart
@@ -95,10 +98,19 @@ def prune(
         _kept(place),
     ):
         if wants_stream(model, calibration, stream, memory):
+            _refuse_several(model.model)
             if isinstance(how, Search):
                 raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
             return prune_streamed(model, place, how, calibration, text, max_shard_size or checkpoint.USUAL_SHARD_SIZE)
         return _prune(model, place, how, calibration, text, not no_compare, max_shard_size)
+
+
+def _refuse_several(model: str) -> None:
+    if processes.place().size > 1:
+        raise RanksError(
+            f"{model} is streamed, which is the work of one process: run it without torchrun. Or, where the model fits into "
+            "memory once for each process, allow that with --memory."
+        )
 
 
 @contextlib.contextmanager
@@ -114,52 +126,66 @@ def _kept(place: "Reserved") -> Iterator[None]:
 
 def _prune(
     model: ModelOptions,
-    place: "Reserved",
+    place: "Reserved | None",
     how: "Recipe | Search",
     calibration: CalibrationOptions,
     text: list[str] | None,
     compares: bool,
     max_shard_size: str | None,
 ) -> dict[str, Any]:
+    import torch
+
     import statprune.checkpoint as checkpoint
     from statprune.api import prune as prune_model
     from statprune.clock import timed
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
+    from statprune.ranks import send_around
     from statprune.recipe import Recipe, Search
     from statprune.selection import select
 
     opened = model.open(calibration)
-    checkpoint.check_model(opened.model, place)
+    if place is not None:
+        checkpoint.check_model(opened.model, place)
     held_out = opened.held_out(text) if text else None
     opened.tokenizer_for(calibration.calibration or ["generated"])  # one that is broken is refused before the export
     seconds: dict[str, float] = {}
+    halves = isinstance(how, Search)
     with timed(seconds, "trace"):
         console.say("exporting the model to a graph")
-        layers = find_layers(opened.model, bind_batches(opened.model, calibration.blank_batches(opened.seqlen)))
+        blank = torch.zeros(calibration.samples, opened.seqlen, dtype=torch.int64)
+        layers = find_layers(opened.model, bind_batches(opened.model, _batches(blank, calibration, halves)))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
-    drawn = calibration.places(opened, halves=isinstance(how, Search))
-    windows = calibration.windows(opened, halves=isinstance(how, Search))
+    drawn = calibration.places(opened, halves=halves)
+    # Drawn once, whatever it takes, and the same on all ranks.
+    windows = calibration.windows(opened, halves=halves) if place is not None else torch.empty_like(blank)
+    send_around([(0, windows)], None, "the calibration windows")
+    batches = _batches(windows, calibration, halves)
     perplexity: dict[str, Any] = {}
     if held_out is not None:
         perplexity["dense"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the dense model")
         if compares and how.method not in _NOT_COMPARED:
             with timed(seconds, "compare"):
-                perplexity["wanda"] = _wandas(opened, list(windows.split(calibration.batch_size)), held_out, how, layers)
-    if place.journal.exists():
+                perplexity["wanda"] = _wandas(opened, batches, held_out, how, layers)
+    if place is not None and place.journal.exists():
         console.say(f"going on with what a run that ended early has left in {place.journal.parent}")
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
+    is_alone = place is not None and processes.place().size == 1
     with console.progress(title) as progress, _said_already(layers.reason):
         report = prune_model(
-            opened.model, list(windows.split(calibration.batch_size)), how, traced=layers, progress=progress, say=console.say,
-            journal=place.journal.parent if isinstance(how, Recipe) else None,
+            opened.model, batches, how, traced=layers, progress=progress, say=console.say,
+            journal=place.journal.parent if is_alone and place is not None and isinstance(how, Recipe) else None,
         )  # fmt: skip
     if held_out is not None:
         perplexity["pruned"] = _perplexity_or_none(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
         report.perplexity = {**perplexity, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
+    if place is None:
+        return {}
+    ranks = processes.place().size
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
+        **({"ranks": ranks} if ranks > 1 else {}),
     }  # fmt: skip
     report.seconds["trace"] += seconds.pop("trace")
     report.seconds |= seconds
@@ -168,6 +194,11 @@ def _prune(
         checkpoint.save(opened.model, report, place, protocol=protocol, source=model.model, max_shard_size=max_shard_size)
     display.show_report(report, str(place.output))
     return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
+
+
+def _batches(windows: "Tensor", calibration: CalibrationOptions, halves: bool) -> "list[Tensor]":
+    """This process's windows, in batches."""
+    return list(processes.share_of(windows, halves=halves).split(calibration.batch_size))
 
 
 _NOT_COMPARED = ("wanda", "magnitude")
@@ -213,7 +244,9 @@ def _perplexity(
     from statprune.perplexity import evaluate as evaluate_model
 
     with console.progress(title) as progress:
-        return evaluate_model(opened.model, windows, batch_size=batch_size, weights=weights, progress=progress)
+        return evaluate_model(
+            opened.model, processes.share_of(windows), batch_size=batch_size, weights=weights, progress=progress
+        )
 
 
 def _look(
@@ -259,12 +292,15 @@ def evaluate(
     from statprune.versions import versions
 
     if wants_stream(model, windows, stream, memory):
+        _refuse_several(model.model)
         opened, tokens, perplexity = evaluate_streamed(model, windows, text)
     else:
         opened = model.open(windows)
         tokens = opened.held_out(text)
         with console.progress("evaluating") as progress:
-            perplexity = evaluate_model(opened.model, tokens, batch_size=windows.batch_size, progress=progress)
+            perplexity = evaluate_model(
+                opened.model, processes.share_of(tokens), batch_size=windows.batch_size, progress=progress
+            )
     tokenizer = opened.tokenizer_for(text)
     result = {
         "perplexity": perplexity, "windows": len(tokens), "seqlen": opened.seqlen, "text": text, "model": model.model,

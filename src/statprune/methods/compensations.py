@@ -15,9 +15,11 @@ from torch import Tensor
 from statprune.methods.bounds import Between, check
 from statprune.methods.gradual import least_squares
 from statprune.methods.loss_aware import loss_aware
+from statprune.methods.rows import rows_alone
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
 
+@rows_alone()
 @needs(Statistic.NONE)
 def none(original: Tensor, pruned: Tensor, keep: Tensor, moments: InputMoments | None = None) -> Tensor:
     """The pruned weight as it is.
@@ -28,6 +30,7 @@ def none(original: Tensor, pruned: Tensor, keep: Tensor, moments: InputMoments |
     return pruned.float()
 
 
+@rows_alone(unless="column")
 @needs(Statistic.NONE)
 def energy(
     original: Tensor,
@@ -69,6 +72,7 @@ def energy(
     return corrected
 
 
+@rows_alone(unless="column")
 @needs(Statistic.MOMENTS)
 def activation_energy(
     original: Tensor,

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from statprune.methods.bounds import Between, check
 from statprune.methods.gram import channel_freedom
+from statprune.methods.rows import rows_alone
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
 _TINY = torch.finfo(torch.float32).tiny
 """Where a row or column is all zeros, 0 divided by this is 0."""
 
 
+@rows_alone()
 @needs(Statistic.NONE)
 def magnitude(weight: Tensor, moments: InputMoments | None = None) -> Tensor:
     """`|W|`.
@@ -32,6 +34,7 @@ def magnitude(weight: Tensor, moments: InputMoments | None = None) -> Tensor:
     return weight.float().abs()
 
 
+@rows_alone()
 @needs(Statistic.MOMENTS)
 def wanda(weight: Tensor, moments: InputMoments) -> Tensor:
     """`|W_ij| * sqrt(E[x_j^2])` (Sun et al. 2024, arXiv 2306.11695).
@@ -133,6 +136,7 @@ def cvr(
     return weight.abs() * (activation_factor * weight_factor)[..., None, :]
 
 
+@rows_alone()
 @needs(Statistic.GRAM)
 def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: Annotated[float, Between(1e-30, 100)] = 0.01) -> Tensor:
     """`|W_ij| / sqrt([H^-1]_jj)`, H the Gram: what pruning one weight costs when all others adapt (optimal brain surgeon).

@@ -15,7 +15,7 @@ Divided by sqrt([H^-1]_jj), a channel's weights have one penalty again; all here
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -26,6 +26,7 @@ from statprune.methods.gram import channel_freedom, inverse, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares, Tolerance
 from statprune.methods.patterns import Pattern
 from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite, needs_of
+from statprune.methods.rows import Rows, Team, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
 
 PENALTY = 3.0
@@ -60,6 +61,11 @@ class GradualMask:
         """Whether the pattern fits rows of this width."""
         return self.pattern.fits(in_features)
 
+    def of_rows(self, rows: Rows) -> "GradualMask | None":
+        """The same for a stretch of rows; None where the criterion or the pattern compares rows."""
+        criterion, pattern = of_rows(self.criterion, rows), of_rows(self.pattern, rows)
+        return None if criterion is None or pattern is None else replace(self, criterion=criterion, pattern=pattern)
+
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
         """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype.
 
@@ -69,7 +75,9 @@ class GradualMask:
         gram_II, scale_1I = normalised_gram(moments, self.damping)
         assert moments is not None
         freedom_I = channel_freedom(moments, self.damping)
-        inverse_II = moments.derive(("ADMM inverse", self.damping), lambda: _regularised_inverse(gram_II, freedom_I))
+        inverse_II = moments.derive(
+            ("ADMM inverse", self.damping), lambda: _regularised_inverse(gram_II, freedom_I, moments.team)
+        )
         # An autocast of the caller's would compute the products in its low precision.
         with torch.autocast(weight.device.type, enabled=False):
             root_1I = freedom_I.sqrt()[..., None, :]
@@ -157,9 +165,9 @@ def criterion_before(pruner: WeightPruner, name: str, steps: int) -> MaskPruner:
     return pruner
 
 
-def _regularised_inverse(gram_II: Tensor, freedom_I: Tensor) -> Tensor:
+def _regularised_inverse(gram_II: Tensor, freedom_I: Tensor, team: Team) -> Tensor:
     """(H + penalty)^-1 of a normalised Gram in the solver's coordinates; the penalty is so large that float32 will do."""
     root_I = freedom_I.sqrt()
     regularised_II = gram_II * root_I[..., :, None] * root_I[..., None, :]
     regularised_II.diagonal(dim1=-2, dim2=-1).add_(PENALTY)
-    return inverse(regularised_II)
+    return inverse(regularised_II, team)

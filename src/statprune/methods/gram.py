@@ -1,9 +1,13 @@
 """The Gram of a layer's inputs with ones on its diagonal, and what solvers derive of it, once for all layers that share it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from statprune.methods.rows import ALONE, Team
 from statprune.methods.statistics import InputMoments
+from statprune.methods.triangles import cholesky, inverse_diagonal, inverse_of_matrix
 
 _LEAST_DAMPING = 1e-3
 """What `channel_freedom` adds at least: without any, a Gram of few tokens has no inverse."""
@@ -34,20 +38,29 @@ def channel_freedom(moments: InputMoments, damping: float) -> Tensor:
         ValueError: there is no Gram, or it cannot be factorised.
     """
     found: Tensor = moments.derive(
-        ("channel freedom", damping), lambda: _freedom(normalised_gram(moments, damping)[0], max(0.0, _LEAST_DAMPING - damping))
+        ("channel freedom", damping),
+        lambda: _freedom(normalised_gram(moments, damping)[0], max(0.0, _LEAST_DAMPING - damping), moments.team),
     )
     return found
 
 
-def inverse(matrix: Tensor) -> Tensor:
+def inverse(matrix: Tensor, team: Team = ALONE) -> Tensor:
     """The inverse of a symmetric positive definite [..., n, n], in its dtype.
+
+    Args:
+        matrix: float32 or float64.
+        team: who computes it together.
 
     Raises:
         ValueError: it has none.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if not bool(info.any()):
-        found = torch.cholesky_inverse(lower)
+    return _finite(matrix, inverse_of_matrix, team)
+
+
+def _finite(matrix: Tensor, compute: Callable[[Tensor, Team], Tensor], team: Team) -> Tensor:
+    lower = cholesky(matrix, team)
+    if lower is not None:
+        found = compute(lower, team)
         if bool(torch.isfinite(found).all()):
             return found
     raise ValueError(
@@ -64,8 +77,8 @@ def _normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return gram_II, scale_I[..., None, :]
 
 
-def _freedom(gram_II: Tensor, more: float) -> Tensor:
+def _freedom(gram_II: Tensor, more: float, team: Team) -> Tensor:
     wide_II = gram_II.double()  # the damping alone bounds how ill-conditioned it is
     diagonal_I = wide_II.diagonal(dim1=-2, dim2=-1)
     diagonal_I.add_(more).masked_fill_(diagonal_I == more, 1.0)  # channels that were always 0
-    return inverse(wide_II).diagonal(dim1=-2, dim2=-1).float()
+    return _finite(wide_II, inverse_diagonal, team).float()

@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from statprune.methods.rows import ALONE, Team
+from statprune.methods.triangles import cholesky, inverse_of_factor
+
 ESCALATION = (1.0, 10.0, 100.0)
 """How many times the damping, one after the other, where H plus the damping cannot be factorised."""
 
 
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+def inverse_factor(gram: Tensor, damping: float, team: Team = ALONE) -> Tensor:
     """U, upper triangular, with `(H + damping * mean diagonal)^-1 = U^T U`, where H is the Gram divided by its mean diagonal.
 
     The division changes neither an order nor an update, and keeps float32 in its range. More damping is tried where H has no
@@ -17,6 +20,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     Args:
         gram: [..., in, in], sum of x x^T over tokens.
         damping: fraction of the mean diagonal, over the channels that are ever other than 0.
+        team: who computes it together.
 
     Returns:
         [..., in, in], float32.
@@ -35,10 +39,9 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     for times in ESCALATION:
         damped_II = normal_II + damping * times * identity_II
         # The factor of the matrix turned upside down, inverted and turned back, is the upper factor of the inverse.
-        lower_II, info = torch.linalg.cholesky_ex(damped_II.flip(-2, -1))
-        if not bool(info.any()):
-            inverse_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
-            factor_II: Tensor = inverse_II.flip(-2, -1).float()
+        lower_II = cholesky(damped_II.flip(-2, -1), team)
+        if lower_II is not None:
+            factor_II = inverse_of_factor(lower_II, team).flip(-2, -1)
             if bool(torch.isfinite(factor_II).all()):
                 return factor_II
     raise ValueError(

@@ -10,6 +10,7 @@ layers and 6 % in the worst, ADMM's with its best step size within 0.1 and 2 %, 
 at 80 % sparsity conjugate gradients are ahead. They need no step size, and no iteration makes the error larger.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
 from statprune.methods.gram import normalised_gram
+from statprune.methods.rows import rows_alone
 from statprune.methods.statistics import InputMoments, Statistic
 
 Iterations = Annotated[int, Count(1, 1000)]
@@ -25,6 +27,7 @@ Tolerance = Annotated[float, Between(0, 1, without=(1,))]
 Damping = Annotated[float, Between(0, 100)]
 
 
+@rows_alone()
 @dataclass(frozen=True)
 class LeastSquares:
     """A compensation: the kept weights that change the layer's output the least."""
@@ -63,11 +66,13 @@ class LeastSquares:
             ValueError: the statistics have no Gram, or it is so large that float32 cannot hold the products.
         """
         gram_II, scale_1I = normalised_gram(moments, self.damping)
+        assert moments is not None
         # An autocast of the caller's would compute the products in its low precision.
         with torch.autocast(original.device.type, enabled=False):
             solution = _conjugate_gradients(
-                original.float() / scale_1I, pruned.float() / scale_1I, keep, gram_II, self.iterations, self.tolerance
-            )
+                original.float() / scale_1I, pruned.float() / scale_1I, keep, gram_II, self.iterations, self.tolerance,
+                moments.team.total,
+            )  # fmt: skip
         if not bool(torch.isfinite(solution).all()):
             raise ValueError(
                 "least-squares: the Gram of its inputs is too large for float32. Are there absurdly large activations? "
@@ -77,9 +82,15 @@ class LeastSquares:
 
 
 def _conjugate_gradients(
-    target_OI: Tensor, start_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, iterations: int, tolerance: float
+    target_OI: Tensor,
+    start_OI: Tensor,
+    keep_OI: Tensor,
+    gram_II: Tensor,
+    iterations: int,
+    tolerance: float,
+    total: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Minimise (x - target) gram (x - target)^T for each row over the kept places, from `start`."""
+    """Minimise (x - target) gram (x - target)^T for each row over the kept places, from `start`; all rows end together."""
     support_OI = keep_OI.to(start_OI.dtype)
     solution_OI = start_OI * support_OI
     residual_OI = ((target_OI - solution_OI) @ gram_II).mul_(support_OI)
@@ -94,7 +105,8 @@ def _conjugate_gradients(
         solution_OI.addcmul_(direction_OI, length_O1)
         gain_O1 = length_O1 * residual_sq_O1
         gained += gain_O1
-        if not bool(gain_O1.sum() > tolerance * gained.sum()):
+        gain, gain_so_far = total(torch.stack([gain_O1.sum(), gained.sum()]))
+        if not bool(gain > tolerance * gain_so_far):
             break
         residual_OI.addcmul_(product_OI.mul_(support_OI), length_O1, value=-1)
         previous_O1, residual_sq_O1 = residual_sq_O1, residual_OI.square().sum(dim=-1, keepdim=True)

@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.rows import Rows
 from statprune.methods.select import keep_highest, keep_highest_by_sorting
+from statprune.methods.turns import SomeRows, lose
 
 
 class Pattern(Protocol):
-    """Turns scores [..., out, in] into a keep mask of the same shape, True = kept."""
+    """Turns scores [..., out, in] into a keep mask of the same shape, True = kept.
+
+    One in which rows do not compete may have `of_rows(rows) -> Pattern | None` besides (see `rows`).
+    """
 
     @property
     def group_size(self) -> int | None:
@@ -118,7 +123,15 @@ class Unstructured:
         """[..., out, width] scores to a keep mask; weights compete within the slice, by row or all together."""
         rows, width = score.shape[-2:]
         # Counted from column 0, so that what one slice rounds off the next makes up for.
-        return _lose(score, self.pruned_of(rows, start), self.pruned_of(rows, start + width), self.rank_over)
+        return lose(score, self.pruned_before(rows, start), self.pruned_before(rows, start + width), self.rank_over)
+
+    def of_rows(self, rows: Rows) -> SomeRows | None:
+        """What it takes of these rows; None where all weights of the layer compete."""
+        return SomeRows(self, rows) if self.rank_over == "row" else None
+
+    def pruned_before(self, rows: int, column: int) -> int:
+        """As many as a matrix of these columns would lose."""
+        return self.pruned_of(rows, column)
 
     def pruned_of(self, rows: int, columns: int) -> int:
         """The share of the matrix, rounded down, but for one weight that stays in each row, or of all."""
@@ -165,16 +178,24 @@ class Counted:
 
     def __call__(self, score: Tensor) -> Tensor:
         """[..., out, in] scores to a keep mask with exactly `num_pruned` False in each matrix."""
-        return _lose(score, 0, self.num_pruned, self.rank_over)
+        return lose(score, 0, self.num_pruned, self.rank_over)
 
     def partly(self, score: Tensor, share: float) -> Tensor:
         """[..., out, in] scores to a keep mask with `floor(share * num_pruned)` False."""
-        return _lose(score, 0, math.floor(share * self.num_pruned), self.rank_over)
+        return lose(score, 0, math.floor(share * self.num_pruned), self.rank_over)
 
     def slice(self, score: Tensor, start: int) -> Tensor:
         """[..., out, width] scores to a keep mask; weights compete within the slice, by row or all together."""
-        before, after = (self.num_pruned * column // self.in_features for column in (start, start + score.shape[-1]))
-        return _lose(score, before, after, self.rank_over)
+        before, after = (self.pruned_before(score.shape[-2], column) for column in (start, start + score.shape[-1]))
+        return lose(score, before, after, self.rank_over)
+
+    def of_rows(self, rows: Rows) -> SomeRows | None:
+        """What it takes of these rows; None where all weights of the layer compete."""
+        return SomeRows(self, rows) if self.rank_over == "row" else None
+
+    def pruned_before(self, rows: int, column: int) -> int:
+        """The columns' share of the number, rounded down."""
+        return self.num_pruned * column // self.in_features
 
     def pruned_of(self, rows: int, columns: int) -> int:
         """The number that it was made with."""
@@ -194,20 +215,6 @@ class Counted:
 
     def __str__(self) -> str:
         return f"{self.num_pruned} weights, by {self.rank_over}"
-
-
-def _lose(score: Tensor, before: int, after: int, rank_over: str) -> Tensor:
-    """[..., out, width] scores to a keep mask: where `before` weights went in columns further left, and `after` with these."""
-    rows, width = score.shape[-2:]
-    if rank_over == "layer":
-        return keep_highest(score.flatten(-2), rows * width - (after - before)).view_as(score)
-    (rounds, turn), (rounds_after, turn_after) = divmod(before, rows), divmod(after, rows)
-    # A row's turn has come `rounds` times, and once more where the row is before `turn`: three stretches of rows lose alike.
-    low, high = sorted((turn, turn_after))
-    outer, inner = rounds_after - rounds, rounds_after - rounds + (1 if turn < turn_after else -1)
-    stretches = ((low, outer), (high - low, inner), (rows - high, outer))
-    parts = zip(score.split([size for size, _ in stretches], dim=-2), stretches, strict=True)
-    return torch.cat([keep_highest(part, width - gone) for part, (size, gone) in parts if size], dim=-2)
 
 
 _LONG = 8
@@ -291,6 +298,10 @@ class NM:
         """As the whole, but for which of equal scores stay; `start` and the width are multiples of `of`."""
         # For a slice of one group, as SparseGPT has them, one call counts for more than what it does.
         return keep_highest_by_sorting(score.unflatten(-1, (-1, self.of)), self.keep).flatten(-2)
+
+    def of_rows(self, rows: Rows) -> "NM":
+        """The same: each group stands for itself."""
+        return self
 
     def pruned_of(self, rows: int, columns: int) -> int:
         """As many of each group."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.patterns import Pattern
+from statprune.methods.rows import Rows, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
 
 
@@ -29,7 +30,10 @@ class PrunedWeight:
 
 
 class WeightPruner(Protocol):
-    """Chooses which weights stay and what they become."""
+    """Chooses which weights stay and what they become.
+
+    One whose rows do not need each other may have `of_rows(rows) -> WeightPruner | None` besides (see `rows`).
+    """
 
     @property
     def needs(self) -> Statistic:
@@ -67,6 +71,11 @@ class MaskPruner:
         """Whether the pattern fits rows of this width."""
         return self.pattern.fits(in_features)
 
+    def of_rows(self, rows: Rows) -> "MaskPruner | None":
+        """The same for a stretch of rows; None where the criterion or the pattern compares rows."""
+        criterion, pattern = of_rows(self.criterion, rows), of_rows(self.pattern, rows)
+        return None if criterion is None or pattern is None else MaskPruner(criterion, pattern)
+
 
 @dataclass(frozen=True)
 class CompensatedPruner:
@@ -92,6 +101,11 @@ class CompensatedPruner:
     def fits(self, in_features: int) -> bool:
         """Whether rows of this width can be pruned."""
         return self.pruner.fits(in_features)
+
+    def of_rows(self, rows: Rows) -> "CompensatedPruner | None":
+        """The same for a stretch of rows; None where a row needs the others."""
+        pruner, compensation = of_rows(self.pruner, rows), of_rows(self.compensation, rows)
+        return None if pruner is None or compensation is None else CompensatedPruner(pruner, compensation)
 
 
 def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Callable[..., Tensor]) -> CompensatedPruner:

@@ -17,7 +17,7 @@ the choice of weights hangs on the order in which H was added up; more damping w
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -27,6 +27,7 @@ from statprune.methods.bounds import Between, Count, check
 from statprune.methods.inverse import inverse_factor
 from statprune.methods.patterns import Pattern
 from statprune.methods.pruner import PrunedWeight
+from statprune.methods.rows import Rows, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
 
 NARROW = 16
@@ -59,6 +60,11 @@ class SparseGPT:
         """Whether the pattern fits rows of this width."""
         return self.pattern.fits(in_features)
 
+    def of_rows(self, rows: Rows) -> "SparseGPT | None":
+        """The same for a stretch of rows; None where all rows of a block of columns compete."""
+        pattern = of_rows(self.pattern, rows)
+        return None if pattern is None else replace(self, pattern=pattern)
+
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
         """Prune and update [..., out, in]; the arithmetic is float32 and the result has the weight's dtype.
 
@@ -72,7 +78,7 @@ class SparseGPT:
             return self._prune(weight, moments, moments.gram)
 
     def _prune(self, weight: Tensor, moments: InputMoments, gram: Tensor) -> PrunedWeight:
-        factor_II = moments.derive(("inverse factor", self.damping), lambda: inverse_factor(gram, self.damping))
+        factor_II = moments.derive(("inverse factor", self.damping), lambda: inverse_factor(gram, self.damping, moments.team))
         # A channel that is always 0 carries nothing: its weights go first, and those that must stay are 0.
         is_dead_I = gram.diagonal(dim1=-2, dim2=-1) == 0
         weight_IO = weight.float().mT.contiguous().masked_fill(is_dead_I[..., None], 0.0)

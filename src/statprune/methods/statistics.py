@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from statprune.methods.rows import ALONE, Rows, Team
+
 # A channel's variance below this fraction of its second moment is rounding, not signal: inputs carry at most
 # float32's 2^-24, whose square is 3.6e-15, and E[x^2] - E[x]^2 cancels to about 1e-16 of E[x^2] in float64.
 RELATIVE_VARIANCE_FLOOR = 1e-13
@@ -129,6 +131,9 @@ class InputMoments:
     """[..., out, out], float32, of one layer: mean over tokens of g g^T, where g is the gradient of the summed token loss of
     the dense model with respect to the layer's output. See `with_output_gram`."""
 
+    team: Team = field(default=ALONE, repr=False, compare=False)
+    """Those who prune with these statistics, each some rows of the same weight."""
+
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -233,6 +238,17 @@ class InputMoments:
         """The same with one layer's curvature: [..., out, out], float32; all else, and what was derived of it, is shared."""
         own = copy.copy(self)
         own.output_gram = output_gram
+        return own
+
+    def of_rows(self, parameter: str, rows: Rows, team: Team) -> "InputMoments":
+        """The same for a stretch of one layer's rows: its target has these alone; all else is shared."""
+        own = copy.copy(self)
+        own.team = team
+        # What is derived together is derived by all of the team or by none, whatever each has derived alone.
+        own._derived = self._derived.setdefault("together", {})
+        own.targets = {
+            name: target_OI[..., rows.first : rows.end, :] for name, target_OI in self.targets.items() if name == parameter
+        }
         return own
 
     def derive(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
