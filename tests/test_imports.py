@@ -16,11 +16,11 @@ FLOORS = """
     commands
     experiments
     training
-    api
+    api  streaming
     tuning
     engine  allocation  selection  agreement
     checkpoint
-    card  companions  hub  output  page  verification
+    card  companions  disk  hub  output  page  verification
     loading  configuration  completeness  weight_files
     perplexity  divergence  report  data  results  zeros  how  recipe  grammar  presets  record
     model

@@ -11,6 +11,8 @@ What is saved is what every runtime reads: dense safetensors with exact zeros, n
 
 import contextlib
 import json
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,13 +20,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from statprune import card
 from statprune.companions import copy_companions, source_folder
+from statprune.disk.finding import find, places_in
 from statprune.errors import CheckpointError, first_line
 from statprune.hub import check_repository, push
 from statprune.model.kinds import adapter_parameters, is_transformers_model, unwrapped
@@ -76,6 +79,8 @@ def reserve(
     overwrite: bool = False,
     source: str | Path | None = None,
     say: Say = warn,
+    resumes: bool = False,
+    restarts: bool = False,
 ) -> Reserved:
     """Take the place of an output before work begins, so that nothing has been computed in vain when it cannot be written.
 
@@ -97,11 +102,14 @@ def reserve(
         overwrite: whether a folder that statprune wrote may stand there; it is replaced when the new one is verified.
         source: the model's folder, which is never replaced.
         say: called with what was removed, in words.
+        resumes: as for `Reserved`.
+        restarts: as for `Reserved`.
 
     Raises:
         CheckpointError: something stands in its place, it cannot be written there, or as for `check_model`.
     """
-    place = Reserved(output, is_replaceable=_replaceable(source) if overwrite else None, say=say)
+    is_replaceable = _replaceable(source) if overwrite else None
+    place = Reserved(output, is_replaceable=is_replaceable, say=say, resumes=resumes, restarts=restarts)
     try:
         if model is not None:
             check_model(model, place)
@@ -228,6 +236,44 @@ def save(
     return place.output
 
 
+def finish(
+    model: nn.Module,
+    report: PruningReport,
+    place: Reserved,
+    stored_in: Mapping[str, tuple[str, str]],
+    *,
+    protocol: dict[str, Any] | None = None,
+    source: str | Path | None = None,
+) -> Path:
+    """`save` for a run that has written its weights already (`statprune.streaming`): what else belongs to an output.
+
+    Args:
+        model: of transformers; the values of its weights are not looked at.
+        report: of the run.
+        place: with the weights in its folder.
+        stored_in: (file, tensor) of each pruned parameter.
+        protocol: as for `save`.
+        source: as for `save`.
+
+    Raises:
+        CheckpointError: as `save`. What was done stays in the place's hidden folder, and the same run goes on with it.
+    """
+    record = {**report.to_dict(), **finite({"protocol": protocol or {}, "perplexity": report.perplexity})}
+    with place:
+        try:
+            place.check_held()
+            with tempfile.TemporaryDirectory(dir=place.folder.parent) as scratch, _no_bars():
+                model.save_pretrained(scratch, state_dict={})  # type: ignore[operator]
+                for file in sorted(Path(scratch).iterdir()):
+                    if file.suffix == ".json" and not file.name.endswith(".index.json"):
+                        shutil.copy(file, place.folder / file.name)
+            _complete(model, "", record, place.folder, None, source, lambda parameter, _: stored_in[parameter])
+            verify(place.folder)
+            return place.publish()
+        except OSError as e:
+            raise CheckpointError(f"The output {place.output} could not be finished: {e.strerror or first_line(e)}.") from e
+
+
 def rescue(model: nn.Module, place: Reserved, reason: object, *, report: PruningReport | None = None) -> Path | None:
     """Put a model's weights somewhere else, as safetensors, since there will be no output: work that was done is not lost.
 
@@ -301,18 +347,39 @@ def _write(
     max_shard_size: int | str | None,
 ) -> None:
     _write_weights(inner, folder, max_shard_size)
+    places = places_in(folder)
+
+    def place_of(parameter: str, own: str) -> tuple[str, str]:
+        return find(own, inner.get_parameter(parameter), places, folder)
+
+    _complete(inner, prefix, record, folder, tokenizer, source, place_of)
+
+
+def _complete(
+    inner: nn.Module,
+    prefix: str,
+    record: dict[str, Any],
+    folder: Path,
+    tokenizer: Any,
+    source: str | Path | None,
+    place_of: Callable[[str, str], tuple[str, str]],
+) -> None:
+    """Everything beside the weights and the configuration, the record last.
+
+    Args:
+        place_of: (file, tensor) that hold a parameter, from its name in `inner` and that without what `torch.compile` put in.
+    """
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     beside = source_folder(source, getattr(getattr(inner, "config", None), "_commit_hash", None))
     if beside is not None:
         copy_companions(beside, folder, with_tokenizer=tokenizer is None)
     record = {"format": FORMAT, **record, "base": card.base_of(inner, source, beside)}
-    places = _places(folder)
     for site in record["sites"]:
-        parameter = inner.get_parameter(site["parameter"].removeprefix(prefix))
+        parameter = site["parameter"].removeprefix(prefix)
         for key in ("name", "parameter"):
             site[key] = site[key].removeprefix(prefix).replace(_COMPILED, "")
-        site["file"], site["tensor"] = _find(site["parameter"], parameter, places, folder)
+        site["file"], site["tensor"] = place_of(parameter, site["parameter"])
     for name, render in PAGES.items():
         (folder / name).write_text(render(record, folder), encoding="utf-8")
     write_record(folder, {**record, "files": {name: file_digest(folder / name) for name in names(folder)}})
@@ -380,28 +447,3 @@ def _replaceable(source: str | Path | None) -> Callable[[Path], None]:
             )
 
     return check
-
-
-def _places(folder: Path) -> dict[str, str]:
-    """In which file each tensor is."""
-    places = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            places.update(dict.fromkeys(file.keys(), path.name))
-    return places
-
-
-def _find(parameter: str, weight: Tensor, places: dict[str, str], folder: Path) -> tuple[str, str]:
-    """(file, tensor) that holds a parameter: by its name, or else by its content, since transformers renames some."""
-    stored = weight.detach().cpu()
-    for name in _candidates(parameter, places):
-        with safe_open(folder / places[name], framework="pt") as file:
-            if tuple(file.get_slice(name).get_shape()) == tuple(stored.shape) and torch.equal(file.get_tensor(name), stored):
-                return places[name], name
-    raise CheckpointError(f"{parameter} was saved under no name, in none of {', '.join(sorted(set(places.values())))}.")
-
-
-def _candidates(parameter: str, places: dict[str, str]) -> Iterator[str]:
-    if parameter in places:
-        yield parameter
-    yield from (name for name in places if name != parameter)

@@ -47,3 +47,14 @@ def resident_memory(key: str) -> int | None:
     except (OSError, ValueError):
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU, or in main memory without swapping; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -48,7 +48,7 @@ def check_stored(path: str, stored: Mapping[str, Stored], empty: Any) -> list[st
     """
     own = empty.state_dict()
     whole_numbers = {name for name, tensor in own.items() if not tensor.is_floating_point()}
-    ignored = re.compile("|".join([*(empty._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]))
+    ignored = _ignored(empty)
     buffers = {name for name, _ in empty.named_buffers()}
     for name, one in stored.items():
         is_buffer = ignored.search(name) or any(_same(name, known) for known in whole_numbers | buffers)
@@ -58,6 +58,16 @@ def check_stored(path: str, stored: Mapping[str, Stored], empty: Any) -> list[st
                 "Is the model quantized, without a quantization_config that says how? Prune the one that it was made from."
             )
     return [name for name in stored if name.endswith(".weight") and ignored.search(name) and name not in own]
+
+
+def ignored_names(stored: Mapping[str, Stored], empty: Any) -> list[str]:
+    """Names of the tensors in the files that transformers leaves out of this class without a word; see `check_stored`."""
+    ignored, own = _ignored(empty), empty.state_dict()
+    return [name for name in stored if ignored.search(name) and name not in own]
+
+
+def _ignored(empty: Any) -> re.Pattern[str]:
+    return re.compile("|".join([*(empty._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS]))
 
 
 def _same(stored: str, own: str) -> bool:

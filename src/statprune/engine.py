@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statprune.allocation import allocate
+from statprune.allocation import Allocation, allocate
 from statprune.clock import timed
 from statprune.errors import NonFiniteError, SiteError, adding, number_of
 from statprune.methods.pruner import PrunedWeight, WeightPruner, output_energies
@@ -31,7 +31,7 @@ from statprune.model.weights import Weights
 from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup, all_well, sum_over_ranks
 from statprune.recipe import Recipe
-from statprune.report import PruningReport, SiteReport
+from statprune.report import FinishedSite, Ledger, PruningReport, SiteReport
 from statprune.selection import select
 
 
@@ -42,6 +42,7 @@ def run(
     weights: Weights,
     *,
     loss: Loss | None = None,
+    ledger: Ledger | None = None,
     process_group: ProcessGroup = None,
     progress: Progress = silent,
     forward_context: ForwardContext = contextlib.nullcontext,
@@ -54,6 +55,7 @@ def run(
         recipe: how.
         weights: where weights are read from, and where pruned ones land.
         loss: of a batch, where the recipe is loss-aware; by default the next-token loss of a causal language model.
+        ledger: of what is finished: it is not pruned again, and what is pruned goes there.
         process_group: of the ranks that prune together, each with its own inputs.
         progress: called after each input group.
         forward_context: entered around model code.
@@ -67,7 +69,7 @@ def run(
     schedule = layers.schedule(recipe.schedule, needs)
     is_loss_aware, needs = Statistic.CURVATURE in needs, needs & ~Statistic.CURVATURE
     needs |= Statistic.SAMPLE if needs else Statistic.NONE  # a sample alone is not worth a walk
-    energies: list[Tensor] = []
+    done: list[FinishedSite] = []
     device = next((tensor.device for tensor in inputs[0].tensors()), None)
     report = PruningReport(recipe.to_dict(), schedule, num_batches=len(inputs), fallback_reason=layers.reason)
     running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
@@ -82,6 +84,7 @@ def run(
         selection = allocation.selection
         report.left_out = list(selection.left_out)
         own = {name: recipe.pruner(pattern) for name, pattern in allocation.patterns.items()}
+        finished = ledger.finished() if ledger is not None else {}
         report.seconds |= {"prune": 0.0}
         if weights.is_in_place and schedule in SEES_PRUNED:
             with timed(report.seconds, "check", report.memory, device):  # else no weight changes before the last batch
@@ -89,23 +92,29 @@ def run(
                     pass
         with timed(report.seconds, "walk", report.memory, device):
             for group, moments in layers.observe(
-                selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, **running
+                selection.groups, inputs, schedule=recipe.schedule, needs=needs, weights=weights, finished=finished, **running
             ):
                 with timed(report.seconds, "prune", report.memory, device):
+                    fresh: list[FinishedSite] = []
                     for site in group.sites:
+                        if ledger is not None and site.parameter in finished:
+                            ledger.land(site)
+                            done.append(finished[site.parameter])
+                            continue
                         weight = site.view(weights.get(site.parameter).detach())
                         known = moments
                         if known is not None and curvature is not None:
                             known = known.with_output_gram(curvature.gram(site.parameter))
                         pruned = _prune(own.get(site.parameter, pruner), target, site, weight, known)
-                        report.sites.append(SiteReport.of(site, weight, pruned, allocation.record(site)))
-                        if moments is not None:
-                            energies.append(_output_energies(weight, pruned, moments))
+                        fresh.append(_finished(site, weight, pruned, moments, allocation))  # before the weight changes
+                        report.sites.append(fresh[-1].report)
                         weights.put(site, pruned)
-                if moments is not None and not report.num_tokens:
-                    report.num_tokens = int(moments.num_tokens)
-                progress(len(report.sites), len(selection.sites), group.sites[-1].name)
-            report.sites = _with_output_errors(report.sites, energies, process_group)
+                    if ledger is not None and fresh:
+                        ledger.add(fresh)
+                    done += fresh
+                progress(len(done), len(selection.sites), group.sites[-1].name)
+            report.num_tokens = done[0].num_tokens if done else 0
+            report.sites = _with_output_errors(done, device, process_group)
         all_well(process_group, "the end of the run")  # while a failure can still say what has landed here
     report.seconds["walk"] -= report.seconds["prune"]
     if not needs:
@@ -129,22 +138,31 @@ def _prune(
     return PrunedWeight(pruned.weight.to(weight.dtype), pruned.keep)  # a dense target is float32
 
 
-def _output_energies(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> Tensor:
-    """[2], float64; zeros where no token came."""
-    if moments.sample is None or moments.sample.rows is None:
-        return torch.zeros(2, dtype=torch.float64, device=weight.device)
-    return output_energies(weight, pruned.weight, moments.sample.rows)
+def _finished(
+    site: LinearSite, weight: Tensor, pruned: PrunedWeight, moments: InputMoments | None, allocation: Allocation
+) -> FinishedSite:
+    """What is known of a pruned weight; its energies are zeros where no token came."""
+    report = SiteReport.of(site, weight, pruned, allocation.record(site))
+    if moments is None:
+        return FinishedSite(report, None, 0)
+    rows = moments.sample.rows if moments.sample is not None else None
+    energies = output_energies(weight, pruned.weight, rows).tolist() if rows is not None else (0.0, 0.0)
+    return FinishedSite(report, tuple(energies), int(moments.num_tokens))
 
 
-def _with_output_errors(sites: list[SiteReport], energies: list[Tensor], process_group: ProcessGroup) -> list[SiteReport]:
-    """The same with their output errors over all ranks, where there are energies."""
+def _with_output_errors(
+    done: Sequence[FinishedSite], device: torch.device | None, process_group: ProcessGroup
+) -> list[SiteReport]:
+    """The reports with their output errors over all ranks, where there are energies."""
+    energies = [one.energies for one in done if one.energies is not None]
     if not energies:
-        return sites
-    totals = torch.stack(energies)
+        return [one.report for one in done]
+    totals = torch.tensor(energies, dtype=torch.float64, device=device)
     sum_over_ranks([totals], process_group, "the output errors")
     errors = [(changed / dense) ** 0.5 if dense else math.nan for changed, dense in totals.tolist()]
     return [
-        replace(site, output_error=error if math.isfinite(error) else None) for site, error in zip(sites, errors, strict=True)
+        replace(one.report, output_error=error if math.isfinite(error) else None)
+        for one, error in zip(done, errors, strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ PARENT/.NAME.1a2b3c4d.partial/   made at once: whatever forbids writing shows be
     lock                         held by the process that works; a folder that nobody holds is a leftover
     new/                         what is written; gets the name PARENT/NAME when it is finished
     old/                         the folder that it replaces, between the two renames
+    journal.jsonl                what a long run has finished: where it is there, a leftover is kept to go on with
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 from statprune.errors import CheckpointError, first_line
 from statprune.progress import Say
 
-LOCK, NEW, OLD = "lock", "new", "old"
+LOCK, NEW, OLD, JOURNAL = "lock", "new", "old", "journal.jsonl"
 RESCUED = ".rescued"
 MOST_BYTES_OF_A_NAME = 255
 SECONDS_TO_LOCK = 60.0
@@ -41,37 +42,54 @@ class Reserved:
     """The place of an output, held until it is published or released; a context manager that releases it.
 
     A process that is killed leaves the hidden folder behind, and the next reservation of the same output removes it. One that
-    ends without having released it removes it itself.
+    ends without having released it removes it itself. Where a journal lies in it, it stays in both cases: a reservation that
+    `resumes` takes it over, and one that does not leaves it alone.
 
     Args:
         output: the folder to write, or to replace.
         is_replaceable: raises CheckpointError where a folder that stands in the place of the output may not be replaced;
             None: nothing may be.
         say: called with what was removed, in words.
+        resumes: whether to go on in a folder that an earlier run has left with a journal.
+        restarts: whether to remove such a folder instead.
 
     Attributes:
         output: the folder that will be there in the end.
-        folder: where to write, empty, until then.
+        folder: where to write until then; empty, but for what an earlier run has left there to go on with.
+        journal: the file to write into what is finished.
 
     Raises:
         CheckpointError: something stands in its place, or it cannot be written.
     """
 
-    def __init__(self, output: str | Path, *, is_replaceable: Callable[[Path], None] | None = None, say: Say = warn) -> None:
+    def __init__(
+        self,
+        output: str | Path,
+        *,
+        is_replaceable: Callable[[Path], None] | None = None,
+        say: Say = warn,
+        resumes: bool = False,
+        restarts: bool = False,
+    ) -> None:
         self.output = Path(output)
         self._is_replaceable = is_replaceable
         with _explained(self.output):
-            for text in _remove_leftovers(self.output):
-                say(text)
-            refuse_existing(self.output, is_replaceable=is_replaceable)
+            taken = _clear_leftovers(self.output, say, resumes=resumes and not restarts, restarts=restarts)
+            try:
+                refuse_existing(self.output, is_replaceable=is_replaceable)
+            except BaseException:
+                if taken is not None:
+                    taken[1].release()
+                raise
             made = [parent for parent in (self.output.parent, *self.output.parent.parents) if not parent.exists()]
             try:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
-                partial, lock = _hidden_folder(self.output)
+                partial, lock = taken or _hidden_folder(self.output)
+                (partial / NEW).mkdir(exist_ok=True)
             except BaseException:
                 _remove_empty(made)
                 raise
-        self.folder = partial / NEW
+        self.folder, self.journal = partial / NEW, partial / JOURNAL
         self._lock = lock
         self.release = weakref.finalize(self, _clean, partial, lock, made, os.getpid())
         """Give the place back, and remove what was written and not published; again and again does no harm."""
@@ -117,6 +135,7 @@ class Reserved:
                 if old.exists():
                     os.rename(old, self.output)
                 raise
+            self.journal.unlink(missing_ok=True)
         self.release()
         return self.output
 
@@ -224,10 +243,13 @@ def _lock(partial: Path) -> Any:
 def _clean(partial: Path, lock: Any, made: Sequence[Path], process: int) -> None:
     if os.getpid() != process:
         return  # a forked child ends, which never owned it
-    shutil.rmtree(partial, ignore_errors=True)
+    is_unfinished = _has_work(partial)
+    if not is_unfinished:
+        shutil.rmtree(partial, ignore_errors=True)
     lock.release()
-    shutil.rmtree(partial, ignore_errors=True)  # where an open file cannot be removed
-    _remove_empty(made)
+    if not is_unfinished:
+        shutil.rmtree(partial, ignore_errors=True)  # where an open file cannot be removed
+        _remove_empty(made)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -236,13 +258,18 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _remove_leftovers(output: Path) -> Iterator[str]:
-    """Remove the hidden folders that processes left behind which were killed; yields what was done, in words."""
+def _clear_leftovers(output: Path, say: Say, *, resumes: bool, restarts: bool) -> tuple[Path, Any] | None:
+    """Remove the hidden folders that processes left behind which were killed.
+
+    Returns:
+        One of them with a journal, and its lock, which is held, where it is to be gone on with; None where there is none.
+    """
     form = re.compile(re.escape(f".{_stem(output)}.") + r"[0-9a-f]{8}\.partial")
     try:
         found = [path for path in output.parent.iterdir() if form.fullmatch(path.name) and path.is_dir()]
     except OSError:
-        return
+        return None
+    taken = None
     for partial in sorted(found):
         if partial.is_symlink() or not _is_abandoned(partial):
             continue
@@ -251,15 +278,32 @@ def _remove_leftovers(output: Path) -> Iterator[str]:
             lock.acquire(timeout=0)
             if (partial / OLD).exists() and not os.path.lexists(output):
                 os.rename(partial / OLD, output)
-                yield f"{output} was being replaced when a process ended early, and is back."
-            shutil.rmtree(partial)
-            yield f"{partial} was left behind by a process that ended early; it was removed."
+                say(f"{output} was being replaced when a process ended early, and is back.")
+            has_journal = _has_work(partial)
+            if has_journal and resumes and taken is None:
+                taken = partial, lock
+                continue
+            if has_journal and not restarts:
+                say(f"{partial} holds what 'statprune prune' had done when it ended early; the same command goes on with it.")
+            else:
+                shutil.rmtree(partial)
+                say(f"{partial} was left behind by a process that ended early; it was removed.")
         except Timeout:
             continue
         except OSError as e:
-            yield f"{partial} was left behind by a process that ended early, and cannot be removed: {e.strerror}."
+            say(f"{partial} was left behind by a process that ended early, and cannot be removed: {e.strerror}.")
         finally:
-            lock.release()
+            if taken is None or taken[1] is not lock:
+                lock.release()
+    return taken
+
+
+def _has_work(partial: Path) -> bool:
+    """Whether a journal names something that is finished, in a line behind its first."""
+    try:
+        return (partial / JOURNAL).read_bytes().count(b"\n") > 1
+    except OSError:
+        return False
 
 
 def _is_abandoned(partial: Path) -> bool:

@@ -1,9 +1,9 @@
 """What a run did, as data: the record that goes into `pruning.json`, and a text of it for people."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -72,6 +72,31 @@ class SiteReport:
         return self.num_zeros / self.num_weights
 
 
+@dataclass(frozen=True)
+class FinishedSite:
+    """What a run knows of a weight that it has pruned: enough to go on after it without pruning it again."""
+
+    report: SiteReport
+    energies: tuple[float, ...] | None
+    """Of the output, what pruning changed and the dense one (`output_energies`), of this rank; None without statistics."""
+
+    num_tokens: int
+    """That entered the layer."""
+
+
+class Ledger(Protocol):
+    """What a run has finished, kept for another run of the same that goes on after it."""
+
+    def finished(self) -> Mapping[str, FinishedSite]:
+        """The weights that an earlier run has pruned and whose values are there, by parameter."""
+
+    def land(self, site: LinearSite) -> None:
+        """Have one of them in the place of the dense weight from now on, as `Weights.put` has."""
+
+    def add(self, finished: Sequence[FinishedSite]) -> None:
+        """Keep what has been pruned and put."""
+
+
 @dataclass
 class PruningReport:
     """What a run did to a model."""
@@ -108,7 +133,7 @@ class PruningReport:
             KeyError: the recipe, the schedule or a value of a weight is missing.
         """
         own = {one.name: data[one.name] for one in fields(cls) if one.name in data or one.name in ("recipe", "schedule")}
-        own["sites"] = [SiteReport(**_pick(site, SiteReport)) for site in data["sites"]]
+        own["sites"] = [site_report(site) for site in data["sites"]]
         own["left_out"] = [LeftOut(**_pick(one, LeftOut)) for one in data["left_out"]]
         return cls(**own)
 
@@ -156,6 +181,11 @@ class PruningReport:
             f"{number_of(self.num_tokens, 'calibration token')}; {took}"
             + (f"; {number_of(self.finetuning_steps, 'step')} of fine-tuning" if self.finetuning_steps else "")
         )
+
+
+def site_report(data: Mapping[str, Any]) -> SiteReport:
+    """The report of a weight that `asdict` gave this data; KeyError where a value is missing."""
+    return SiteReport(**_pick(data, SiteReport))
 
 
 def _pick(data: Mapping[str, Any], kind: type[SiteReport] | type[LeftOut]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from statprune.commands.options import (
     RecipeOptions,
     WindowOptions,
 )
-from statprune.errors import CalibrationError, NonFiniteError
+from statprune.commands.streamed import prune_streamed, wants_stream
+from statprune.errors import CalibrationError, NonFiniteError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,9 @@ def prune(
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
+    stream: bool = False,
+    memory: str | None = None,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Prune a causal language model and save it, verified.
 
@@ -53,6 +57,11 @@ def prune(
         dry_run: Show what would be done, and stop: no weights are read, nothing is calibrated, nothing is written.
         overwrite: Replace an output that statprune wrote, when the new one is verified.
         max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
+        stream: Read the weights from their files while they are computed with, and write pruned ones into the output at once,
+            so that no more than two segments of the model are in memory. By itself where the weights do not fit.
+        memory: How much memory the weights may take, such as 20GB, before they are streamed. Default: what is free.
+        restart: Begin anew where an earlier run of the same output ended early, and remove what it had done. Without it, the
+            same command goes on where that one stopped.
 
     Examples:
         statprune prune MODEL --output sparse --dry-run
@@ -62,8 +71,10 @@ def prune(
         statprune prune MODEL --output sparse --pattern 50% --method sparsegpt --schedule block --calibration c4
         statprune prune MODEL --output sparse --recipe tuned/recipe.yaml --pattern 4:8
         statprune prune MODEL --output sparse --method auto:minutes=5 --calibration train.txt
+        statprune prune MODEL --output sparse --stream --calibration train.txt
     """
     import statprune.checkpoint as checkpoint
+    from statprune.recipe import Recipe, Search
     from statprune.selection import select
 
     how = recipe.read()
@@ -76,7 +87,15 @@ def prune(
         display.show_plan(empty, selection, how, layers.reason)
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how)
-    with checkpoint.reserve(output, overwrite=overwrite, source=model.model, say=console.say) as place:
+    streams = wants_stream(model, stream, memory)
+    if streams and isinstance(how, Search):
+        raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
+    with checkpoint.reserve(
+        output, overwrite=overwrite, source=model.model, say=console.say, resumes=streams, restarts=restart
+    ) as place:
+        if streams:
+            assert isinstance(how, Recipe)
+            return prune_streamed(model, place, how, calibration, max_shard_size or checkpoint.USUAL_SHARD_SIZE)
         return _prune(model, place, how, calibration, text, not no_compare, max_shard_size)
 
 

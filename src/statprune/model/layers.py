@@ -1,7 +1,7 @@
 """A model's linear layers: found by its graph, or by module hooks where it has none. That is decided here, and nowhere else."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Layers:
         schedule: Schedule = "walk",
         needs: Statistic = Statistic.MOMENTS,
         weights: Weights | None = None,
+        finished: Container[str] = (),
         process_group: ProcessGroup = None,
         forward_context: ForwardContext = contextlib.nullcontext,
     ) -> Iterator[tuple[InputGroup, InputMoments | None]]:
@@ -68,6 +69,7 @@ class Layers:
             needs: what to collect; with `Statistic.NONE` nothing is run, and the statistics are None. `Statistic.CROSS` runs
                 the dense model beside the pruned one, where there is a graph and the schedule prunes on the way.
             weights: what the graph computes with; by default the model's own. What is put there between two groups counts.
+            finished: parameters that are pruned already (see `walk`); only along a graph.
             process_group: of the ranks whose sums are added up.
             forward_context: entered around model code.
 
@@ -85,7 +87,7 @@ class Layers:
         else:
             yield from walk(
                 self.traced, groups, inputs, weights or InPlace(self.model),
-                schedule=schedule, needs=needs, process_group=process_group, forward_context=forward_context,
+                schedule=schedule, needs=needs, finished=finished, process_group=process_group, forward_context=forward_context,
             )  # fmt: skip
 
     def graph_module(self, pruned: Mapping[str, Tensor]) -> GraphModule:

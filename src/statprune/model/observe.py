@@ -14,8 +14,9 @@ from statprune.ranks import ProcessGroup, sum_over_ranks
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Entered around every stretch of model code: Lightning's precision plugin, or nothing."""
 
-Observations = Iterator[tuple[InputGroup, InputMoments]]
-"""Each input group once, in execution order, with its complete statistics; what is read next sees what was pruned by then."""
+Observations = Iterator[tuple[InputGroup, InputMoments | None]]
+"""Each input group once, in execution order, with its complete statistics, or None where it is pruned already; what is read
+next sees what was pruned by then."""
 
 
 def complete(group: InputGroup, moments: InputMoments, process_group: ProcessGroup = None) -> InputMoments:

@@ -21,7 +21,7 @@ weights as they are, and with the dense ones, which are kept until nothing reads
 import contextlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.observe import ForwardContext, Observations, complete
 from statprune.model.schedule import SEES_PRUNED, Schedule
-from statprune.model.segments import batch_independent, plan_segments
+from statprune.model.segments import Segment, batch_independent, plan_segments
 from statprune.model.sites import InputGroup, TracedModel
 from statprune.model.streams import Executor, Stream, no_tokens, observe
 from statprune.model.weights import Dense, Weights
@@ -48,6 +48,7 @@ def walk(
     *,
     schedule: Schedule = "walk",
     needs: Statistic = Statistic.MOMENTS,
+    finished: Container[str] = (),
     process_group: ProcessGroup = None,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> Observations:
@@ -60,6 +61,8 @@ def walk(
         weights: every parameter and buffer of the graph. What is put there between two groups is what the rest computes with.
         schedule: which pruned weights a group's statistics have seen; `Recipe.schedule` tells.
         needs: what to collect. `Statistic.CROSS` takes a second forward pass, and holds the values of both at a cut.
+        finished: parameters that an earlier run has pruned already, and that `weights` gives so: where all that is pruned at a
+            cut is among them, it is not observed again, and its statistics are None.
         process_group: of the ranks whose sums are added up.
         forward_context: entered around model code.
 
@@ -72,27 +75,36 @@ def walk(
         TracingError: schedule "block" or `Statistic.CROSS`, and the model writes to a buffer, which would happen twice.
     """
     has_dense = Statistic.CROSS in needs and schedule in SEES_PRUNED
-    segments = plan_segments(traced, groups, schedule=schedule, has_dense=has_dense)
-    executor, dense_weights = Executor(traced, weights), Dense(weights)
+    # Where dense weights outlive their pruning, one-shot needs no statistics of all layers at once: each is pruned at its cut,
+    # and the walk goes on with the dense one.
+    goes_on_dense = schedule == "one-shot" and not weights.is_in_place
+    segments = plan_segments(traced, groups, schedule="walk" if goes_on_dense else schedule, has_dense=has_dense)
+    dense_weights = Dense(weights)
+    executor = Executor(traced, dense_weights if goes_on_dense else weights)
     streams = [Stream(executor, [executor.bind(batch) for batch in batches])]  # pruned, and later dense
     device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
     shareable = batch_independent(traced)
     shared: dict[Any, dict[Node, Any]] = defaultdict(dict)
     moments: dict[str, InputMoments] = {}
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
+    done = [_is_finished(segment, finished) for segment in segments]
+    wanted = {group.name for segment, is_done in zip(segments, done, strict=True) for group, _ in segment.prunes if not is_done}
     reads = [[name for name in segment.weights if name in weights] for segment in segments]
-    for segment, names, following in zip(segments, reads, [*reads[1:], []], strict=True):
+    for segment, is_done, names, following in zip(segments, done, reads, [*reads[1:], []], strict=True):
         has_two = len(streams) > 1
         weights.prepare(names, following)
-        moments |= {group.name: no_tokens(group, needs, device, has_dense=has_two) for group in segment.groups}
+        observed = [group for group in segment.groups if group.name in wanted]
+        moments |= {group.name: no_tokens(group, needs, device, has_dense=has_two) for group in observed}
+        has_purpose = not segment.is_rehearsal or bool(observed)
         with forward_context():
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(batches if has_purpose else ()):
                 common = shared[tuple(tensor.shape for tensor in batch.tensors())]
                 current = [stream.begin(number, is_rehearsal=segment.is_rehearsal) for stream in streams]
                 for index, step in enumerate(segment.steps):
                     try:
                         if isinstance(step, InputGroup):
-                            observe(step, batch, streams, current, moments[step.name])
+                            if step.name in wanted:
+                                observe(step, batch, streams, current, moments[step.name])
                         elif step in shareable:
                             if step not in common:
                                 common[step] = executor.run(step, current[0])
@@ -109,26 +121,31 @@ def walk(
                         raise CalibrationError(_cannot_run(number, step, e)) from e
                     for dead, environment in itertools.product(segment.dies_after.get(index, ()), current):
                         environment.pop(dead, None)
-                for dead, stream in itertools.product(segment.releases, streams):
-                    stream.values[number].pop(dead, None)
+        for dead, stream, number in itertools.product(segment.releases, streams, range(len(batches))):
+            stream.values[number].pop(dead, None)
         gone = segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values())
         for dead, common in itertools.product(gone, shared.values()):
             common.pop(dead, None)
-        for group in segment.groups:  # all, before a weight changes
+        for group in observed:  # all, before a weight changes
             complete(group, moments[group.name], process_group)
         for group, part in segment.prunes:
-            if has_dense:
+            if has_dense or goes_on_dense:
                 for site in part.sites:
                     dense_weights.keep(site)
-            yield part, moments[group.name]
+            yield part, None if is_done else moments[group.name]
             still_needed[group.name] -= 1
             if not still_needed[group.name]:
-                del moments[group.name]
+                moments.pop(group.name, None)
         released = [name for name in segment.last_weights if name in weights]
         weights.release(released)
         dense_weights.release(released)
         if has_dense and segment.prunes and not has_two:  # until now the two were the same
             streams.append(streams[0].fork(Executor(traced, dense_weights)))
+
+
+def _is_finished(segment: Segment, finished: Container[str]) -> bool:
+    """Whether everything is pruned already that is pruned after this segment."""
+    return bool(segment.prunes) and all(site.parameter in finished for _, part in segment.prunes for site in part.sites)
 
 
 def _out_of_range(batch: int, step: "Node | InputGroup", error: IndexError) -> str:

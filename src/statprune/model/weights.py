@@ -37,6 +37,9 @@ class Weights(Readable, Protocol):
     def is_in_place(self) -> bool:
         """Whether what is put changes the model at once."""
 
+    def original(self, name: str) -> Tensor:
+        """As it was before this run, or at least as it is before it is put."""
+
     def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
         """These are read from now on, until they are released; those of the segment behind it come next.
 
@@ -65,6 +68,10 @@ class InPlace:
         """The model's own tensor."""
         return self._tensors[name]
 
+    def original(self, name: str) -> Tensor:
+        """The model's own tensor: whoever needs it later keeps a copy."""
+        return self._tensors[name]
+
     def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
         """They are there."""
 
@@ -85,6 +92,7 @@ class Twin:
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = named_tensors(model)
+        self._model = dict(self._tensors)
         self.pruned: dict[str, Tensor] = {}
         """By the site's name of the parameter, as the parameter is stored: ready for `torch.func.functional_call`."""
 
@@ -94,6 +102,10 @@ class Twin:
     def get(self, name: str) -> Tensor:
         """The pruned one where there is one."""
         return self._tensors[name]
+
+    def original(self, name: str) -> Tensor:
+        """The model's own."""
+        return self._model[name]
 
     def prepare(self, names: Sequence[str], following: Sequence[str] = ()) -> None:
         """They are there."""
@@ -125,7 +137,7 @@ class Dense:
 
     def keep(self, site: LinearSite) -> None:
         """This one will be pruned."""
-        weight = self._weights.get(site.parameter).detach()
+        weight = self._weights.original(site.parameter).detach()
         dense = weight.clone() if self._weights.is_in_place else weight
         self._kept.update(dict.fromkeys((site.parameter, *site.aliases), dense))
 

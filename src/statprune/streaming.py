@@ -1,0 +1,149 @@
+"""Prune a model that is larger than memory: read from its files segment by segment, and written into those of the output.
+
+skeleton     the model without values, traced as it is               disk/skeleton
+weights      read before a segment runs, let go behind it            disk/streamed
+shards       the output's files: a pruned weight goes there at once  disk/shards
+journal      what is finished, for a run that goes on after this     disk/journal
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from statprune.agreement import device_of
+from statprune.clock import timed
+from statprune.disk.journal import Journal
+from statprune.disk.shards import Shards
+from statprune.disk.skeleton import Skeleton
+from statprune.disk.streamed import Streamed
+from statprune.engine import run
+from statprune.errors import CheckpointError, SiteError, TracingError
+from statprune.methods.budget import Curves, Sensitivity
+from statprune.methods.statistics import Statistic
+from statprune.model.inputs import ModelInputs
+from statprune.model.layers import Layers
+from statprune.output import Reserved
+from statprune.progress import Progress, silent
+from statprune.recipe import Recipe
+from statprune.report import PruningReport
+from statprune.results import digest
+from statprune.selection import select
+from statprune.versions import versions
+
+
+def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
+    """Refuse what cannot be done with weights that are on disk.
+
+    Raises:
+        TracingError: the model has no graph.
+        SiteError: a weight to prune is not in the files as it is computed with; or the method needs the whole model at once.
+    """
+    if layers.traced is None:
+        raise TracingError(
+            f"{type(skeleton.model).__name__} has no graph, so it cannot be streamed: {layers.reason} Prune it in memory."
+        )
+    needs = recipe.pruner().needs | recipe.build_target().needs
+    if Statistic.CURVATURE in needs:
+        raise SiteError(f"{recipe.method} needs gradients of the whole model, which are not streamed: prune it in memory.")
+    if isinstance(recipe.build_allocation(), Sensitivity | Curves):
+        raise SiteError(
+            f"The allocation {recipe.allocation} runs the whole model for each layer, which would read all weights as often. "
+            "Stream with the allocation uniform or owl, or prune in memory."
+        )
+    for site in select(layers.groups, layers.left_out, recipe).sites:
+        own = skeleton.canonical[site.parameter]
+        if own not in skeleton.stored_as:
+            raise SiteError(
+                f"{site.name} is made of several tensors of the files, so it cannot be streamed: leave it dense with `ignore`, "
+                "or prune in memory."
+            )
+
+
+def lay_out(skeleton: Skeleton, place: Reserved, max_shard_size: int | str) -> Shards:
+    """The files of the output, as they will be; nothing is written."""
+    dtypes = {tensor: skeleton.model.get_parameter(own).dtype for own, tensor in skeleton.stored_as.items()}
+    usual: torch.dtype = skeleton.model.dtype
+    tensors = {
+        name: (dtypes.get(name, usual if one.dtype.is_floating_point else one.dtype), one.shape)
+        for name, one in skeleton.kept.items()
+    }
+    return Shards(place.folder, tensors, max_shard_size)
+
+
+def prune_streamed(
+    skeleton: Skeleton,
+    layers: Layers,
+    inputs: Sequence[ModelInputs],
+    recipe: Recipe,
+    place: Reserved,
+    *,
+    max_shard_size: int | str,
+    settings: dict[str, Any] | None = None,
+    progress: Progress = silent,
+    copied: Progress = silent,
+) -> tuple[PruningReport, dict[str, tuple[str, str]]]:
+    """Prune a model from its files into those of its output, or go on with a run that has been ended.
+
+    Args:
+        skeleton: of the model.
+        layers: of the skeleton, with a graph.
+        inputs: calibration data, on the device.
+        recipe: how.
+        place: of the output; what another run has finished there is taken over, where it is of the same inputs.
+        max_shard_size: of one file of weights.
+        settings: what else two runs must have in common for one to go on with the other's work.
+        progress: called after each input group.
+        copied: called after each tensor that is copied as it is, at the end.
+
+    Returns:
+        The report, and in which file and under which name each pruned parameter is.
+
+    Raises:
+        StatpruneError: as `prune` and `check_streamed`; the inputs of the run to go on with are others; the disk is full. What
+            is finished stays in the place's hidden folder.
+    """
+    check_streamed(skeleton, layers, recipe)
+    shards = lay_out(skeleton, place, max_shard_size)
+    weights = Streamed(skeleton, shards, device_of(skeleton.model))
+    place.check_held()
+    try:
+        journal = Journal(place.journal, _identity(skeleton, inputs, recipe, shards, settings or {}), weights)
+        if not shards.are_there():
+            shards.create()
+        report = run(layers, inputs, recipe, weights, ledger=journal, progress=progress)
+        pruned = {site.parameter: skeleton.stored_as[skeleton.canonical[site.parameter]] for site in report.sites}
+        with timed(report.seconds, "copy", report.memory):
+            _copy_rest(skeleton, shards, set(pruned.values()), copied)
+            shards.sync()
+    except OSError as e:
+        raise CheckpointError(f"The output {place.output} could not be written: {e.strerror}. Make room.") from e
+    finally:
+        weights.close()
+    return report, {parameter: (shards.places[name].file.name, name) for parameter, name in pruned.items()}
+
+
+def _identity(
+    skeleton: Skeleton, inputs: Sequence[ModelInputs], recipe: Recipe, shards: Shards, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What two runs have in common of which one can go on with the other's work: all that a result depends on."""
+    tensors = {
+        f"{number}.{index}": tensor for number, batch in enumerate(inputs) for index, tensor in enumerate(batch.tensors())
+    }
+    files = {}
+    for place in skeleton.kept.values():
+        status = place.file.stat()
+        files[place.file.name] = [status.st_size, status.st_mtime_ns]
+    return {
+        "recipe": recipe.to_dict(), "model": files, "tokens": digest(tensors), "device": str(device_of(skeleton.model)),
+        "dtype": str(skeleton.model.dtype), "output": {place.file.name: place.start for place in shards.places.values()},
+        "threads": torch.get_num_threads(), **settings, "versions": versions(),
+    }  # fmt: skip
+
+
+def _copy_rest(skeleton: Skeleton, shards: Shards, pruned: set[str], progress: Progress) -> None:
+    """The tensors that were not pruned, from the model's files."""
+    rest = [name for name in skeleton.kept if name not in pruned]
+    for number, name in enumerate(rest):
+        shards.copy(name, skeleton.kept[name])
+        progress(number + 1, len(rest), name)
