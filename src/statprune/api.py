@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,11 @@ from statprune.errors import RanksError, TracingError, adding
 from statprune.how import How, read_how
 from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
+from statprune.model.landing import aside, in_place, pruned_aside
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.sites import TracedModel
-from statprune.model.weights import InPlace, Twin, write_
+from statprune.model.weights import Weights, write_
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.ranks import ProcessGroup, together
 from statprune.recipe import Recipe, Search
@@ -111,7 +112,7 @@ def prune(
             activations that are finite on the first batch and not on a later one. The message says so.
     """
     return _carry_out(
-        "statprune.prune", InPlace, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
+        "statprune.prune", in_place, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
     ).report
 
 
@@ -133,13 +134,13 @@ def plan(
     The arguments and errors are those of `prune`.
     """
     return _carry_out(
-        "statprune.plan", Twin, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
+        "statprune.plan", aside, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
     )
 
 
 def _carry_out(
     call: str,
-    landing: type[InPlace] | type[Twin],
+    landing: Callable[[nn.Module, ProcessGroup], Weights],
     model: nn.Module,
     batches: Iterable[Any],
     how: How | None,
@@ -171,7 +172,7 @@ def _carry_out(
                 warnings.warn(layers.reason, stacklevel=3)
             recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
             tuned_peak = peak_memory(device)
-        weights = landing(model)
+        weights = landing(model, process_group)
         report = run(
             layers, inputs, recipe, weights,
             loss=loss, process_group=process_group, progress=progress, forward_context=forward_context,
@@ -181,7 +182,7 @@ def _carry_out(
             memory |= {"tune": tuned_peak} if tuned_peak is not None else {}
         report.seconds, report.chosen_by = {**seconds, **report.seconds}, record
         report.memory = {**memory, **report.memory}
-        return PruningPlan(weights.pruned if isinstance(weights, Twin) else {}, report, layers)
+        return PruningPlan(pruned_aside(weights), report, layers)
 
 
 def _recipe(

@@ -43,6 +43,10 @@ class Dispatched:
         found = self._here.get(name, self._tensors[name])
         return found if found.device == self.device else found.detach().to(self.device)
 
+    def original(self, name: str) -> Tensor:
+        """As it is now: whoever needs it after it is put keeps a copy."""
+        return self.get(name)
+
     @torch.no_grad()
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Write it where the weight lies."""

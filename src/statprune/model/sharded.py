@@ -53,6 +53,10 @@ class Sharded:
         with collective(self._process_group, f"the gathering of {name}"):
             return _whole(self._tensors[name])
 
+    def original(self, name: str) -> Tensor:
+        """As it is now: whoever needs it after it is put keeps a copy."""
+        return self.get(name)
+
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Write this rank's part into the model."""
         write_part_(self._tensors[site.parameter], self._stored(site, pruned))

@@ -28,6 +28,11 @@ def is_dispatched(model: nn.Module) -> bool:
     return any(True for module in model.modules() for _ in _align_hooks(module))
 
 
+def is_part(parameter: Tensor) -> bool:
+    """Whether this process may hold a part of it only."""
+    return isinstance(parameter, DTensor)
+
+
 def reshard_(model: nn.Module) -> None:
     """Have FSDP2's parameters be the shards that the optimizer trains.
 
