@@ -10,7 +10,8 @@ from statprune.errors import NonFiniteError, SiteError
 from statprune.methods.pruner import PrunedWeight
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
-from statprune.model.weights import Dense, InPlace, Twin, check_and_sum_weights, hold_, refuse_sharded
+from statprune.model.storage import refuse_sharded
+from statprune.model.weights import Dense, InPlace, Twin, check_and_sum_weights, hold_
 from tiny_models import changed, classifier, gpt2, llama, refused, snapshot, tokens
 
 

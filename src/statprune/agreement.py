@@ -9,14 +9,15 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
+from statprune.model.storage import compute_device
 from statprune.model.weights import check_and_sum_weights, check_weights
 from statprune.ranks import Common, ProcessGroup, agree, is_distributed
 from statprune.recipe import Recipe, Search
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Of a model's first parameter."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """Where calibration runs: of a model's first parameter, or where accelerate would take that."""
+    return compute_device(model)
 
 
 def check_start(model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelInputs], process_group: ProcessGroup) -> None:
@@ -25,7 +26,7 @@ def check_start(model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelIn
     The sizes and the number of batches may differ, and so may buffers, such as a batch norm's averages under DDP.
 
     Args:
-        model: with whole weights.
+        model: whose weights are whole, or sharded by FSDP2.
         how: what is to be done.
         inputs: this rank's calibration data.
         process_group: the ranks that work together.

@@ -4,7 +4,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,12 @@ from statprune.how import How, read_how
 from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
 from statprune.model.kinds import architecture
+from statprune.model.landing import aside, in_place, pruned_aside
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.sites import TracedModel
-from statprune.model.weights import InPlace, Twin, check_and_sum_weights, write_
+from statprune.model.storage import is_dispatched
+from statprune.model.weights import Weights, check_and_sum_weights, write_
 from statprune.progress import Progress, Say, silent, unsaid
 from statprune.ranks import ProcessGroup, is_distributed, together
 from statprune.recipe import Recipe, Search
@@ -118,7 +119,10 @@ def prune(
         StatpruneError: bad data, weights, names or widths; before anything is changed. One case cannot be seen so early:
             activations that are finite on the first batch and not on a later one. The message says so.
     """
-    landing = InPlace if journal is None else partial(KeptInPlace, folder=Path(journal) / "pruned")
+
+    def landing(model: nn.Module, process_group: ProcessGroup) -> Weights:
+        return in_place(model, process_group) if journal is None else KeptInPlace(model, Path(journal) / "pruned")
+
     return _carry_out(
         "statprune.prune", landing, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context,
         journal,
@@ -143,13 +147,13 @@ def plan(
     The arguments and errors are those of `prune`.
     """
     return _carry_out(
-        "statprune.plan", Twin, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
+        "statprune.plan", aside, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context
     )
 
 
 def _carry_out(
     call: str,
-    landing: Callable[[nn.Module], InPlace | Twin],
+    landing: Callable[[nn.Module, ProcessGroup], Weights],
     model: nn.Module,
     batches: Iterable[Any],
     how: How | None,
@@ -167,7 +171,7 @@ def _carry_out(
         with adding(lambda: "Nothing was changed.", RanksError):
             chosen = read_how(how, pattern=pattern)
             if journal is not None:
-                _check_journal(journal, chosen, process_group)
+                _check_journal(journal, model, chosen, process_group)
             if isinstance(chosen, Search):
                 # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
                 from statprune.tuning.halves import check_has_perplexity
@@ -184,7 +188,7 @@ def _carry_out(
                 warnings.warn(layers.reason, stacklevel=3)
             recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
             tuned_peak = peak_memory(device)
-            weights = landing(model)
+            weights = landing(model, process_group)
             ledger = _journal(journal, weights, model, recipe, inputs) if journal is not None else None
         report = run(
             layers, inputs, recipe, weights,
@@ -195,7 +199,7 @@ def _carry_out(
             memory |= {"tune": tuned_peak} if tuned_peak is not None else {}
         report.seconds, report.chosen_by = {**seconds, **report.seconds}, record
         report.memory = {**memory, **report.memory}
-        return PruningPlan(weights.pruned if isinstance(weights, Twin) else {}, report, layers)
+        return PruningPlan(pruned_aside(weights), report, layers)
 
 
 def _recipe(
@@ -218,15 +222,18 @@ def _recipe(
     return tuned.recipe, {"search": how.to_dict(), **tuned.record()}
 
 
-def _check_journal(folder: str | Path, how: Recipe | Search, process_group: ProcessGroup) -> None:
+def _check_journal(folder: str | Path, model: nn.Module, how: Recipe | Search, process_group: ProcessGroup) -> None:
+    if is_dispatched(model):
+        raise RecipeError(
+            f"statprune.prune(journal={str(folder)!r}): a journal is of a model that is whole in memory, and this one is where "
+            "accelerate has put it."
+        )
     if is_distributed(process_group) or isinstance(how, Search):
         what = "several ranks" if is_distributed(process_group) else "a search, which may choose another recipe the next time"
         raise RecipeError(f"statprune.prune(journal={str(folder)!r}): a journal is of one process and a recipe, not of {what}.")
 
 
-def _journal(
-    folder: str | Path, weights: InPlace | Twin, model: nn.Module, recipe: Recipe, inputs: Sequence[ModelInputs]
-) -> Journal:
+def _journal(folder: str | Path, weights: Weights, model: nn.Module, recipe: Recipe, inputs: Sequence[ModelInputs]) -> Journal:
     """The journal in a folder, for the same run to go on with."""
     assert isinstance(weights, KeptInPlace), "a journal has files to name"
     content = {"architecture": architecture(model), "weights": check_and_sum_weights(model)}

@@ -27,6 +27,7 @@ from statprune.model.layers import Layers
 from statprune.model.observe import ForwardContext
 from statprune.model.schedule import SEES_PRUNED
 from statprune.model.sites import LinearSite
+from statprune.model.storage import is_sharded
 from statprune.model.undisturbed import undisturbed
 from statprune.model.weights import Weights
 from statprune.progress import Progress, silent
@@ -80,7 +81,7 @@ def run(
         curvature = None
         if is_loss_aware:
             with timed(report.seconds, "gradients", report.memory, device):
-                if has_values(layers.model):
+                if has_values(layers.model) and not is_sharded(layers.model):
                     curvature = output_grams(layers.model, selection.sites, inputs, loss=loss, progress=progress, **running)
                 else:
                     curvature = output_grams_streamed(

@@ -48,8 +48,10 @@ from statprune.model.observe import ForwardContext
 from statprune.model.segments import Segment, refuse_written_buffers
 from statprune.model.sites import LinearSite, TracedModel
 from statprune.model.steps import Common
+from statprune.model.storage import compute_device, is_dispatched, is_sharded
 from statprune.model.streams import Environment, Executor
 from statprune.model.weights import Original, Weights
+from statprune.model.whole import skeleton
 from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup
 
@@ -100,7 +102,10 @@ def output_grams_streamed(
     refuse_unless_causal(layers.model, chosen[0])
     if layers.traced is None:
         raise TracingError(f"loss-aware, streamed: there is no graph of the model. {layers.reason}")
-    refuse_regions_without_gradients(layers.model, chosen[0])
+    # Hooks that gather or move weights run without gradients, and are no part of the model.
+    lies_elsewhere = is_sharded(layers.model) or is_dispatched(layers.model)
+    plain = skeleton(layers.model, compute_device(layers.model)) if lies_elsewhere else layers.model
+    refuse_regions_without_gradients(plain, chosen[0])
     device = next(tensor.device for tensor in chosen[0].tensors())
     with torch.inference_mode(False), torch.no_grad():
         inputs = [ModelInputs(*tree_map(ordinary, (batch.args, batch.kwargs))) for batch in chosen]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from statprune.errors import CalibrationError, NonFiniteError, TracingError
 from statprune.model.batches import LABELS, read_batch, several
 from statprune.model.kinds import is_transformers_model, unwrapped, vocabulary_and_context
+from statprune.model.storage import compute_device
 
 __all__ = ["LABELS", "ModelInputs", "bind_batches", "dynamic_dims", "example_batch", "example_inputs", "read_inputs"]
 
@@ -130,7 +131,7 @@ def read_inputs(model: nn.Module, batch: Any, index: int = 0, *, has_targets: bo
     else:
         args, kwargs = read_batch(model, batch, index, has_targets=has_targets)
     forward = unwrapped(model)[0].forward
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = compute_device(model)
     try:
         arguments = inspect.signature(forward).bind_partial(*args, **kwargs)
     except TypeError as e:

@@ -16,11 +16,13 @@ from statprune.model.nodes import attribute
 from statprune.model.observe import ForwardContext
 from statprune.model.schedule import Schedule
 from statprune.model.sites import InputGroup, LeftOut, TracedModel
+from statprune.model.storage import compute_device, is_dispatched, is_sharded
 from statprune.model.trace import check_traced, trace
 from statprune.model.transform import PruneLinears
 from statprune.model.undisturbed import undisturbed
 from statprune.model.walk import walk
 from statprune.model.weights import InPlace, Weights, named_tensors
+from statprune.model.whole import skeleton
 from statprune.ranks import ProcessGroup
 
 
@@ -128,7 +130,8 @@ def find_layers(
         forward_context: entered around model code, where it is run.
 
     Raises:
-        TracingError: `traced` is of another architecture, or does not hold for the inputs.
+        TracingError: `traced` is of another architecture, or does not hold for the inputs; or the weights are sharded, or
+            where accelerate has put them, and the model cannot be exported.
         CalibrationError: the model cannot be exported, nor run a batch.
     """
     if isinstance(traced, Layers):
@@ -136,12 +139,20 @@ def find_layers(
             return traced
         traced = traced.traced
     with undisturbed(model):
+        # Neither hooks that gather or move weights, nor the parts of them that are here, belong into a graph.
+        whole = skeleton(model, compute_device(model)) if is_sharded(model) or is_dispatched(model) else model
         if traced is not None:
-            check_traced(model, traced, inputs)
+            check_traced(whole, traced, inputs)
             return _without_adapters(Layers(model, traced.groups, traced.left_out, traced))
         try:
-            found = trace(model, example_batch(inputs), dynamic_dims(inputs), inputs)
+            found = trace(whole, example_batch(inputs), dynamic_dims(inputs), inputs)
         except TracingError as e:
+            if whole is not model:
+                kind = "sharded" if is_sharded(model) else "spread or offloaded by accelerate"
+                raise TracingError(
+                    f"{e}, and without a graph its weights, which are {kind}, cannot be pruned. Load or keep them whole on one "
+                    "device."
+                ) from e
             groups, left_out = find_linear_modules(model, inputs[0], forward_context=forward_context)
             hint = " Batches of one shape may do." if any(dynamic_dims(inputs)) else ""
             reason = f"{e}. Falling back to module hooks with one-shot statistics.{hint}"

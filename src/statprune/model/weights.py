@@ -2,8 +2,10 @@
 
     InPlace    read from the model, written into the model
     Twin       read from the model until they are pruned; pruned ones are kept aside, and the model stays as it is
-    Dense      read from either as they were, for as long as somebody has use for that
-    Original   read from either as they were, one segment after another
+    Sharded, Dispatched, and a twin of each     where each rank has a part, or accelerate keeps them (`sharded`, `dispatched`)
+    Streamed   read from files and written into others (`disk/streamed`)
+    Dense      read from any of these as they were, for as long as somebody has use for that
+    Original   read from any of these as they were, one segment after another
 
 Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
 """
@@ -13,12 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from statprune.errors import NonFiniteError, SiteError
 from statprune.methods.pruner import PrunedWeight
 from statprune.model.sites import LinearSite
+from statprune.model.storage import is_part, local, stored_parameters
 
 
 class Readable(Protocol):
@@ -212,10 +214,10 @@ def hold_(parameter: Tensor, keep: Tensor) -> None:
     """Make exact zeros of a parameter's pruned places again, in place; what is kept does not change.
 
     Args:
-        parameter: as it is stored, any dtype.
-        keep: bool, of the parameter's own shape and on its device: True = kept.
+        parameter: as it is stored, any dtype; of a sharded one this rank's part is written.
+        keep: bool, of the shape of what this rank holds, on its device: True = kept.
     """
-    parameter.masked_fill_(~keep, 0)  # a product with the mask would leave NaN where NaN was written
+    local(parameter).masked_fill_(~keep, 0)  # a product with the mask would leave NaN where NaN was written
     torch.clear_autocast_cache()
 
 
@@ -223,7 +225,8 @@ def check_weights(model: nn.Module) -> None:
     """Refuse, naming it, a parameter that cannot be read or written, or that holds NaN or infinity.
 
     Raises:
-        SiteError: it is on the meta device, was made in inference mode, is sharded, or is quantized.
+        SiteError: it is on the meta device, was made in inference mode, is quantized, or lies where it cannot be read and
+            written (`storage.refuse_unreadable`).
         NonFiniteError: NaN or infinity.
     """
     for name, parameter in _readable(model):
@@ -234,14 +237,16 @@ def check_weights(model: nn.Module) -> None:
 def check_and_sum_weights(model: nn.Module) -> dict[str, int]:
     """`check_weights`, and each parameter's checksum: 64 bits that differ where a bit of it does, whatever device it is on.
 
-    Every weight is read once.
+    Every weight is read once. Sharded ones have none: no other rank has the same part.
     """
     read = [(name, *_read_once(parameter.detach())) for name, parameter in _readable(model)]
     for name, is_finite, _ in read:
         if not is_finite:
             raise _not_finite(name)
-    sums = torch.stack([total.cpu() for _, _, total in read]).tolist() if read else []
-    return {name: total % 2**64 for (name, _, _), total in zip(read, sums, strict=True)}
+    parts = {name for name, parameter in model.named_parameters() if is_part(parameter)}
+    whole = [(name, total) for name, _, total in read if name not in parts]
+    sums = torch.stack([total.cpu() for _, total in whole]).tolist() if whole else []
+    return {name: total % 2**64 for (name, _), total in zip(whole, sums, strict=True)}
 
 
 _WORDS = 1 << 18
@@ -283,10 +288,9 @@ def _words(chunk: Tensor) -> Tensor:
     return padded.view(torch.int64)
 
 
-def _readable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    refuse_sharded(model)
+def _readable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     _refuse_quantized(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in stored_parameters(model):
         if parameter.is_meta:
             raise SiteError(f"The parameter {name} is on the meta device and has no values. Load the weights first.")
         if parameter.is_inference():
@@ -307,22 +311,13 @@ def _refuse_quantized(model: nn.Module) -> None:
         for own, parameter in module.named_parameters(recurse=False):
             is_integer = isinstance(module, nn.Linear) and not parameter.is_floating_point() and not parameter.is_complex()
             is_eight_bit = parameter.is_floating_point() and parameter.dtype.itemsize < 2
-            if is_integer or is_eight_bit or is_traceable_wrapper_subclass(parameter):
-                kind = type(parameter).__name__ if is_traceable_wrapper_subclass(parameter) else str(parameter.dtype)
+            is_wrapper = is_traceable_wrapper_subclass(parameter) and not is_part(parameter)
+            if is_integer or is_eight_bit or is_wrapper:
+                kind = type(parameter).__name__ if is_wrapper else str(parameter.dtype)
                 raise SiteError(
                     f"The parameter {f'{path}.{own}'.lstrip('.')} is quantized ({kind}): prune the model that it was made "
                     "from, and quantize afterwards. Nothing was changed."
                 )
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise SiteError, naming it, for a parameter of which this process holds a part only."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise SiteError(
-                f"The parameter {name} is sharded (a DTensor, as FSDP makes them), and pruning needs whole weights. Prune "
-                "before the model is sharded, or on one device, or with DDP. Nothing was changed."
-            )
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

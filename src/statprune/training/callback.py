@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from statprune.errors import CalibrationError, SiteError
 from statprune.model.inputs import ModelInputs
 from statprune.model.kinds import is_causal, is_transformers_model, unwrapped
-from statprune.model.weights import refuse_sharded
+from statprune.model.storage import refuse_sharded
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 from statprune.training.batches import draw

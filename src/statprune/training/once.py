@@ -26,7 +26,7 @@ from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
-from statprune.model.weights import refuse_sharded
+from statprune.model.storage import refuse_sharded
 from statprune.progress import Say
 from statprune.ranks import all_well, together
 from statprune.recipe import Recipe, Search, scope_to_dict

@@ -25,7 +25,7 @@ from statprune.how import How
 from statprune.model.inputs import ModelInputs, read_inputs
 from statprune.model.kinds import unwrapped
 from statprune.model.observe import ForwardContext
-from statprune.model.weights import refuse_sharded
+from statprune.model.storage import refuse_sharded
 from statprune.report import PruningReport
 from statprune.training.batches import draw
 from statprune.training.masks import remeasure
