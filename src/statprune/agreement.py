@@ -1,4 +1,4 @@
-"""What is checked before a run begins, and what its ranks compare: different models would give results that nobody asked for."""
+"""What is checked before a run begins, and what its ranks compare: else they might do what nobody asked for."""
 
 import json
 from collections.abc import Sequence

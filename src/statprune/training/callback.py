@@ -167,7 +167,7 @@ class StatisticalPruning(Callback):
             self._once.take_over({"how": asked.get("recipe"), **state})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse weights that are sharded otherwise than by FSDP2, and an output that cannot be written, before anything runs."""
+        """Refuse weights sharded otherwise than by FSDP2, and an output that cannot be written, before anything runs."""
         if stage not in ("fit", "validate"):
             return
         refuse_strategy(trainer.strategy)

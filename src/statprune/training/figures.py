@@ -29,7 +29,7 @@ def draw_report(loggers: Iterable[Any], report: PruningReport, weight_of: Callab
     Args:
         loggers: a Trainer's. Call it on the first rank only.
         report: of what was pruned.
-        weight_of: a parameter's pruned weight by its name in the report, [any shape]; of a sharded one this rank's part is shown.
+        weight_of: a parameter's pruned weight by its name in the report, [any shape]; of a sharded one, this rank's part.
         step: of the training.
     """
     boards = [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]

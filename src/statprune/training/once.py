@@ -26,8 +26,8 @@ from statprune.errors import MaskError, NonFiniteError, RanksError, RecipeError,
 from statprune.how import How, read_how
 from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
-from statprune.model.layers import Layers, find_layers
 from statprune.model.kinds import is_causal
+from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.sharded import gathered
 from statprune.model.storage import is_sharded, refuse_unreadable, stored_parameters, total

@@ -5,9 +5,9 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from statprune.errors import SiteError
+from statprune.model.storage import is_fsdp
 
 
 def refuse_strategy(strategy: Any) -> None:
@@ -48,7 +48,7 @@ def refuse_outer_shards(pl_module: LightningModule, target: nn.Module) -> None:
         SiteError: names the module around it.
     """
     for path, module in pl_module.named_modules():
-        if isinstance(module, FSDPModule) and module is not target and any(one is target for one in module.modules()):
+        if is_fsdp(module) and module is not target and any(one is target for one in module.modules()):
             around = f"the module {path}" if path else f"the {type(pl_module).__name__} itself"
             raise SiteError(
                 f"StatisticalPruning: fully_shard was called on {around}, around the {type(target).__name__} that is pruned, "
