@@ -340,9 +340,7 @@ def test_parameters_that_something_else_than_fsdp2_sharded_are_refused_by_name(t
             lambda callback: callback.setup(single, module, "validate"),
             lambda callback: callback.on_fit_start(single, module),  # sharded in configure_model
         ):
-            with pytest.raises(
-                SiteError, match=r"head\.2\.weight is sharded \(a DTensor\) by something else than fully_shard alone"
-            ):
+            with pytest.raises(SiteError, match=r"head\.2\.weight is sharded .* by something else than fully_shard"):
                 refuse(classifying(then))
     finally:
         torch.distributed.destroy_process_group()

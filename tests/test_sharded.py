@@ -149,6 +149,21 @@ def test_a_module_of_anybody_is_pruned_where_it_is():
     assert torch.equal(model(inputs[0]), expected(inputs[0]))
 
 
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("auto:minutes=1", "'auto:minutes=1' tries recipes out on the whole model"),
+        (
+            {"method": "wanda", "pattern": "50%", "allocation": "sensitivity"},
+            "runs the whole model for each layer",
+        ),
+    ],
+)
+def test_what_runs_the_whole_model_is_refused_where_accelerate_would_put_the_dense_weights_back(how, named):
+    with pytest.raises(SiteError, match=rf"The weights are in host memory, .*{named}"):
+        statprune.plan(offloaded(llama()), batches(), how)
+
+
 def test_weights_on_disk_are_refused_by_name(tmp_path):
     from accelerate import disk_offload
 
