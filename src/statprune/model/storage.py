@@ -147,19 +147,14 @@ def refuse_unreadable(model: nn.Module) -> None:
             )
 
 
-def refuse_sharded(model: nn.Module, work: str = "pruning") -> None:
-    """Raise SiteError, naming it, for a parameter of which this process holds a part only.
-
-    Args:
-        model: any module.
-        work: what needs whole weights, for the message.
-    """
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise SiteError, naming it, for a parameter of which this process holds a part only."""
     refuse_unreadable(model)
     reshard_(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise SiteError(
-                f"The parameter {name} is sharded (a DTensor, as FSDP makes them), and {work} needs whole weights. Do it "
+                f"The parameter {name} is sharded (a DTensor, as FSDP makes them), and this pruning needs whole weights. Do it "
                 "before the model is sharded, on one device, or with DDP. Nothing was changed."
             )
 
