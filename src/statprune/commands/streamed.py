@@ -68,7 +68,7 @@ def _is_too_large(model: ModelOptions, budget: int | None) -> bool:
         console.say(
             f"{model.model} has {size / 1e9:,.1f} GB of weights, and {budget / 1e9:,.1f} GB may be used: it is streamed"
         )
-    return size > budget
+    return bool(size > budget)
 
 
 def open_streamed(model: ModelOptions, windows: WindowOptions, scratch: "Path | None" = None) -> "tuple[Opened, Skeleton]":
