@@ -76,7 +76,7 @@ def test_every_weight_is_released_once_after_its_last_read(schedule):
     # As soon as it can be: the first block's weights go before the last block is done.
     if schedule == "walk":
         assert when["model.layers.0.self_attn.q_proj.weight"] < when["model.layers.1.self_attn.q_proj.weight"]
-        assert len(weights.released) == len(groups)
+        assert len(weights.released) == 2 * len(groups)  # what only ran, and what was pruned
 
 
 @pytest.fixture

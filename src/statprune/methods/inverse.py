@@ -33,15 +33,16 @@ def inverse_factor(gram: Tensor, damping: float, team: Team = ALONE) -> Tensor:
     # In float64: the sum may be beyond float32 where no element is.
     total = diagonal_I.sum(-1, keepdim=True, dtype=torch.float64)
     mean = (total / (~is_dead_I).sum(-1, keepdim=True).clamp_min(1)).to(gram.dtype)[..., None]
-    normal_II = gram / torch.where(mean == 0, 1.0, mean)
-    normal_II.diagonal(dim1=-2, dim2=-1).masked_fill_(is_dead_I, 1.0)
+    mean = torch.where(mean == 0, 1.0, mean)
     for times in ESCALATION:
         # The factor of the matrix turned upside down, inverted and turned back, is the upper factor of the inverse.
-        turned_II = normal_II.flip(-2, -1).double()
-        turned_II.diagonal(dim1=-2, dim2=-1).add_(damping * times)
+        turned_II = (gram / mean).flip(-2, -1).double()
+        turned_II.diagonal(dim1=-2, dim2=-1).masked_fill_(is_dead_I.flip(-1), 1.0).add_(damping * times)
         lower_II = cholesky_(turned_II, team)
         if lower_II is not None:
-            factor_II = inverse_of_factor(lower_II, team).flip(-2, -1)
+            found_II = inverse_of_factor(lower_II, team)
+            del turned_II, lower_II  # a gigabyte, where a layer has eleven thousand inputs
+            factor_II = found_II.flip(-2, -1)
             if bool(torch.isfinite(factor_II).all()):
                 return factor_II
     raise ValueError(

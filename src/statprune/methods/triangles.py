@@ -19,6 +19,9 @@ from statprune.methods.rows import ALONE, Piece, Team
 NARROW, WIDE = 128, 1024
 """Columns of a block on a CPU, and elsewhere, where few large products are faster than many small ones."""
 
+PANEL = 1024
+"""Rows that are solved for at a time."""
+
 STRETCHES = 8
 """That the rows of a panel are updated in."""
 
@@ -97,13 +100,26 @@ def _updated(matrix: Tensor, rows: range, columns: slice) -> Tensor:
     return matrix[..., stretch, columns] - matrix[..., stretch, before] @ matrix[..., columns, before].mT
 
 
-def _of_factor(triangle: Tensor, identity: Tensor) -> Tensor:
-    solved: Tensor = torch.linalg.solve_triangular(triangle, identity, upper=False)
-    return solved
+def _of_factor(triangle: Tensor, right: Tensor) -> Tensor:
+    """Solve `triangle @ x = right`, in the memory of `right`, panel after panel of rows.
+
+    A solver of the whole copies a triangle that is a part of another one; for each block of columns that would be a gigabyte.
+    """
+    for start, end in _panels(triangle):
+        rows = right[..., start:end, :]
+        rows -= triangle[..., start:end, :start] @ right[..., :start, :]
+        rows.copy_(torch.linalg.solve_triangular(triangle[..., start:end, start:end], rows, upper=False))
+    return right
 
 
-def _of_matrix(triangle: Tensor, identity: Tensor) -> Tensor:
-    return torch.cholesky_solve(identity, triangle)
+def _of_matrix(triangle: Tensor, right: Tensor) -> Tensor:
+    """Solve `triangle @ triangle^T @ x = right`, likewise."""
+    right = _of_factor(triangle, right)
+    for start, end in reversed(list(_panels(triangle))):
+        rows = right[..., start:end, :]
+        rows -= triangle[..., end:, start:end].mT @ right[..., end:, :]
+        rows.copy_(torch.linalg.solve_triangular(triangle[..., start:end, start:end].mT, rows, upper=True))
+    return right
 
 
 def _gathered(
@@ -131,10 +147,17 @@ def _columns(lower: Tensor, solve: Callable[[Tensor, Tensor], Tensor]) -> Iterat
     size = lower.shape[-1]
 
     def compute(start: int, end: int) -> Tensor:
-        return solve(lower[..., start:, start:], torch.eye(size - start, end - start, dtype=lower.dtype, device=lower.device))
+        identity = torch.eye(size - start, end - start, dtype=lower.dtype, device=lower.device)
+        return solve(lower[..., start:, start:], identity.repeat(*lower.shape[:-2], 1, 1))
 
     for start, end in _blocks(lower):
         yield start, end, (size - start) ** 2 * (end - start), partial(compute, start, end)
+
+
+def _panels(triangle: Tensor) -> Iterator[tuple[int, int]]:
+    size = triangle.shape[-1]
+    for start in range(0, size, PANEL):
+        yield start, min(start + PANEL, size)
 
 
 def _blocks(matrix: Tensor) -> Iterator[tuple[int, int]]:

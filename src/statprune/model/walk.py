@@ -109,6 +109,12 @@ def walk(
         for dead, stream, number in itertools.product(segment.releases, streams, range(len(batches))):
             stream.values[number].pop(dead, None)
         common.drop(segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values()))
+        to_prune = {name for _, part in segment.prunes for site in part.sites for name in (site.parameter, *site.aliases)}
+        released = [name for name in segment.last_weights if name in weights]
+        # What only ran goes before weights are pruned, which takes memory; in two streams, what was pruned before is read yet.
+        ran = {name for name in released if name not in to_prune} if not has_dense else set()
+        weights.release(name for name in released if name in ran)
+        dense_weights.release(ran)
         for group in observed:  # all, before a weight changes
             complete(group, moments[group.name], process_group)
         for group, part in segment.prunes:
@@ -119,8 +125,7 @@ def walk(
             still_needed[group.name] -= 1
             if not still_needed[group.name]:
                 moments.pop(group.name, None)
-        released = [name for name in segment.last_weights if name in weights]
-        weights.release(released)
+        weights.release(name for name in released if name not in ran)
         dense_weights.release(released)
         if has_dense and segment.prunes and not has_two:  # until now the two were the same
             streams.append(streams[0].fork(Executor(traced, dense_weights)))
