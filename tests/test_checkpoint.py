@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import statprune
 from statprune import Recipe
-from statprune.checkpoint import PAGES, RECORD, rescue, reserve, save, verify
+from statprune.checkpoint import RECORD, rescue, reserve, save, verify
+from statprune.contents import PAGES
 from statprune.errors import CheckpointError, ModelError
 from statprune.loading import load_model, load_tokenizer
 from tiny_models import classifier, llama

@@ -20,7 +20,7 @@ FLOORS = """
     tuning
     engine  allocation  selection  agreement  sharing
     checkpoint
-    card  companions  disk  hub  output  page  verification
+    card  companions  contents  disk  hub  output  page  verification
     loading  configuration  completeness  weight_files
     perplexity  divergence  report  data  results  zeros  how  recipe  grammar  presets  record
     model

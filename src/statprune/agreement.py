@@ -1,4 +1,4 @@
-"""What the ranks of a run compare before they begin: different models or recipes would give results that nobody asked for."""
+"""What is checked before a run begins, and what its ranks compare: else they might do what nobody asked for."""
 
 import json
 from collections.abc import Sequence
@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from statprune.errors import SiteError
+from statprune.methods.statistics import Statistic
 from statprune.model.inputs import ModelInputs
+from statprune.model.kinds import has_values
 from statprune.model.layers import Layers
-from statprune.model.storage import compute_device
+from statprune.model.storage import compute_device, is_dispatched, is_sharded
 from statprune.model.weights import check_and_sum_weights, check_weights
 from statprune.ranks import Common, ProcessGroup, agree, is_distributed
 from statprune.recipe import Recipe, Search
@@ -60,6 +63,37 @@ def check_start(model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelIn
             ),
         ],
     )
+
+
+def refuse_what_runs_whole(model: nn.Module, how: Recipe | Search, *, has_own_loss: bool) -> None:
+    """Refuse what runs the whole model with other weights than its own, where those lie in parts or elsewhere.
+
+    Args:
+        model: whose weights may be sharded, or kept in host memory by accelerate.
+        how: what is to be done.
+        has_own_loss: whether a loss-aware method is given a loss, which sees the whole model.
+
+    Raises:
+        SiteError: names it.
+    """
+    if is_sharded(model):
+        kind, way_out = "sharded", "before the model is sharded, on one device, or with DDP"
+    elif is_dispatched(model) and not has_values(model):
+        kind, way_out = "in host memory, where accelerate has put them", "on one device"
+    else:
+        return
+    if isinstance(how, Search):
+        what = f"{how.method!r} tries recipes out on the whole model"
+        instead = "Give a recipe, or search"
+    elif how.probes_whole_model:
+        what = f"the allocation {how.allocation} runs the whole model for each layer"
+        instead = "Take the allocation uniform or owl (or curves, where the method is loss-aware), or prune"
+    elif has_own_loss and Statistic.CURVATURE in how.needs:
+        what = "a loss-aware method is given the whole model's loss where the model is no causal language model"
+        instead = "Take a method without gradients, or prune"
+    else:
+        return
+    raise SiteError(f"The weights are {kind}, and {what}. {instead} {way_out}. Nothing was changed.")
 
 
 def check_layers(layers: Layers, process_group: ProcessGroup) -> None:

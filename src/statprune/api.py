@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from statprune.agreement import check_layers, check_start, device_of
+from statprune.agreement import check_layers, check_start, device_of, refuse_what_runs_whole
 from statprune.clock import peak_memory, timed
 from statprune.disk.journal import Journal, fingerprint
 from statprune.disk.pieces import KeptInPlace
@@ -172,6 +172,7 @@ def _carry_out(
             chosen = read_how(how, pattern=pattern)
             if journal is not None:
                 _check_journal(journal, model, chosen, process_group)
+            refuse_what_runs_whole(model, chosen, has_own_loss=loss is not None)
             if isinstance(chosen, Search):
                 # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
                 from statprune.tuning.halves import check_has_perplexity

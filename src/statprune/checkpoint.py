@@ -5,16 +5,13 @@ What is saved is what every runtime reads: dense safetensors with exact zeros, n
 
     OUTPUT/model.safetensors    the weights, zeros included
     OUTPUT/config.json ...      whatever save_pretrained and the tokenizer write, and what else lay beside the model
-    OUTPUT/README.md ...        for people, made from the record and the weights: `PAGES`
+    OUTPUT/README.md ...        for people, made from the record and the weights: `contents.PAGES`
     OUTPUT/pruning.json         the recipe, the versions, for each weight what can be recomputed, and a digest of every file
 """
 
 import contextlib
 import json
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +22,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from statprune import card
-from statprune.companions import copy_companions, source_folder
-from statprune.disk.finding import find, places_in
+from statprune.contents import USUAL_SHARD_SIZE, complete, write, write_configuration, write_weights
 from statprune.errors import CheckpointError, first_line
 from statprune.hub import check_repository, push
-from statprune.model.kinds import adapter_parameters, is_transformers_model, unwrapped
+from statprune.model.kinds import adapter_parameters, unwrapped
 from statprune.output import Reserved, refuse_existing, warn
-from statprune.page import PAGE, render_folder
 from statprune.plain import finite
 from statprune.progress import Say
-from statprune.record import FORMAT, RECORD, file_digest, read_json, write_record
+from statprune.record import FORMAT, RECORD, read_json
 from statprune.report import PruningReport
 from statprune.verification import names, verify
 
@@ -52,19 +46,6 @@ __all__ = [
     "save",
     "verify",
 ]
-
-PAGES: dict[str, Callable[[dict[str, Any], Path], str]] = {
-    "README.md": lambda record, _: card.render(record),
-    PAGE: render_folder,
-}
-"""What people read, by file name: each is made from the weights in the folder and from the record, before that has the digests
-(`files`, `digest`) and with what it says beyond the report: `protocol`, `base`."""
-
-USUAL_SHARD_SIZE = "50GB"
-"""That of transformers."""
-
-_COMPILED = "_orig_mod."
-"""What `torch.compile` of a part of a model puts into the names of its parameters."""
 
 
 def check_output(output: str | Path, *, overwrite: bool = False, source: str | Path | None = None) -> None:
@@ -223,7 +204,7 @@ def save(
             place.check_held()
             check_shard_size(max_shard_size)
             _refuse_non_finite(inner)
-            _write(inner, prefix, record, place.folder, tokenizer, source, max_shard_size)
+            write(inner, prefix, record, place.folder, tokenizer, source, max_shard_size)
             verify(place.folder)
         except Exception as e:
             raise _rescued(inner, record, place, e) from e
@@ -262,12 +243,8 @@ def finish(
     with place:
         try:
             place.check_held()
-            with tempfile.TemporaryDirectory(dir=place.folder.parent) as scratch, _no_bars():
-                model.save_pretrained(scratch, state_dict={})  # type: ignore[operator]
-                for file in sorted(Path(scratch).iterdir()):
-                    if file.suffix == ".json" and not file.name.endswith(".index.json"):
-                        shutil.copy(file, place.folder / file.name)
-            _complete(model, "", record, place.folder, None, source, lambda parameter, _: stored_in[parameter])
+            write_configuration(model, place.folder)
+            complete(model, "", record, place.folder, None, source, lambda parameter, _: stored_in[parameter])
             verify(place.folder)
             return place.publish()
         except OSError as e:
@@ -293,7 +270,7 @@ def rescue(model: nn.Module, place: Reserved, reason: object, *, report: Pruning
 def _rescue(inner: nn.Module, record: Mapping[str, Any], place: Reserved, reason: object) -> Path | None:
     def write(folder: Path) -> None:
         try:
-            _write_weights(inner, folder, None)
+            write_weights(inner, folder, None)
         except (OSError, SafetensorError):
             raise  # the disk's
         except Exception:
@@ -335,89 +312,6 @@ def _refuse_non_finite(model: nn.Module) -> None:
             f"{what} in {first}{others}: the model predicts nothing any more. Did the training diverge? A lower "
             "learning rate or clipped gradients help"
         )
-
-
-def _write(
-    inner: nn.Module,
-    prefix: str,
-    record: dict[str, Any],
-    folder: Path,
-    tokenizer: Any,
-    source: str | Path | None,
-    max_shard_size: int | str | None,
-) -> None:
-    _write_weights(inner, folder, max_shard_size)
-    places = places_in(folder)
-
-    def place_of(parameter: str, own: str) -> tuple[str, str]:
-        return find(own, inner.get_parameter(parameter), places, folder)
-
-    _complete(inner, prefix, record, folder, tokenizer, source, place_of)
-
-
-def _complete(
-    inner: nn.Module,
-    prefix: str,
-    record: dict[str, Any],
-    folder: Path,
-    tokenizer: Any,
-    source: str | Path | None,
-    place_of: Callable[[str, str], tuple[str, str]],
-) -> None:
-    """Everything beside the weights and the configuration, the record last.
-
-    Args:
-        place_of: (file, tensor) that hold a parameter, from its name in `inner` and that without what `torch.compile` put in.
-    """
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    beside = source_folder(source, getattr(getattr(inner, "config", None), "_commit_hash", None))
-    if beside is not None:
-        copy_companions(beside, folder, with_tokenizer=tokenizer is None)
-    record = {"format": FORMAT, **record, "base": card.base_of(inner, source, beside)}
-    for site in record["sites"]:
-        parameter = site["parameter"].removeprefix(prefix)
-        for key in ("name", "parameter"):
-            site[key] = site[key].removeprefix(prefix).replace(_COMPILED, "")
-        site["file"], site["tensor"] = place_of(parameter, site["parameter"])
-    for name, render in PAGES.items():
-        (folder / name).write_text(render(record, folder), encoding="utf-8")
-    write_record(folder, {**record, "files": {name: file_digest(folder / name) for name in names(folder)}})
-
-
-def _write_weights(inner: nn.Module, folder: Path, max_shard_size: int | str | None) -> None:
-    """The weights, and for a transformers model its configuration."""
-    from huggingface_hub import save_torch_state_dict
-
-    size = USUAL_SHARD_SIZE if max_shard_size is None else max_shard_size
-    state = {name.replace(_COMPILED, ""): value for name, value in inner.state_dict().items()}
-    if not is_transformers_model(inner):
-        save_torch_state_dict(state, folder, max_shard_size=size)
-        return
-    is_compiled_in_part = state.keys() != inner.state_dict().keys()
-    with _no_bars():
-        inner.save_pretrained(  # type: ignore[operator]
-            folder, max_shard_size=size, **({"state_dict": state} if is_compiled_in_part else {})
-        )
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' bar of the files that it writes; the hub's bars are as they were."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
-    from transformers.utils import logging
-
-    was_shown, were_disabled = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that an environment variable has switched the hub's off
-                logging.enable_progress_bar()
-        if were_disabled:
-            disable_progress_bars()
 
 
 def _replaceable(source: str | Path | None) -> Callable[[Path], None]:

@@ -29,7 +29,7 @@ from statprune.grammar import (
     write_pattern,
 )
 from statprune.methods.bounds import Between, Count, bounds_in, check
-from statprune.methods.budget import ALLOCATIONS, AllocationRule
+from statprune.methods.budget import ALLOCATIONS, AllocationRule, Curves, Sensitivity
 from statprune.methods.patterns import NM, PATTERNS, ModelPattern, Pattern
 from statprune.methods.pruner import WeightPruner
 from statprune.methods.registry import build_pruner, known_compensations, known_criteria
@@ -215,6 +215,12 @@ class Recipe:
     def needs(self) -> Statistic:
         """What is collected for it, of each layer's inputs and of the loss."""
         return self.pruner().needs | self.build_target().needs
+
+    @property
+    def probes_whole_model(self) -> bool:
+        """Whether its allocation runs the whole model for each layer."""
+        allocation = self.build_allocation()
+        return isinstance(allocation, Sensitivity) or (isinstance(allocation, Curves) and Statistic.CURVATURE not in self.needs)
 
     @property
     def _pattern(self) -> Whole:

@@ -19,8 +19,6 @@ from statprune.disk.skeleton import Skeleton
 from statprune.disk.streamed import Streamed
 from statprune.engine import run
 from statprune.errors import CheckpointError, SiteError, TracingError
-from statprune.methods.budget import Curves, Sensitivity
-from statprune.methods.statistics import Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.output import Reserved
@@ -41,9 +39,7 @@ def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
         raise TracingError(
             f"{type(skeleton.model).__name__} has no graph, so it cannot be streamed: {layers.reason} Prune it in memory."
         )
-    needs = recipe.pruner().needs | recipe.build_target().needs
-    allocation = recipe.build_allocation()
-    if isinstance(allocation, Sensitivity) or (isinstance(allocation, Curves) and Statistic.CURVATURE not in needs):
+    if recipe.probes_whole_model:
         raise SiteError(
             f"The allocation {recipe.allocation} runs the whole model for each layer, which would read all weights as often. "
             "Stream with the allocation uniform or owl (or curves, where the method is loss-aware), or prune in memory."

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
-from statprune.commands.one_model import evaluate, inspect, merge, prune, push, report, verify
+from statprune.commands.one_model import evaluate, inspect, merge, push, report, verify
+from statprune.commands.pruning import prune
 
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "quickstart": quickstart,

@@ -3,9 +3,9 @@
 import re
 from typing import TYPE_CHECKING, Any
 
-from statprune.commands import console, display
+from statprune.commands import console, display, processes
 from statprune.commands.options import CalibrationOptions, ModelOptions, Opened, WindowOptions
-from statprune.errors import CalibrationError, ModelError, NonFiniteError
+from statprune.errors import CalibrationError, ModelError, NonFiniteError, RanksError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,27 +35,40 @@ def read_size(text: str) -> int:
 
 
 def wants_stream(model: ModelOptions, windows: WindowOptions, stream: bool, memory: str | None) -> bool:
-    """Whether to stream: it is asked for, or the weights take more than the memory that there is, or that is allowed."""
+    """Whether to stream: it is asked for, or the weights take more than the memory that there is, or that is allowed.
+
+    Raises:
+        RanksError: there are several processes, and streaming is the work of one.
+    """
+    budget = read_size(memory) if memory is not None else None
+    model.check(windows)
+    streams = stream or _is_too_large(model, budget)
+    if streams and processes.place().size > 1:
+        raise RanksError(
+            f"{model.model} is streamed, which is the work of one process: run it without torchrun. Or, where the model fits "
+            "into memory once for each process, allow that with --memory."
+        )
+    return streams
+
+
+def _is_too_large(model: ModelOptions, budget: int | None) -> bool:
+    import torch
+
     from statprune.clock import available_memory
     from statprune.configuration import empty_model
     from statprune.loading import choose_device
 
-    budget = read_size(memory) if memory is not None else None
-    model.check(windows)
-    if stream:
-        return True
-    import torch
-
-    free = available_memory(torch.device(choose_device(model.device)))
-    budget = budget if budget is not None else free
+    if budget is None:
+        budget = available_memory(torch.device(choose_device(model.device)))
     if budget is None:
         return False
     empty = empty_model(model.model, model.dtype if model.dtype == "auto" else getattr(torch, model.dtype), model.revision)
     size = sum(one.numel() * one.element_size() for one in empty.parameters())
-    if size <= budget:
-        return False
-    console.say(f"{model.model} has {size / 1e9:,.1f} GB of weights, and {budget / 1e9:,.1f} GB may be used: it is streamed")
-    return True
+    if size > budget:
+        console.say(
+            f"{model.model} has {size / 1e9:,.1f} GB of weights, and {budget / 1e9:,.1f} GB may be used: it is streamed"
+        )
+    return bool(size > budget)
 
 
 def open_streamed(model: ModelOptions, windows: WindowOptions, scratch: "Path | None" = None) -> "tuple[Opened, Skeleton]":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Count, check
-from statprune.methods.gram import channel_freedom, inverse, normalised_gram
+from statprune.methods.gram import channel_freedom, inverse_, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares, Tolerance
 from statprune.methods.patterns import Pattern
 from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite, needs_of
@@ -168,6 +168,6 @@ def criterion_before(pruner: WeightPruner, name: str, steps: int) -> MaskPruner:
 def _regularised_inverse(gram_II: Tensor, freedom_I: Tensor, team: Team) -> Tensor:
     """(H + penalty)^-1 of a normalised Gram in the solver's coordinates; the penalty is so large that float32 will do."""
     root_I = freedom_I.sqrt()
-    regularised_II = gram_II * root_I[..., :, None] * root_I[..., None, :]
+    regularised_II = (gram_II * root_I[..., :, None]).mul_(root_I[..., None, :])
     regularised_II.diagonal(dim1=-2, dim2=-1).add_(PENALTY)
-    return inverse(regularised_II, team)
+    return inverse_(regularised_II, team)

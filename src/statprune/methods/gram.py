@@ -7,7 +7,7 @@ from torch import Tensor
 
 from statprune.methods.rows import ALONE, Team
 from statprune.methods.statistics import InputMoments
-from statprune.methods.triangles import cholesky, inverse_diagonal, inverse_of_matrix
+from statprune.methods.triangles import cholesky_, inverse_diagonal, inverse_of_matrix
 
 _LEAST_DAMPING = 1e-3
 """What `channel_freedom` adds at least: without any, a Gram of few tokens has no inverse."""
@@ -44,21 +44,21 @@ def channel_freedom(moments: InputMoments, damping: float) -> Tensor:
     return found
 
 
-def inverse(matrix: Tensor, team: Team = ALONE) -> Tensor:
+def inverse_(matrix: Tensor, team: Team = ALONE) -> Tensor:
     """The inverse of a symmetric positive definite [..., n, n], in its dtype.
 
     Args:
-        matrix: float32 or float64.
+        matrix: float32 or float64; its memory is worked in, and holds something else afterwards.
         team: who computes it together.
 
     Raises:
         ValueError: it has none.
     """
-    return _finite(matrix, inverse_of_matrix, team)
+    return _finite_(matrix, inverse_of_matrix, team)
 
 
-def _finite(matrix: Tensor, compute: Callable[[Tensor, Team], Tensor], team: Team) -> Tensor:
-    lower = cholesky(matrix, team)
+def _finite_(matrix: Tensor, compute: Callable[[Tensor, Team], Tensor], team: Team) -> Tensor:
+    lower = cholesky_(matrix, team)
     if lower is not None:
         found = compute(lower, team)
         if bool(torch.isfinite(found).all()):
@@ -72,7 +72,7 @@ def _finite(matrix: Tensor, compute: Callable[[Tensor, Team], Tensor], team: Tea
 def _normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     diagonal_I = gram.diagonal(dim1=-2, dim2=-1)
     scale_I = torch.where(diagonal_I > 0, diagonal_I, 1.0).rsqrt()
-    gram_II = gram * scale_I[..., :, None] * scale_I[..., None, :]
+    gram_II = (gram * scale_I[..., :, None]).mul_(scale_I[..., None, :])
     gram_II.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)
     return gram_II, scale_I[..., None, :]
 
@@ -81,4 +81,4 @@ def _freedom(gram_II: Tensor, more: float, team: Team) -> Tensor:
     wide_II = gram_II.double()  # the damping alone bounds how ill-conditioned it is
     diagonal_I = wide_II.diagonal(dim1=-2, dim2=-1)
     diagonal_I.add_(more).masked_fill_(diagonal_I == more, 1.0)  # channels that were always 0
-    return _finite(wide_II, inverse_diagonal, team).float()
+    return _finite_(wide_II, inverse_diagonal, team).float()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.rows import ALONE, Team
-from statprune.methods.triangles import cholesky, inverse_of_factor
+from statprune.methods.triangles import cholesky_, inverse_of_factor
 
 ESCALATION = (1.0, 10.0, 100.0)
 """How many times the damping, one after the other, where H plus the damping cannot be factorised."""
@@ -35,11 +35,11 @@ def inverse_factor(gram: Tensor, damping: float, team: Team = ALONE) -> Tensor:
     mean = (total / (~is_dead_I).sum(-1, keepdim=True).clamp_min(1)).to(gram.dtype)[..., None]
     normal_II = gram / torch.where(mean == 0, 1.0, mean)
     normal_II.diagonal(dim1=-2, dim2=-1).masked_fill_(is_dead_I, 1.0)
-    identity_II = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
     for times in ESCALATION:
-        damped_II = normal_II + damping * times * identity_II
         # The factor of the matrix turned upside down, inverted and turned back, is the upper factor of the inverse.
-        lower_II = cholesky(damped_II.flip(-2, -1), team)
+        turned_II = normal_II.flip(-2, -1).double()
+        turned_II.diagonal(dim1=-2, dim2=-1).add_(damping * times)
+        lower_II = cholesky_(turned_II, team)
         if lower_II is not None:
             factor_II = inverse_of_factor(lower_II, team).flip(-2, -1)
             if bool(torch.isfinite(factor_II).all()):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
 from statprune.methods.gradual import PENALTY, Steps, criterion_before, reach
-from statprune.methods.gram import channel_freedom, inverse, normalised_gram
+from statprune.methods.gram import channel_freedom, inverse_, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares
 from statprune.methods.patterns import Pattern
 from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite
@@ -129,7 +129,7 @@ class GradualMaskUnderLoss:
             ("whitened eigenvectors", self.damping), lambda: _eigenvectors(gram_II, in_freedom_I)
         )
         with torch.autocast(weight.device.type, enabled=False):
-            out_freedom_O = inverse(curvature_OO.double()).diagonal(dim1=-2, dim2=-1).float()
+            out_freedom_O = inverse_(curvature_OO.double()).diagonal(dim1=-2, dim2=-1).float()
             values_O, vectors_OO = _eigenvectors(curvature_OO, out_freedom_O)
             unit_1I, unit_O1 = in_freedom_I.sqrt()[..., None, :] * scale_1I, out_freedom_O.sqrt()[..., None]
             dense_OI = weight.float() / unit_1I / unit_O1

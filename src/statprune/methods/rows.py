@@ -9,7 +9,7 @@ together, and what has to be summed up over all rows they sum up.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -51,7 +51,7 @@ class Team(Protocol):
     def total(self, sums: Tensor) -> Tensor:
         """What is a sum over one's own rows in, the sum over all rows of the weight out; the same bits for all."""
 
-    def gather(self, pieces: Sequence[Piece]) -> list[Tensor]:
+    def gather(self, pieces: Sequence[Piece]) -> Iterable[Tensor]:
         """Every piece, of which each computes a few; all of them have one dtype."""
 
 
@@ -62,9 +62,9 @@ class Alone:
         """There are no other rows."""
         return sums
 
-    def gather(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """All of them, one after the other."""
-        return [piece.compute() for piece in pieces]
+    def gather(self, pieces: Sequence[Piece]) -> Iterable[Tensor]:
+        """All of them, each when it is asked for."""
+        return (piece.compute() for piece in pieces)
 
 
 ALONE = Alone()

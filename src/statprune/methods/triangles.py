@@ -26,33 +26,33 @@ LEAST = 1024
 """Rows of a matrix from which on it takes longer to compute than to send around."""
 
 
-def cholesky(matrix: Tensor, team: Team = ALONE) -> Tensor | None:
+def cholesky_(matrix: Tensor, team: Team = ALONE) -> Tensor | None:
     """The lower factor [..., n, n] of a symmetric matrix, of which the lower half is read; None if not positive definite.
 
     Args:
-        matrix: [..., n, n], float32 or float64.
+        matrix: [..., n, n], float32 or float64. The factor takes its place: there are layers whose Gram fills a gigabyte.
         team: who computes it together.
     """
     size = matrix.shape[-1]
-    lower_II = torch.zeros_like(matrix)
     for start, end in _blocks(matrix):
         pieces = [
             Piece(
-                partial(_updated, matrix, lower_II, rows, slice(start, end)),
+                partial(_updated, matrix, rows, slice(start, end)),
                 len(rows),
                 _shape(matrix, len(rows), end - start),
                 matrix.dtype,
             )
             for rows in _stretches(start, size)
         ]
-        panel_IP = torch.cat((_worth(team, size) if start else ALONE).gather(pieces), dim=-2)
+        panel_IP = torch.cat(list((_worth(team, size) if start else ALONE).gather(pieces)), dim=-2)
         corner_PP, info = torch.linalg.cholesky_ex(panel_IP[..., : end - start, :])
         if bool(info.any()):
             return None
-        lower_II[..., start:end, start:end] = corner_PP
+        matrix[..., start:end, start:end] = corner_PP
+        matrix[..., start:end, end:] = 0
         below_IP = panel_IP[..., end - start :, :]
-        lower_II[..., end:, start:end] = torch.linalg.solve_triangular(corner_PP.mT, below_IP, upper=True, left=False)
-    return lower_II
+        matrix[..., end:, start:end] = torch.linalg.solve_triangular(corner_PP.mT, below_IP, upper=True, left=False)
+    return matrix
 
 
 def inverse_diagonal(lower: Tensor, team: Team = ALONE) -> Tensor:
@@ -65,7 +65,7 @@ def inverse_diagonal(lower: Tensor, team: Team = ALONE) -> Tensor:
         Piece(partial(squares, columns), cost, (*lower.shape[:-2], end - start), lower.dtype)
         for start, end, cost, columns in _columns(lower, _of_factor)
     ]
-    return torch.cat(_worth(team, lower.shape[-1]).gather(pieces), dim=-1)
+    return torch.cat(list(_worth(team, lower.shape[-1]).gather(pieces)), dim=-1)
 
 
 def inverse_of_factor(lower: Tensor, team: Team = ALONE) -> Tensor:
@@ -83,14 +83,18 @@ def inverse_of_matrix(lower: Tensor, team: Team = ALONE) -> Tensor:
     def as_they_are(columns: Callable[[], Tensor]) -> Tensor:
         return columns()
 
-    below_II = _gathered(lower, team, _of_matrix, as_they_are, lower.dtype)
-    return below_II.tril() + below_II.tril(-1).mT
+    whole_II = _gathered(lower, team, _of_matrix, as_they_are, lower.dtype)
+    for start, end in _blocks(whole_II):  # what is below the diagonal, above it as well
+        corner_PP = whole_II[..., start:end, start:end]
+        corner_PP.copy_(corner_PP.tril() + corner_PP.tril(-1).mT)
+        whole_II[..., start:end, end:] = whole_II[..., end:, start:end].mT
+    return whole_II
 
 
-def _updated(matrix: Tensor, lower: Tensor, rows: range, columns: slice) -> Tensor:
-    """Rows of a panel, less what the panels before it have of them."""
+def _updated(matrix: Tensor, rows: range, columns: slice) -> Tensor:
+    """Rows of a panel, less what the panels before it, which are factors already, have of them."""
     before, stretch = slice(0, columns.start), slice(rows.start, rows.stop)
-    return matrix[..., stretch, columns] - lower[..., stretch, before] @ lower[..., columns, before].mT
+    return matrix[..., stretch, columns] - matrix[..., stretch, before] @ matrix[..., columns, before].mT
 
 
 def _of_factor(triangle: Tensor, identity: Tensor) -> Tensor:

@@ -171,7 +171,8 @@ def _distributed(whole: Tensor, like: DTensor) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _is_fsdp(module: nn.Module) -> bool:
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this module."""
     return isinstance(module, FSDPModule)
 
 
@@ -180,7 +181,7 @@ def _below_fsdp(model: nn.Module) -> set[str]:
     return {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
-        if _is_fsdp(module)
+        if is_fsdp(module)
         for name, _ in module.named_parameters(remove_duplicate=False)
     }
 

@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from statprune.errors import CalibrationError, SiteError
+from statprune.errors import CalibrationError
 from statprune.model.inputs import ModelInputs
 from statprune.model.kinds import is_causal, is_transformers_model, unwrapped
-from statprune.model.storage import refuse_sharded
+from statprune.model.storage import refuse_unreadable
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 from statprune.training.batches import draw
@@ -39,6 +38,7 @@ from statprune.training.losses import training_loss
 from statprune.training.masks import remeasure
 from statprune.training.measurement import Measurement
 from statprune.training.once import PruneOnce, Then
+from statprune.training.strategies import refuse_outer_shards, refuse_strategy
 
 Keys = Mapping[str, str | float | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | None]
 """Of a recipe, in a mapping. Texts come first: what jsonargparse takes for `Any` it reads as YAML once more, and a quoted "2:4"
@@ -85,7 +85,8 @@ class StatisticalPruning(Callback):
         report: what the last run did, or None.
 
     Raises:
-        SiteError: the weights are sharded, by FSDP, DeepSpeed or tensor parallelism.
+        SiteError: the weights are sharded by FSDP1, DeepSpeed or tensor parallelism, or by FSDP2 around more than the module
+            that is pruned; or sharded, and what the recipe asks for needs them whole.
         MaskError: zeros that were recorded are no longer there, or `fit` would train them away; or a checkpoint's model was
             pruned by another recipe.
         CalibrationError: no calibration data, or none for some rank; or no such module.
@@ -166,15 +167,11 @@ class StatisticalPruning(Callback):
             self._once.take_over({"how": asked.get("recipe"), **state})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse sharded weights, and an output that cannot be written, before anything runs."""
+        """Refuse weights sharded otherwise than by FSDP2, and an output that cannot be written, before anything runs."""
         if stage not in ("fit", "validate"):
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-            raise SiteError(
-                f"StatisticalPruning under {type(trainer.strategy).__name__}: this strategy may shard weights, and only whole "
-                'ones can be pruned. Use one device, or strategy="ddp".'
-            )
-        refuse_sharded(pl_module)
+        refuse_strategy(trainer.strategy)
+        refuse_unreadable(pl_module)
         if stage == "fit" and self.output is not None:
             with self._together(trainer):
                 self._once.reserve(is_first=trainer.is_global_zero)
@@ -182,7 +179,7 @@ class StatisticalPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be pruned or saved, now that the model is configured and a checkpoint is read."""
         with self._together(trainer):
-            self._once.refuse_target(self._target(pl_module))
+            self._refuse_target(pl_module, self._target(pl_module))
             self._once.refuse_training_zeros_away()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,7 +201,7 @@ class StatisticalPruning(Callback):
         if in_place:
             if self.then == "stop":
                 self._once.reserve(is_first=trainer.is_global_zero)
-            self._once.refuse_target(target)
+            self._refuse_target(pl_module, target)
         with isolate_rng():
             batches = self._calibration_inputs(trainer, pl_module, target)
             if in_place:
@@ -247,9 +244,10 @@ class StatisticalPruning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """To fine-tune: prune in place, unless that was done before, and hold the mask from here on."""
-        if self.then != "finetune":
-            return
         with self._together(trainer):
+            self._once.refuse_training_zeros_away()  # again: some strategies read the checkpoint after `on_fit_start`
+            if self.then != "finetune":
+                return
             target = self._target(pl_module)
             if self.landed is None:
                 with isolate_rng():
@@ -268,15 +266,15 @@ class StatisticalPruning(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate on the trained weights and prune in place; or, after fine-tuning, check that every zero is there."""
+        target = self._target(pl_module)
+        with self._once.keeping(target), self._together(trainer):
+            if self._once.masks is not None:
+                self._once.finish_holding(target, trainer.global_step)
+            else:
+                self._once.refuse_diverged(target)
+                with isolate_rng():
+                    self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
         with self._together(trainer):
-            target = self._target(pl_module)
-            with self._once.keeping(target):
-                if self._once.masks is not None:
-                    self._once.finish_holding(target, trainer.global_step)
-                else:
-                    self._once.refuse_diverged(target)
-                    with isolate_rng():
-                        self._land(trainer, target, self._calibration_inputs(trainer, pl_module, target))
             self._save(trainer, target)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -314,6 +312,10 @@ class StatisticalPruning(Callback):
                 f"StatisticalPruning(module={self.module!r}): {type(pl_module).__name__} has no such module; "
                 f"it has {', '.join(name for name, _ in pl_module.named_children())}."
             ) from e
+
+    def _refuse_target(self, pl_module: LightningModule, target: nn.Module) -> None:
+        refuse_outer_shards(pl_module, target)
+        self._once.refuse_target(target)
 
     def _is_target(self, pl_module: LightningModule, module: str | None) -> bool:
         """Whether this path, too, names what is pruned here."""

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.loggers import TensorBoardLogger
 from torch import Tensor
 
+from statprune.model.storage import local
 from statprune.report import PruningReport
 
 MOST_KINDS = 12
@@ -28,7 +29,7 @@ def draw_report(loggers: Iterable[Any], report: PruningReport, weight_of: Callab
     Args:
         loggers: a Trainer's. Call it on the first rank only.
         report: of what was pruned.
-        weight_of: a parameter's pruned weight by its name in the report, [any shape].
+        weight_of: a parameter's pruned weight by its name in the report, [any shape]; of a sharded one, this rank's part.
         step: of the training.
     """
     boards = [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
@@ -49,7 +50,7 @@ def kept_weights(report: PruningReport, weight_of: Callable[[str], Tensor]) -> d
         kinds = dict.fromkeys(kinds, "all layers")
     found: dict[str, list[Tensor]] = {}
     for parameter, kind in kinds.items():
-        weight = weight_of(parameter).detach()
+        weight = local(weight_of(parameter))
         # Odd, so that it does not meet the same place of each 2:4 group again and again.
         stride = (weight.numel() * len(kinds) // MOST_VALUES) | 1
         values = weight.reshape(-1)[::stride]

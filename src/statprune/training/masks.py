@@ -6,6 +6,8 @@
 
 A mask is not stored anywhere: a weight is pruned where it is zero. So the mask comes back from any checkpoint of the model, and
 the number of zeros, which is recorded, tells whether it is the right one.
+
+Of sharded weights (FSDP2) each rank holds the mask of its own part, and the zeros of all parts are counted together.
 """
 
 from collections.abc import Iterable
@@ -18,12 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from statprune.errors import MaskError
 from statprune.methods.pruner import energy_sq
+from statprune.model.storage import local, reshard_, total
 from statprune.model.weights import hold_
 from statprune.report import PruningReport, SiteReport
 
 
 class HeldMasks:
-    """Keep masks of a model's pruned weights, each in its parameter's own layout (True = kept).
+    """Keep masks of a model's pruned weights, each in its parameter's own layout (True = kept), of what this rank holds of it.
 
     Args:
         model: holds the pruned weights, where they will be trained.
@@ -35,6 +38,7 @@ class HeldMasks:
     """
 
     def __init__(self, model: nn.Module, sites: Iterable[SiteReport]) -> None:
+        reshard_(model)
         self.sites = tuple(sites)
         self._parameter_of: dict[str, nn.Parameter] = {}
         self._keep_of: dict[nn.Parameter, Tensor] = {}
@@ -52,7 +56,7 @@ class HeldMasks:
         """Zero the gradients of pruned weights, where there are gradients."""
         for parameter, keep in self._keep_of.items():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(~keep, 0)
+                local(parameter.grad).masked_fill_(~keep, 0)
 
     def mask_new_gradients(self) -> list[RemovableHandle]:
         """Zero the gradients of pruned weights as backward passes accumulate them, until the handles are removed."""
@@ -60,7 +64,7 @@ class HeldMasks:
         def mask(parameter: Tensor) -> None:
             assert parameter.grad is not None
             assert isinstance(parameter, nn.Parameter)
-            parameter.grad.masked_fill_(~self._keep_of[parameter], 0)
+            local(parameter.grad).masked_fill_(~self._keep_of[parameter], 0)
 
         trained = [parameter for parameter in self._keep_of if parameter.requires_grad]
         return [parameter.register_post_accumulate_grad_hook(mask) for parameter in trained]
@@ -81,14 +85,15 @@ class HeldMasks:
         for parameter in _parameters_of(optimizer):
             if parameter not in self._keep_of:
                 continue
+            keep = self._keep_of[parameter]
             for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    value.masked_fill_(~self._keep_of[parameter].to(value.device), 0)
+                if isinstance(value, Tensor) and value.is_floating_point() and (held := local(value)).shape == keep.shape:
+                    held.masked_fill_(~keep.to(held.device), 0)
 
     def check(self) -> None:
         """Raise MaskError, naming the first weight, where a pruned one is not exactly zero."""
         for name, parameter in self._parameter_of.items():
-            regrown = int((parameter.detach()[~self._keep_of[parameter]] != 0).sum())
+            regrown = int(total((local(parameter)[~self._keep_of[parameter]] != 0).sum(), parameter))
             if regrown:
                 raise MaskError(
                     f"{name}: {regrown:,} pruned weights are not zero after the training, though they were after every "
@@ -97,9 +102,13 @@ class HeldMasks:
 
 
 def keep_mask(site: SiteReport, parameter: Tensor) -> Tensor:
-    """Where a pruned weight is not zero: bool, of the parameter's shape. MaskError where it has fewer zeros than recorded."""
-    keep = parameter.detach() != 0
-    if (num_zeros := keep.numel() - int(keep.sum())) < site.num_zeros:
+    """Where a pruned weight is not zero: bool, of the shape of what this rank holds of the parameter.
+
+    Raises:
+        MaskError: it has fewer zeros than recorded, on all ranks together where it is sharded.
+    """
+    keep = local(parameter) != 0
+    if (num_zeros := int(total((~keep).sum(), parameter))) < site.num_zeros:
         raise MaskError(
             f"{site.name} has {num_zeros:,} zeros, but {site.num_zeros:,} were recorded when it was pruned: weights grew "
             "back, or this is another model. Go on from a checkpoint that was saved with the mask held, or prune this "
@@ -116,12 +125,17 @@ def absent(site: SiteReport, model: nn.Module) -> MaskError:
 def remeasure(report: PruningReport, model: nn.Module) -> PruningReport:
     """The same report with the zeros and the energy that the weights have now.
 
-    A weight that has changed has no output error any more: it was measured on the weight that pruning left.
+    A weight that has changed has no output error any more: it was measured on the weight that pruning left. Where weights are
+    sharded, every rank has to call it.
     """
+    reshard_(model)
     sites = []
     for site in report.sites:
-        weight = model.get_parameter(site.parameter).detach()
-        now = replace(site, num_zeros=int((weight == 0).sum()), energy_after=energy_sq(weight))
+        parameter = model.get_parameter(site.parameter)
+        weight = local(parameter)
+        num_zeros = total((weight == 0).sum(), parameter)
+        energy = total(torch.tensor(energy_sq(weight), dtype=torch.float64, device=weight.device), parameter)
+        now = replace(site, num_zeros=int(num_zeros), energy_after=float(energy))
         sites.append(now if now == site else replace(now, output_error=None))
     return replace(report, sites=sites)
 

@@ -10,6 +10,8 @@ from torch.func import functional_call
 
 from statprune.api import PruningPlan
 from statprune.model.kinds import is_causal, predictions_of
+from statprune.model.sharded import swapped
+from statprune.model.storage import is_sharded
 from statprune.model.undisturbed import eval_mode, without_cache
 from statprune.perplexity import Perplexity
 from statprune.ranks import collective, sum_over_ranks
@@ -36,8 +38,7 @@ class Measurement:
             if dense:
                 results["dense"] = predictions_of(self.target(*args, **kwargs))
             if pruned:
-                weights = self.twin.weights if self.twin is not None else {}
-                results["pruned"] = predictions_of(functional_call(self.target, weights, args, kwargs))
+                results["pruned"] = predictions_of(self._run_pruned(args, kwargs))
         for name, predictions in results.items():
             if predictions is not None and (scored := self._scored(predictions, kwargs, batch)) is not None:
                 metric = self.perplexities.setdefault(f"{name}_perplexity", Perplexity().to(device))
@@ -45,6 +46,15 @@ class Measurement:
         if len(results) == 2 and results["dense"] is not None and results["pruned"] is not None:
             dense_values, difference = results["dense"].double(), (results["pruned"].double() - results["dense"].double())
             self.error_sq += torch.stack([difference.square().sum(), dense_values.square().sum()])
+
+    def _run_pruned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the twin makes of inputs, or where there is none the model, which is pruned."""
+        if self.twin is None:
+            return self.target(*args, **kwargs)
+        if not is_sharded(self.target):
+            return functional_call(self.target, self.twin.weights, args, kwargs)
+        with swapped(self.target, self.twin.weights):
+            return self.target(*args, **kwargs)
 
     def values(self) -> dict[str, float]:
         """What was measured, over all ranks."""

@@ -11,6 +11,7 @@ What a Trainer calls its steps, where its batches come from and what it logs is 
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,15 +19,19 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from statprune.agreement import refuse_what_runs_whole
 from statprune.api import PruningPlan, plan, prune
 from statprune.checkpoint import Reserved, check_model, refuse_existing, rescue, reserve, save
-from statprune.errors import MaskError, NonFiniteError, RecipeError, StatpruneError, TracingError
+from statprune.errors import MaskError, NonFiniteError, RanksError, RecipeError, StatpruneError, TracingError
 from statprune.how import How, read_how
 from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
+from statprune.model.kinds import is_causal
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
-from statprune.model.storage import refuse_sharded
+from statprune.model.sharded import gathered
+from statprune.model.storage import is_sharded, refuse_unreadable, stored_parameters, total
+from statprune.model.whole import stand_in
 from statprune.progress import Say
 from statprune.ranks import all_well, together
 from statprune.recipe import Recipe, Search, scope_to_dict
@@ -142,9 +147,10 @@ class PruneOnce:
 
     def refuse_target(self, target: nn.Module) -> None:
         """Raise SiteError or CheckpointError where this model cannot be pruned, or in the end not be saved."""
-        refuse_sharded(target)
+        refuse_unreadable(target)
+        refuse_what_runs_whole(target, self.recipe, has_own_loss=not is_causal(target))
         if self._place is not None:
-            check_model(target, self._place)
+            check_model(stand_in(target) if is_sharded(target) else target, self._place)
 
     def plan(self, target: nn.Module, batches: list[ModelInputs], forward_context: ForwardContext) -> PruningPlan:
         """A pruned twin, with the model unchanged; errors as `statprune.plan`."""
@@ -191,8 +197,9 @@ class PruneOnce:
 
     def refuse_diverged(self, target: nn.Module) -> None:
         """Raise NonFiniteError, naming it, for a parameter that a training left with NaN or infinity."""
-        for name, parameter in target.named_parameters():
-            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        parameters = dict(target.named_parameters())
+        for name, held in stored_parameters(target):
+            if held.is_floating_point() and int(total((~torch.isfinite(held)).sum(), parameters[name])):
                 raise NonFiniteError(
                     f"{self.call}: the training left NaN or infinity in the parameter {name}. Train with a lower learning rate "
                     "or clipped gradients, from a checkpoint that is finite."
@@ -200,12 +207,14 @@ class PruneOnce:
 
     @contextlib.contextmanager
     def keeping(self, target: nn.Module) -> Iterator[None]:
-        """What was trained is not lost where something fails inside: the weights are put beside the output, and it is said."""
+        """What was trained is not lost where something fails inside: the weights are put beside the output, and it is said.
+
+        Around `on_all_ranks`: what fails inside of that on one rank fails on all, which then gather sharded weights.
+        """
         try:
             yield
         except Exception as e:
-            # Where saving failed, the place is given back already, and the error says where the weights are.
-            folder = None if self._place is None else rescue(target, self._place, e, report=self._landed_or_none())
+            folder = self._rescued(target, e)
             if folder is None:
                 raise
             kept = f"The trained weights are in {folder} (safetensors, not verified)."
@@ -218,13 +227,16 @@ class PruneOnce:
     def save(self, target: nn.Module, *, tokenizer: Any, source: str) -> None:
         """Write the output, where one is asked for and this is the first rank; errors as `checkpoint.save`.
 
-        On all ranks, inside of `on_all_ranks`.
+        On all ranks, inside of `on_all_ranks`. Sharded weights are gathered into the first rank's host memory.
         """
         all_well(None, "the saving")  # ranks that have met wait longer for each other, as writing a large model takes
+        if self.output is None:
+            return
+        whole = gathered(target, is_wanted=self._place is not None)
         place, self._place = self._place, None
-        if place is not None:
+        if place is not None and whole is not None:
             report = self.landed_report()
-            save(target, report, place, tokenizer=tokenizer, protocol={"source": source, "batches": report.num_batches})
+            save(whole, report, place, tokenizer=tokenizer, protocol={"source": source, "batches": report.num_batches})
 
     def release(self) -> None:
         """Let optimizers, graph and the place of the output go."""
@@ -244,6 +256,19 @@ class PruneOnce:
         """What was pruned in place."""
         assert self.landed is not None
         return PruningReport.from_dict(self.landed["report"])
+
+    def _rescued(self, target: nn.Module, error: Exception) -> Path | None:
+        """Where the weights were put, on the first rank; None on the others, and where nothing is to be written."""
+        if self.output is None:
+            return None
+        try:
+            whole = gathered(target, is_wanted=self._place is not None)
+        except RanksError as e:
+            error.add_note(f"The trained weights, which are sharded, could not be put together: {e}")
+            return None
+        if self._place is None or whole is None:
+            return None
+        return rescue(whole, self._place, error, report=self._landed_or_none())
 
     def _landed_or_none(self) -> PruningReport | None:
         return self.landed_report() if self.landed is not None else None

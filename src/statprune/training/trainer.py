@@ -145,14 +145,14 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Calibrate on the trained weights and prune in place; or check that every zero is there. Write the output."""
+        target = self._target(kwargs["model"])
+        with self._once.keeping(target), self._once.on_all_ranks(args.device):
+            if self._once.masks is not None:
+                self._once.finish_holding(target, state.global_step)
+            else:
+                self._once.refuse_diverged(target)
+                self._land(args, state, target, kwargs.get("train_dataloader"))
         with self._once.on_all_ranks(args.device):
-            target = self._target(kwargs["model"])
-            with self._once.keeping(target):
-                if self._once.masks is not None:
-                    self._once.finish_holding(target, state.global_step)
-                else:
-                    self._once.refuse_diverged(target)
-                    self._land(args, state, target, kwargs.get("train_dataloader"))
             self._once.save(target, tokenizer=kwargs.get("processing_class"), source="transformers Trainer callback")
         self._release()
 
