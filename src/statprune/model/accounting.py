@@ -148,15 +148,15 @@ def expect(
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
     has_two = False
     for index, segment in enumerate(segments):
-        where = _name(segments[index:])
+        where, is_last = _name(segments[index:]), index + 1 == len(segments)
         weights.prepare(segment, segments[index + 1 : index + 2])
         statistics |= {group.name: _statistics(group, needs, has_dense=has_two) for group in segment.groups}
         now = Moment(where, weights.total, statistics=sum(statistics.values()))
-        passes = [one.run(segment, needs, has_two=has_two) for one in values]
+        passes = [one.run(segment, needs, has_two=has_two, is_last=is_last) for one in values]
         held, running = sum(one.held for one in passes), max((one.running for one in passes), default=0)
         moments.append(replace(now, values=held, running=running))
         waiting = Moment(where, values=sum(one.waiting for one in values))
-        if not segment.is_rehearsal and index + 1 < len(segments):
+        if not segment.is_rehearsal and not is_last:
             cuts.append(waiting)
         now = replace(now, values=waiting.values)
         if segment.groups:  # they are checked before a weight changes
@@ -279,7 +279,7 @@ class _Values:
         """Of all batches."""
         return self.count * sum(self._bytes.values()) + sum(self._shared.values())
 
-    def run(self, segment: Segment, needs: Statistic, *, has_two: bool) -> _Pass:
+    def run(self, segment: Segment, needs: Statistic, *, has_two: bool, is_last: bool) -> _Pass:
         """Take all batches through a segment."""
         is_first = not self._alive
         kept = dict(self._alive), Counter(self._readers), dict(self._bytes)
@@ -303,7 +303,7 @@ class _Values:
             self._alive, self._readers, self._bytes = kept
         for dead in (*dropped, *segment.releases):
             self._drop(dead)
-        if not is_first and narrow:
+        if narrow and not is_first and not is_last:
             self.narrowest = min([*narrow, *([self.narrowest] if self.narrowest else [])])
         high = max(before, sum(self._bytes.values()))
         return _Pass(self.count * high, max(0, peak - high) + common)
