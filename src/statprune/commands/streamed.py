@@ -121,7 +121,7 @@ def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", h
 
     expected = expected_memory(model, layers, inputs, how)
     for line in expected.lines():
-        console.tell(escape(line))
+        console.console.tell(escape(line))
     return expected
 
 
