@@ -58,7 +58,7 @@ def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
 
 
 def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], recipe: Recipe) -> Expected:
-    """What pruning it from its files will take of memory, on the device that the model is on; what the process has now included.
+    """What pruning it from its files will take of memory on the model's device, with what the process has now.
 
     Args:
         model: its parameters may be without values.

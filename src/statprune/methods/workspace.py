@@ -1,8 +1,8 @@
 """What a method takes of memory to prune one weight, beside the weight and its statistics.
 
 Measured and not derived: a process pruned one bfloat16 weight on one CPU thread, and Linux told the highest resident memory
-since just before (`/proc/self/clear_refs`, `VmHWM`), for a tall weight (many rows) and a wide one, at 2:4 and at 50 %; the table
-has the higher of the two. With the Gram a method has two high points: where its inverse is made, which a wide weight shows,
+since just before (`/proc/self/clear_refs`, `VmHWM`), for tall weights (many rows), square and wide ones, at 2:4 and at 50 %; the
+table has the higher of the two. With the Gram a method has two high points: where its inverse is made, which a wide weight shows,
 and where the weights are solved for, which a tall one does.
 """
 
@@ -31,16 +31,16 @@ class HighPoint:
 HIGH_POINTS: dict[str, tuple[HighPoint, ...]] = {
     "magnitude": (HighPoint(4.7),),
     "wanda": (HighPoint(4.3),),
-    "ria": (HighPoint(6.0),),
-    "z-pruner": (HighPoint(7.0),),
+    "ria": (HighPoint(5.0),),
+    "z-pruner": (HighPoint(7.3),),
     "cvr": (HighPoint(4.3),),
-    "optimal-brain": (HighPoint(1.0, 6.0), HighPoint(4.3, 1.0)),
-    "sparsegpt": (HighPoint(1.0, 5.9), HighPoint(3.7, 1.0)),
+    "optimal-brain": (HighPoint(1.0, 5.1), HighPoint(4.3, 1.0)),
+    "sparsegpt": (HighPoint(1.9, 5.8), HighPoint(3.7, 1.0)),
     "none": (HighPoint(2.0),),
     "energy": (HighPoint(5.5),),
-    "activation-energy": (HighPoint(5.5),),
-    "least-squares": (HighPoint(1.0, 6.0), HighPoint(11.0, 3.0)),
-    "loss-aware": (HighPoint(1.0, 6.0), HighPoint(12.0, 3.0, 3.0)),
+    "activation-energy": (HighPoint(6.3),),
+    "least-squares": (HighPoint(1.0, 4.7), HighPoint(11.2, 2.1)),
+    "loss-aware": (HighPoint(1.0, 5.1), HighPoint(14.0, 3.5, 6.5)),
 }
 """Of criteria, pruners and compensations, by name."""
 

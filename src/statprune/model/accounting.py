@@ -87,9 +87,7 @@ class Expected:
         lines = [f"Memory to expect: {_gigabytes(self.total)}, at {self.peak.where}: {', '.join(told)}."]
         if self.widest.values:
             times = f", {self.widest.values / self.narrowest:.1f} times the narrowest cut's" if self.narrowest else ""
-            lines.append(
-                f"Most values of the batches wait at {self.widest.where}: {_gigabytes(self.widest.values)}{times}."
-            )
+            lines.append(f"Most values of the batches wait at {self.widest.where}: {_gigabytes(self.widest.values)}{times}.")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,9 +261,9 @@ class _Values:
         self._sizes = _Sizes(nodes, shape)
         self._storages = {node: _storages(node) for node in nodes}
         self._common = batch_independent(traced)
-        self._outside = {
-            key for node in nodes if node.op in ("placeholder", "get_attr") for key in self._storages[node]
-        } | {key for node in made_of_weights(traced) for key in self._storages[node]}
+        self._outside = {key for node in nodes if node.op in ("placeholder", "get_attr") for key in self._storages[node]} | {
+            key for node in made_of_weights(traced) for key in self._storages[node]
+        }
         """What is there without any batch's running: weights, buffers, and the batches themselves."""
         self._alive: dict[Node, list[int]] = {}
         self._readers: Counter[int] = Counter()
@@ -285,7 +283,7 @@ class _Values:
         kept = dict(self._alive), Counter(self._readers), dict(self._bytes)
         before = total = peak = sum(self._bytes.values())
         narrow: list[int] = []
-        dropped: list[Node] = []
+        dropped: list[Node] = []  # with the segment
         for index, step in enumerate(segment.steps):
             if isinstance(step, InputGroup):
                 peak = max(peak, total + self._observing(step, needs, has_two=has_two))
@@ -293,10 +291,10 @@ class _Values:
                 total += self._add(step, 2 if has_two else 1)
                 peak = max(peak, total)
             for dead in segment.dies_after.get(index, ()):
-                if dead in self._common:
-                    dropped.append(dead)
-                elif not (segment.is_rehearsal and dead in kept[0]):  # what a rehearsal began with stays
+                if dead not in self._common and not (segment.is_rehearsal and dead in kept[0]):
                     total -= self._drop(dead)
+                elif not segment.is_rehearsal:
+                    dropped.append(dead)
             narrow.append(total)
         common = sum(self._shared.values())
         if segment.is_rehearsal:
