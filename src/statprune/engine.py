@@ -115,13 +115,9 @@ def run(
                         )
                         for site in group.sites if site not in landed
                     ]  # fmt: skip
-                    fresh: list[FinishedSite] = []
-                    for task, pruned in prune_shared(tasks, process_group):
-                        fresh.append(
-                            _finished(task.site, task.weight, pruned, moments, allocation)
-                        )  # before the weight changes
-                        report.sites.append(fresh[-1].report)
-                        weights.put(task.site, pruned)
+                    del moments
+                    fresh = _prune_group(tasks, allocation, report, weights, process_group)
+                    tasks.clear()  # neither dense weights nor statistics are in memory while the next group's are collected
                     if ledger is not None and fresh:
                         ledger.add(fresh)
                     done += fresh
@@ -134,6 +130,18 @@ def run(
         del report.seconds["walk"]  # nothing was walked
         report.memory.pop("walk", None)
     return report
+
+
+def _prune_group(
+    tasks: Sequence[Task], allocation: Allocation, report: PruningReport, weights: Weights, process_group: ProcessGroup
+) -> list[FinishedSite]:
+    """Prune weights, report them and put them where they land."""
+    fresh: list[FinishedSite] = []
+    for task, pruned in prune_shared(tasks, process_group):
+        fresh.append(_finished(task.site, task.weight, pruned, task.moments, allocation))  # before the weight changes
+        report.sites.append(fresh[-1].report)
+        weights.put(task.site, pruned)
+    return fresh
 
 
 def _finished(

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 
 from statprune.agreement import device_of
-from statprune.clock import timed
+from statprune.clock import resident_memory, timed
 from statprune.disk.journal import Journal, fingerprint
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import Skeleton
 from statprune.disk.streamed import Streamed
 from statprune.engine import run
 from statprune.errors import CheckpointError, SiteError, TracingError
+from statprune.methods.statistics import Statistic
+from statprune.methods.workspace import workspace
+from statprune.model.accounting import Expected, expect
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
+from statprune.model.sites import LinearSite
 from statprune.output import Reserved
 from statprune.progress import Progress, silent
 from statprune.recipe import Recipe
@@ -51,6 +55,35 @@ def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
                 f"{site.name} is made of several tensors of the files, so it cannot be streamed: leave it dense with `ignore`, "
                 "or prune in memory."
             )
+
+
+def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], recipe: Recipe) -> Expected:
+    """What pruning it from its files will take of memory on the model's device, with what the process has now.
+
+    Args:
+        model: its parameters may be without values.
+        layers: of the model, with a graph.
+        inputs: of the shapes of the calibration data.
+        recipe: how.
+
+    The perplexity before and after, and the backward pass of a loss-aware method, are not in it.
+    """
+    assert layers.traced is not None, "a model that is streamed has a graph"
+    needs = recipe.pruner().needs | recipe.build_target().needs
+    if needs & ~Statistic.CURVATURE:
+        needs |= Statistic.SAMPLE  # as `engine.run` has it
+    names = recipe.criterion["name"], [one["name"] for one in recipe.compensation]
+
+    def to_prune(site: LinearSite) -> int:
+        return workspace(*names, *site.shape, needs)
+
+    device = device_of(model)
+    base = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory("RssAnon")
+    return expect(
+        layers.traced, select(layers.groups, layers.left_out, recipe).groups, inputs,
+        dict(model.named_parameters(remove_duplicate=False)),
+        schedule=recipe.schedule, needs=needs, workspace=to_prune, base=base or 0,
+    )  # fmt: skip
 
 
 def lay_out(skeleton: Skeleton, place: Reserved, max_shard_size: int | str) -> Shards:

@@ -15,7 +15,7 @@ from statprune.commands.options import (
     Opened,
     RecipeOptions,
 )
-from statprune.commands.streamed import prune_streamed, wants_stream
+from statprune.commands.streamed import prune_streamed, show_memory, wants_stream
 from statprune.errors import CalibrationError, NonFiniteError, RecipeError
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def prune(
     """
     import statprune.checkpoint as checkpoint
     from statprune.contents import USUAL_SHARD_SIZE
+    from statprune.model.inputs import bind_batches
     from statprune.recipe import Recipe, Search
     from statprune.selection import select
 
@@ -88,8 +89,12 @@ def prune(
         empty, layers = look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen), model.revision)
         selection = select(layers.groups, layers.left_out, how)
         display.show_plan(empty, selection, how, layers.reason)
+        memory_data = {}
+        if stream and layers.traced is not None and isinstance(how, Recipe):
+            inputs = bind_batches(empty, calibration.blank_batches(seqlen))
+            memory_data["memory"] = show_memory(empty, layers, inputs, how).to_dict()
         display.show_dry_run(how)
-        return display.plan_data(empty, selection, how)
+        return display.plan_data(empty, selection, how) | memory_data
     resumes = isinstance(how, Recipe) and processes.place().size == 1
     with (
         checkpoint.reserve(

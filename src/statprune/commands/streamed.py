@@ -3,17 +3,22 @@
 import re
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from statprune.commands import console, display, processes
 from statprune.commands.options import CalibrationOptions, ModelOptions, Opened, WindowOptions
 from statprune.errors import CalibrationError, ModelError, NonFiniteError, RanksError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from statprune.disk.skeleton import Skeleton
     from statprune.disk.streamed import Streamed
+    from statprune.model.accounting import Expected
+    from statprune.model.inputs import ModelInputs
     from statprune.model.layers import Layers
     from statprune.output import Reserved
     from statprune.recipe import Recipe
@@ -110,6 +115,16 @@ _HELD = 1 << 30
 """Bytes of the residual streams that are held between two blocks while a perplexity is measured."""
 
 
+def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", how: "Recipe") -> "Expected":
+    """Shows what pruning it from its files will take of memory; its parameters may be without values."""
+    from statprune.streaming import expected_memory
+
+    expected = expected_memory(model, layers, inputs, how)
+    for line in expected.lines():
+        console.console.tell(escape(line))
+    return expected
+
+
 def evaluate_streamed(model: ModelOptions, windows: WindowOptions, text: list[str]) -> "tuple[Opened, Tensor, float]":
     """The model, the windows of the text and the perplexity on them."""
     from statprune.agreement import device_of
@@ -154,9 +169,11 @@ def prune_streamed(
     opened.tokenizer_for(calibration.calibration or [])  # one that is broken is refused before the export
     with timed(seconds, "trace"):
         console.say("exporting the model to a graph")
-        layers = find_layers(skeleton.model, bind_batches(skeleton.model, calibration.blank_batches(opened.seqlen)))
+        blank = bind_batches(skeleton.model, calibration.blank_batches(opened.seqlen))
+        layers = find_layers(skeleton.model, blank)
     streaming.check_streamed(skeleton, layers, how)
     display.show_plan(skeleton.model, select(layers.groups, layers.left_out, how), how, layers.reason)
+    show_memory(skeleton.model, layers, blank, how)
     drawn = calibration.places(opened)
     inputs = bind_batches(skeleton.model, list(calibration.windows(opened).split(calibration.batch_size)))
     if place.journal.exists():

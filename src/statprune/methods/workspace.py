@@ -1,0 +1,69 @@
+"""What a method takes of memory to prune one weight, beside the weight and its statistics.
+
+Measured and not derived: a process pruned one bfloat16 weight on one CPU thread, and Linux told the highest resident memory
+since just before (`/proc/self/clear_refs`, `VmHWM`), for tall weights (many rows), square and wide ones, at 2:4 and at 50 %; the
+table has the higher of the two. With the Gram a method has two high points: where its inverse is made, which a wide weight shows,
+and where the weights are solved for, which a tall one does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from statprune.methods.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class HighPoint:
+    """Multiples of float32 matrices that are there at once."""
+
+    weight: float
+    """Of [out, in]."""
+    gram: float = 0.0
+    """Of [in, in]."""
+    curvature: float = 0.0
+    """Of [out, out]."""
+
+    def bytes_for(self, out: int, width: int) -> int:
+        """For one weight [out, width]."""
+        return int(4 * (self.weight * out * width + self.gram * width**2 + self.curvature * out**2))
+
+
+HIGH_POINTS: dict[str, tuple[HighPoint, ...]] = {
+    "magnitude": (HighPoint(4.7),),
+    "wanda": (HighPoint(4.3),),
+    "ria": (HighPoint(5.0),),
+    "z-pruner": (HighPoint(7.3),),
+    "cvr": (HighPoint(4.3),),
+    "optimal-brain": (HighPoint(1.0, 5.1), HighPoint(4.3, 1.0)),
+    "sparsegpt": (HighPoint(1.9, 5.8), HighPoint(3.7, 1.0)),
+    "none": (HighPoint(2.0),),
+    "energy": (HighPoint(5.5),),
+    "activation-energy": (HighPoint(6.3),),
+    "least-squares": (HighPoint(1.0, 4.7), HighPoint(11.2, 2.1)),
+    "loss-aware": (HighPoint(1.0, 5.1), HighPoint(14.0, 3.5, 6.5)),
+}
+"""Of criteria, pruners and compensations, by name."""
+
+TARGET = HighPoint(1.0, 2.0)
+"""What a dense target adds to all that comes after it."""
+
+
+def workspace(criterion: str, compensations: Sequence[str], out: int, width: int, needs: Statistic) -> int:
+    """Bytes to prune one weight [out, width], the result included.
+
+    Args:
+        criterion: or a pruner, by name.
+        compensations: by name.
+        out: rows.
+        width: columns.
+        needs: what the method and the target need.
+
+    A method of another package counts as the greediest one that needs as much.
+    """
+    unknown = [name for name in (criterion, *compensations) if name not in HIGH_POINTS]
+    names = [name for name in (criterion, *compensations) if name in HIGH_POINTS]
+    if unknown:
+        has_gram = bool((Statistic.GRAM | Statistic.CROSS | Statistic.CURVATURE) & needs)
+        names += ["least-squares", "loss-aware"] if has_gram else ["z-pruner"]
+    highest = max(point.bytes_for(out, width) for name in names for point in HIGH_POINTS[name])
+    return highest + (TARGET.bytes_for(out, width) if Statistic.CROSS in needs else 0)
