@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 

@@ -1,9 +1,9 @@
 """What a method takes of memory to prune one weight, beside the weight and its statistics.
 
 Measured and not derived: a process pruned one bfloat16 weight on one CPU thread, and Linux told the highest resident memory
-since just before (`/proc/self/clear_refs`, `VmHWM`), for tall weights (many rows), square and wide ones, at 2:4 and at 50 %; the
-table has the higher of the two. With the Gram a method has two high points: where its inverse is made, which a wide weight shows,
-and where the weights are solved for, which a tall one does.
+since just before (`/proc/self/clear_refs`, `VmHWM`), for tall weights (many rows), square and wide ones, at 2:4 and at 50 %;
+the table has the higher of the two. With the Gram a method may have two high points: where its inverse is made, which a wide
+weight shows, and where the weights are chosen or solved for, which a tall one does.
 """
 
 from collections.abc import Sequence
@@ -34,13 +34,13 @@ HIGH_POINTS: dict[str, tuple[HighPoint, ...]] = {
     "ria": (HighPoint(5.0),),
     "z-pruner": (HighPoint(7.3),),
     "cvr": (HighPoint(4.3),),
-    "optimal-brain": (HighPoint(1.0, 5.1), HighPoint(4.3, 1.0)),
-    "sparsegpt": (HighPoint(1.9, 5.8), HighPoint(3.7, 1.0)),
+    "optimal-brain": (HighPoint(0.6, 3.4), HighPoint(4.4, 1.0)),
+    "sparsegpt": (HighPoint(1.0, 3.8), HighPoint(3.8, 1.1)),
     "none": (HighPoint(2.0),),
     "energy": (HighPoint(5.5),),
     "activation-energy": (HighPoint(6.3),),
-    "least-squares": (HighPoint(1.0, 4.7), HighPoint(11.2, 2.1)),
-    "loss-aware": (HighPoint(1.0, 5.1), HighPoint(14.0, 3.5, 6.5)),
+    "least-squares": (HighPoint(10.2, 1.2),),
+    "loss-aware": (HighPoint(9.7, 1.5, 3.1),),
 }
 """Of criteria, pruners and compensations, by name."""
 
