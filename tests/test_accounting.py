@@ -134,6 +134,16 @@ def test_what_needs_no_statistics_has_no_values():
     assert len(told.lines()) == 1
 
 
+def test_gradients_that_lie_in_a_file_take_no_memory(monkeypatch):
+    model = llama()
+    inputs = bind_batches(model, [tokens(2, 12)])
+    layers = find_layers(model, inputs)
+    told = expected(layers, inputs, needs=Statistic.GRAM | Statistic.CURVATURE).peak
+    all_sizes = sum(4 * site.shape[0] ** 2 for group in layers.groups for site in group.sites)
+    monkeypatch.setattr("statprune.model.gradients._IN_MEMORY", all_sizes - 1)
+    assert told.total - expected(layers, inputs, needs=Statistic.GRAM | Statistic.CURVATURE).peak.total == all_sizes
+
+
 def test_a_method_of_another_package_counts_as_the_greediest():
     known = [workspace(name, [], 64, 32, Statistic.GRAM) for name in HIGH_POINTS]
     assert workspace("somebodys", ["energy"], 64, 32, Statistic.GRAM) == max(known)

@@ -23,6 +23,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from statprune.methods.statistics import SAMPLE_SIZE, Statistic
+from statprune.model.gradients import bytes_of_grams
 from statprune.model.inputs import ModelInputs
 from statprune.model.schedule import SEES_PRUNED, Schedule
 from statprune.model.segments import Segment, batch_independent, made_of_weights, plan_segments
@@ -131,7 +132,7 @@ def expect(
     weights = _Weights(parameters, keeps_dense=has_dense or goes_on_dense)
     curvature = 0
     if Statistic.CURVATURE in needs:
-        curvature = sum(4 * site.shape[0] ** 2 for group in groups for site in group.sites)
+        curvature = bytes_of_grams([site for group in groups for site in group.sites])
     needs &= ~Statistic.CURVATURE
     if needs:
         segments = plan_segments(traced, groups, schedule="walk" if goes_on_dense else schedule, has_dense=has_dense)

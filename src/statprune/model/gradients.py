@@ -268,6 +268,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def bytes_of_grams(sites: Sequence[LinearSite]) -> int:
+    """Of all of them, in memory; none where they lie in a file."""
+    size = sum(4 * site.shape[0] ** 2 for site in sites)
+    return size if size <= _IN_MEMORY else 0
+
+
 def _zeros(sites: Sequence[LinearSite], device: torch.device) -> dict[str, Tensor]:
     sizes = [site.shape[0] ** 2 for site in sites]
     if 4 * sum(sizes) <= _IN_MEMORY:
