@@ -13,6 +13,7 @@ from statprune.errors import NonFiniteError, SiteError
 from statprune.methods.apportion import FLOOR, budget, choose, counted_at, least_error_sparsities
 from statprune.methods.budget import Curves
 from statprune.methods.patterns import ModelPattern, Pattern
+from statprune.methods.precision import full_precision
 from statprune.methods.pruner import PrunedWeight, WeightPruner
 from statprune.methods.registry import build_pruner
 from statprune.methods.statistics import InputMoments
@@ -142,7 +143,7 @@ def num_sampled(num_rows: int) -> int:
 def row_errors(change: Tensor, moments: InputMoments) -> Tensor:
     """[rows], float64: the energy d H d^T of what each row's change [rows, in] does to the layer's output."""
     assert moments.gram is not None, "the fast pruner needs it too"
-    with torch.autocast(change.device.type, enabled=False):
+    with full_precision(change.device.type):
         return ((change @ moments.gram) * change).sum(dim=-1, dtype=torch.float64)
 
 

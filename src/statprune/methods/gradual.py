@@ -25,6 +25,7 @@ from statprune.methods.bounds import Count, check
 from statprune.methods.gram import channel_freedom, inverse_, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares, Tolerance
 from statprune.methods.patterns import Pattern
+from statprune.methods.precision import full_precision
 from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite, needs_of
 from statprune.methods.rows import Rows, Team, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
@@ -75,11 +76,10 @@ class GradualMask:
         gram_II, scale_1I = normalised_gram(moments, self.damping)
         assert moments is not None
         freedom_I = channel_freedom(moments, self.damping)
-        inverse_II = moments.derive(
-            ("ADMM inverse", self.damping), lambda: _regularised_inverse(gram_II, freedom_I, moments.team)
-        )
-        # An autocast of the caller's would compute the products in its low precision.
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(weight.device.type):
+            inverse_II = moments.derive(
+                ("ADMM inverse", self.damping), lambda: _regularised_inverse(gram_II, freedom_I, moments.team)
+            )
             root_1I = freedom_I.sqrt()[..., None, :]
             unit_1I = root_1I * scale_1I  # a weight is its coordinate times this
             dense_OI = weight.float() / unit_1I

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
 from statprune.methods.gram import normalised_gram
+from statprune.methods.precision import full_precision
 from statprune.methods.rows import rows_alone
 from statprune.methods.statistics import InputMoments, Statistic
 
@@ -67,8 +68,7 @@ class LeastSquares:
         """
         gram_II, scale_1I = normalised_gram(moments, self.damping)
         assert moments is not None
-        # An autocast of the caller's would compute the products in its low precision.
-        with torch.autocast(original.device.type, enabled=False):
+        with full_precision(original.device.type):
             solution = _conjugate_gradients(
                 original.float() / scale_1I, pruned.float() / scale_1I, keep, gram_II, self.iterations, self.tolerance,
                 moments.team.total,

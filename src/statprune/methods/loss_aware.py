@@ -27,6 +27,7 @@ from statprune.methods.gradual import PENALTY, Steps, criterion_before, reach
 from statprune.methods.gram import channel_freedom, inverse_, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares
 from statprune.methods.patterns import Pattern
+from statprune.methods.precision import full_precision
 from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite
 from statprune.methods.statistics import InputMoments, Statistic
 
@@ -78,8 +79,7 @@ class LossAware:
         """
         gram_II, scale_1I = normalised_gram(moments, self.damping)
         curvature_OO = shrunk_curvature(moments, self.shrinkage)
-        # An autocast of the caller's would compute the products in its low precision.
-        with torch.autocast(original.device.type, enabled=False):
+        with full_precision(original.device.type):
             solution_OI = _conjugate_gradients(
                 original.float() / scale_1I, pruned.float() / scale_1I, keep, gram_II, curvature_OO, self.iterations
             )
@@ -125,10 +125,10 @@ class GradualMaskUnderLoss:
         curvature_OO = shrunk_curvature(moments, self.shrinkage)
         assert moments is not None
         in_freedom_I = channel_freedom(moments, self.damping)
-        values_I, vectors_II = moments.derive(
-            ("whitened eigenvectors", self.damping), lambda: _eigenvectors(gram_II, in_freedom_I)
-        )
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(weight.device.type):
+            values_I, vectors_II = moments.derive(
+                ("whitened eigenvectors", self.damping), lambda: _eigenvectors(gram_II, in_freedom_I)
+            )
             out_freedom_O = inverse_(curvature_OO.double()).diagonal(dim1=-2, dim2=-1).float()
             values_O, vectors_OO = _eigenvectors(curvature_OO, out_freedom_O)
             unit_1I, unit_O1 = in_freedom_I.sqrt()[..., None, :] * scale_1I, out_freedom_O.sqrt()[..., None]

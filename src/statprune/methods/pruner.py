@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.patterns import Pattern
+from statprune.methods.precision import full_precision
 from statprune.methods.rows import Rows, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
 
@@ -169,6 +170,6 @@ def output_energies(weight: Tensor, pruned: Tensor, rows: Tensor) -> Tensor:
         [2], float64: the sums of ((pruned - weight) x)**2 and of (weight x)**2.
     """
     rows_TI = rows.to(weight.dtype)  # and not float32: what would be rounded is small beside what is summed up
-    with torch.autocast(rows.device.type, enabled=False):
+    with full_precision(rows.device.type):
         outputs = [rows_TI @ matrix_OI.t() for matrix_OI in (pruned.to(weight.dtype) - weight, weight)]
     return torch.stack([torch.linalg.vector_norm(output_TO, dtype=torch.float64).square() for output_TO in outputs])

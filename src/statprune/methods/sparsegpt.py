@@ -26,6 +26,7 @@ from torch import Tensor
 from statprune.methods.bounds import Between, Count, check
 from statprune.methods.inverse import inverse_factor
 from statprune.methods.patterns import Pattern
+from statprune.methods.precision import full_precision
 from statprune.methods.pruner import PrunedWeight
 from statprune.methods.rows import Rows, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
@@ -73,8 +74,7 @@ class SparseGPT:
         """
         if moments is None or moments.gram is None:
             raise ValueError("SparseGPT(weight, moments): expected moments with a Gram, InputMoments.zeros(..., gram=True).")
-        # An autocast of the caller's would compute the products in its low precision.
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(weight.device.type):
             return self._prune(weight, moments, moments.gram)
 
     def _prune(self, weight: Tensor, moments: InputMoments, gram: Tensor) -> PrunedWeight:

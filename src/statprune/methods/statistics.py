@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from statprune.methods.precision import full_precision
 from statprune.methods.rows import ALONE, Rows, Team
 
 # A channel's variance below this fraction of its second moment is rounding, not signal: inputs carry at most
@@ -186,7 +187,7 @@ class InputMoments:
             self.sample.add(tokens_TI)
         if self.gram is not None:
             narrow_TI = tokens_TI.float()
-            with torch.autocast(self.gram.device.type, enabled=False):  # the model's autocast is around this call
+            with full_precision(self.gram.device.type):
                 self.gram.addmm_(narrow_TI.t(), narrow_TI)
         wide_TI = tokens_TI.to(torch.float64)
         if wide_TI is tokens_TI:
@@ -218,7 +219,7 @@ class InputMoments:
         """
         tokens_TI = _kept(inputs, keep_token).float()
         self._derived.clear()
-        with torch.autocast(tokens_TI.device.type, enabled=False):
+        with full_precision(tokens_TI.device.type):
             if self.cross is not None:
                 self.cross.addmm_(_kept(dense, keep_token).float().t(), tokens_TI)
             for name, target_OI in self.targets.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 from statprune.methods.bounds import Between, check
 from statprune.methods.gram import normalised_gram
 from statprune.methods.least_squares import Damping
+from statprune.methods.precision import full_precision
 from statprune.methods.statistics import InputMoments, Statistic
 
 Share = Annotated[float, Between(0, 1)]
@@ -97,7 +98,7 @@ def toward_dense(
     original = weight.float()
     if not share or moments is None or moments.gram is None:
         return original
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight.device.type):
         if parameter in moments.targets:
             missing_OI = moments.targets[parameter] - original @ moments.gram
         elif moments.cross is not None:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from statprune.errors import CalibrationError, NonFiniteError, SiteError, first_line
+from statprune.methods.precision import full_precision
 from statprune.model.inputs import ModelInputs
 from statprune.model.kinds import is_causal, predictions_of
 from statprune.model.observe import ForwardContext
@@ -166,7 +167,7 @@ class Grams:
         self._seen.add(site.parameter)
         rows_TO = gradient.reshape(-1, gradient.shape[-1]).float()
         total = self._sums[site.parameter]
-        with torch.autocast(rows_TO.device.type, enabled=False):
+        with full_precision(rows_TO.device.type):
             if total.device == rows_TO.device:
                 total.addmm_(rows_TO.t(), rows_TO)
             else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node, map_arg
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from statprune.methods.precision import full_precision
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.nodes import attribute, shape_of, written_to
@@ -128,7 +129,7 @@ def observe(
 
     def target(site: LinearSite) -> Tensor:
         weight_OI = site.view(dense_stream.executor.weights.get(site.parameter))
-        with torch.autocast(dense.device.type, enabled=False):  # the model's autocast is around this call
+        with full_precision(dense.device.type):
             target_TO: Tensor = dense.reshape(-1, dense.shape[-1]).float() @ weight_OI.float().t()
         for node in site.residuals:
             ahead = dense_stream.executor.load(node, dense_values).float()
