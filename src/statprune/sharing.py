@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from statprune.errors import NonFiniteError, SiteError
+from statprune.methods.finite import is_finite
 from statprune.methods.pruner import PrunedWeight, WeightPruner
 from statprune.methods.rows import Piece, Rows, Team, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
@@ -70,7 +71,7 @@ class Task:
             pruned = self.pruner(self.target(self.weight, moments, self.site.parameter), moments)
         except ValueError as e:
             raise SiteError(f"{self.site.name}: {e}") from e
-        if not bool(torch.isfinite(pruned.weight).all()):
+        if not is_finite(pruned.weight):
             raise NonFiniteError(
                 f"{self.site.name}: the method makes NaN or infinity of its finite weights, which are {self.weight.dtype}. "
                 "Take smaller settings, a wider dtype, or leave the layer dense with `ignore`."

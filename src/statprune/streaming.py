@@ -6,7 +6,7 @@ shards       the output's files: a pruned weight goes there at once  disk/shards
 journal      what is finished, for a run that goes on after this     disk/journal
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], r
     needs = recipe.pruner().needs | recipe.build_target().needs
     if needs & ~Statistic.CURVATURE:
         needs |= Statistic.SAMPLE  # as `engine.run` has it
-    names = recipe.criterion["name"], [one["name"] for one in recipe.compensation]
+    names = recipe.criterion["name"], [_kind(one) for one in recipe.compensation]
 
     def to_prune(site: LinearSite) -> int:
         return workspace(*names, *site.shape, needs)
@@ -84,6 +84,11 @@ def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], r
         dict(model.named_parameters(remove_duplicate=False)),
         schedule=recipe.schedule, needs=needs, workspace=to_prune, base=base or 0,
     )  # fmt: skip
+
+
+def _kind(compensation: Mapping[str, Any]) -> str:
+    """What it is among the methods whose workspace is known."""
+    return f"{compensation['name']}, in steps" if compensation.get("steps") else str(compensation["name"])
 
 
 def lay_out(skeleton: Skeleton, place: Reserved, max_shard_size: int | str) -> Shards:

@@ -82,8 +82,7 @@ class GradualMask:
             )
             root_1I = freedom_I.sqrt()[..., None, :]
             unit_1I = root_1I * scale_1I  # a weight is its coordinate times this
-            dense_OI = weight.float() / unit_1I
-            target_OI = ((dense_OI * root_1I) @ gram_II).mul_(root_1I)
+            target_OI = ((weight.float() / scale_1I) @ gram_II).mul_(root_1I)
 
             def solve(pulled_OI: Tensor) -> Tensor:
                 return torch.add(target_OI, pulled_OI, alpha=PENALTY) @ inverse_II
@@ -91,7 +90,7 @@ class GradualMask:
             def choose(candidate_OI: Tensor, share: float) -> Tensor:
                 return self.pattern.partly(finite(self.criterion(candidate_OI * unit_1I, moments)), share)
 
-            candidate_OI, keep_OI = reach(dense_OI, solve, choose, self.steps)
+            candidate_OI, keep_OI = reach(weight.float() / unit_1I, solve, choose, self.steps)
             candidate_OI *= unit_1I
         return PrunedWeight(candidate_OI.to(weight.dtype).masked_fill(~keep_OI, 0.0), keep_OI)
 
@@ -112,6 +111,7 @@ def reach(
     """
     rising = math.ceil(steps / 3)
     candidate, multiplier = dense, None
+    del dense  # memory that the steps can use
     for step in range(1, steps + 1):
         masked = candidate * choose(candidate, 1 - (1 - min(step / rising, 1)) ** 3)  # several times faster than to fill
         if step > 1:  # before, there is no X, and V is the dense weight

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from statprune.methods.finite import is_finite
 from statprune.methods.rows import ALONE, Team
 from statprune.methods.statistics import InputMoments
 from statprune.methods.triangles import cholesky_, inverse_diagonal, inverse_of_matrix
@@ -61,7 +62,7 @@ def _finite_(matrix: Tensor, compute: Callable[[Tensor, Team], Tensor], team: Te
     lower = cholesky_(matrix, team)
     if lower is not None:
         found = compute(lower, team)
-        if bool(torch.isfinite(found).all()):
+        if is_finite(found):
             return found
     raise ValueError(
         "the Gram of its inputs cannot be factorised. Are there infinite or absurdly large activations? Leave the layer dense "

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from statprune.methods.finite import is_finite
 from statprune.methods.rows import ALONE, Team
 from statprune.methods.triangles import cholesky_, inverse_of_factor
 
@@ -43,7 +44,7 @@ def inverse_factor(gram: Tensor, damping: float, team: Team = ALONE) -> Tensor:
             found_II = inverse_of_factor(lower_II, team)
             del turned_II, lower_II  # a gigabyte, where a layer has eleven thousand inputs
             factor_II = found_II.flip(-2, -1)
-            if bool(torch.isfinite(factor_II).all()):
+            if is_finite(factor_II):
                 return factor_II
     raise ValueError(
         f"the Gram of its inputs cannot be factorised, with damping {damping:g} to {damping * ESCALATION[-1]:g} of its mean "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.finite import is_finite
 from statprune.methods.gram import normalised_gram
 from statprune.methods.precision import full_precision
 from statprune.methods.rows import rows_alone
@@ -73,7 +74,7 @@ class LeastSquares:
                 original.float() / scale_1I, pruned.float() / scale_1I, keep, gram_II, self.iterations, self.tolerance,
                 moments.team.total,
             )  # fmt: skip
-        if not bool(torch.isfinite(solution).all()):
+        if not is_finite(solution):
             raise ValueError(
                 "least-squares: the Gram of its inputs is too large for float32. Are there absurdly large activations? "
                 "Leave the layer dense with `ignore`, or use a compensation without the Gram, such as energy."
@@ -93,7 +94,9 @@ def _conjugate_gradients(
     """Minimise (x - target) gram (x - target)^T for each row over the kept places, from `start`; all rows end together."""
     support_OI = keep_OI.to(start_OI.dtype)
     solution_OI = start_OI * support_OI
+    del start_OI  # memory that the iterations can use
     residual_OI = ((target_OI - solution_OI) @ gram_II).mul_(support_OI)
+    del target_OI
     direction_OI = residual_OI.clone()
     residual_sq_O1 = residual_OI.square().sum(dim=-1, keepdim=True)
     gained = torch.zeros_like(residual_sq_O1)

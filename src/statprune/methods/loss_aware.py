@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.finite import is_finite
 from statprune.methods.gradual import PENALTY, Steps, criterion_before, reach
 from statprune.methods.gram import channel_freedom, inverse_, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares
@@ -83,7 +84,7 @@ class LossAware:
             solution_OI = _conjugate_gradients(
                 original.float() / scale_1I, pruned.float() / scale_1I, keep, gram_II, curvature_OO, self.iterations
             )
-        if not bool(torch.isfinite(solution_OI).all()):
+        if not is_finite(solution_OI):
             raise ValueError(
                 "loss-aware: the Gram of its inputs or of its gradients is too large for float32. Are there absurdly large "
                 "activations? Leave the layer dense with `ignore`, or use least-squares."

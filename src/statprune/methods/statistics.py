@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from statprune.methods.finite import is_finite
 from statprune.methods.precision import full_precision
 from statprune.methods.rows import ALONE, Rows, Team
 
@@ -283,7 +284,7 @@ class InputMoments:
 
     def is_finite(self) -> bool:
         """Whether every input that was added was finite (a sum beyond the range of its dtype counts as infinite)."""
-        return all(bool(torch.isfinite(total).all()) for total in self.totals())
+        return all(map(is_finite, self.totals()))
 
 
 def _kept(tokens: Tensor, keep_token: Tensor | None) -> Tensor:

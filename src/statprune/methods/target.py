@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, check
+from statprune.methods.finite import is_finite
 from statprune.methods.gram import normalised_gram
 from statprune.methods.least_squares import Damping
 from statprune.methods.precision import full_precision
@@ -109,7 +110,7 @@ def toward_dense(
         factor_II = moments.derive(("target", damping), lambda: _factor(gram_II, damping))
         change_IO = torch.cholesky_solve((missing_OI * scale_1I).t().to(factor_II.dtype), factor_II)
     nearest = original + share * change_IO.t().float() * scale_1I
-    if not bool(torch.isfinite(nearest).all()):
+    if not is_finite(nearest):
         raise ValueError(
             "the dense target is too large for float32. Are there absurdly large activations? Leave the layer dense with "
             "`ignore`, or take the target pruned."
@@ -129,7 +130,7 @@ def _factor(gram_II: Tensor, damping: float) -> Tensor:
         diagonal_I.masked_fill_(diagonal_I == 0, 1.0)
         factor_II: Tensor
         factor_II, info = torch.linalg.cholesky_ex(damped_II)
-        if not bool(info.any()) and bool(torch.isfinite(factor_II).all()):
+        if not bool(info.any()) and is_finite(factor_II):
             return factor_II
     raise ValueError(
         f"the dense target: the Gram of its inputs cannot be factorised with a damping of {damping:g}. Are there too few "
