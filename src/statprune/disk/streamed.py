@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from statprune.clock import give_back_memory
 from statprune.disk.ranges import check_finite, read
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import Skeleton
@@ -79,9 +80,12 @@ class Streamed:
 
     def release(self, names: Iterable[str]) -> None:
         """Let go of their memory."""
-        for own in self._own(names):
+        gone = self._own(names)
+        for own in gone:
             self._resident.pop(own, None)
             self._coming.pop(own, None)
+        if gone:
+            give_back_memory()  # else what is free between what is used grows with every block
 
     def digest(self, parameter: str) -> str:
         """Of what was put there, as it lies in the output."""

@@ -1,7 +1,6 @@
 """Seconds and peak memory of a stretch of work, on the CPU and on a GPU."""
 
 import contextlib
-import ctypes
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from statprune.clock import peak_memory, resident_memory
+from statprune.clock import give_back_memory, peak_memory, resident_memory
 
 
 @dataclass
@@ -95,8 +94,7 @@ class _LiveTensors(TorchDispatchMode):
 
 def _reset_resident_peak() -> int | None:
     """Make the peak of resident memory start anew, and return what is resident now; None where the system cannot."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc, or no C library to open
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed and is still held would hide what the work needs
+    give_back_memory()  # what was freed and is still held would hide what the work needs
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
