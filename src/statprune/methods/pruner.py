@@ -147,11 +147,6 @@ def needs_of(function: Callable[..., Any]) -> Statistic:
     return declared
 
 
-def energy_sq(weight: Tensor) -> float:
-    """Sum of squared weights, accumulated in float64; the "energy" that reports and checkpoints quote."""
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64).square())
-
-
 def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> float:
     """The energy of what pruning changes in a layer's output, summed over tokens and outputs.
 
