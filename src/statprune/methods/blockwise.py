@@ -30,8 +30,8 @@ def by_columns(prepare: Callable[..., Any]) -> Callable[[Declared], Declared]:
     """Declare what a criterion or a compensation has to know of all rows at once.
 
     Args:
-        prepare: for a criterion `(columns, moments, *, settings) -> factor`, [..., 1, in] or a number, by which |W| is multiplied;
-            for a compensation `(columns, columns_pruned, moments, *, settings) -> Step`.
+        prepare: for a criterion `(columns, moments, *, settings) -> factor` of |W|, a number or [..., 1, in]; for a
+            compensation `(columns, columns_pruned, moments, *, settings) -> Step`.
     """
 
     def declare(declared: Declared) -> Declared:

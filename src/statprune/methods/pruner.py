@@ -131,13 +131,11 @@ def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Ca
 
 def is_by_blocks(pruner: WeightPruner) -> bool:
     """Whether it goes through a weight by blocks of rows, and takes no more memory than what it gives."""
-    if isinstance(pruner, CompensatedPruner):
-        return is_blockwise(pruner.compensation) and isinstance(pruner.pruner, MaskPruner) and is_by_blocks(pruner.pruner)
-    return (
-        isinstance(pruner, MaskPruner)
-        and is_blockwise(pruner.criterion)
-        and of_rows(pruner.pattern, Rows(0, 1, (1, 1))) is not None
-    )
+    if isinstance(pruner, CompensatedPruner) and isinstance(pruner.pruner, MaskPruner):
+        return is_blockwise(pruner.compensation) and is_by_blocks(pruner.pruner)
+    if not isinstance(pruner, MaskPruner) or not is_blockwise(pruner.criterion):
+        return False
+    return of_rows(pruner.pattern, Rows(0, 1, (1, 1))) is not None
 
 
 def needs_of(function: Callable[..., Any]) -> Statistic:
