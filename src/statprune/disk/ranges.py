@@ -33,6 +33,9 @@ WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _AT_ONCE = 1 << 30
 """Bytes for one call of the system, which takes no more than 2 GiB."""
 
+_GLANCE = 4096
+"""Bytes of each end of a tensor, for a `glance`."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -94,6 +97,13 @@ def read(place: Range, *, pinned: bool = False) -> Tensor:
     except OSError as e:
         raise ModelError(f"The weights in {place.file} cannot be read: {e.strerror}.") from e
     return tensor
+
+
+def glance(place: Range) -> str:
+    """A digest of the first and of the last bytes of a tensor, which tells two checkpoints apart; errors as for `read`."""
+    size = min(_GLANCE, place.num_bytes)
+    ends = (place.start, place.start + place.num_bytes - size)
+    return digest_of(torch.stack([read(Range(place.file, start, torch.uint8, (size,))) for start in ends]))
 
 
 def write(place: Range, tensor: Tensor) -> None:

@@ -19,3 +19,17 @@ def finite_flag(tensor: Tensor) -> Tensor:
     if tensor.element_size() < 2:  # of eight bits, which have no order in torch
         tensor = tensor.float()
     return torch.isfinite(torch.stack(tensor.detach().aminmax())).all()
+
+
+def check_scores(score: Tensor) -> Tensor:
+    """The scores of a criterion, which have an order.
+
+    Raises:
+        ValueError: some are NaN or infinite, and what would be kept for them is arbitrary.
+    """
+    if not is_finite(score):
+        raise ValueError(
+            "the criterion's scores are not all finite in float32. Are there settings (an exponent, an alpha) that are too "
+            "large for these weights and inputs? Take smaller ones, or leave the layer dense with `ignore`."
+        )
+    return score

@@ -69,10 +69,18 @@ class Expected:
     narrowest: int
     """Bytes of values at the cut where fewest wait: the residual stream, and what a model carries beside it."""
 
+    processes: int = 1
+    """How many on this machine take as much each."""
+
     @property
     def total(self) -> int:
         """The highest that memory is expected to go."""
         return self.base + self.peak.total
+
+    @property
+    def machine(self) -> int:
+        """Of all processes of this machine."""
+        return self.processes * self.total
 
     def lines(self) -> list[str]:
         """For the plan."""
@@ -86,6 +94,8 @@ class Expected:
         }
         told = [f"{what} {_gigabytes(size)}" for what, size in parts.items() if size]
         lines = [f"Memory to expect: {_gigabytes(self.total)}, at {self.peak.where}: {', '.join(told)}."]
+        if self.processes > 1:
+            lines.append(f"Each of {self.processes} processes of this machine takes that: {_gigabytes(self.machine)} in all.")
         if self.widest.values:
             times = f", {self.widest.values / self.narrowest:.1f} times the narrowest cut's" if self.narrowest else ""
             lines.append(f"Most values of the batches wait at {self.widest.where}: {_gigabytes(self.widest.values)}{times}.")
@@ -97,6 +107,7 @@ class Expected:
         return {
             "total": self.total, "at": self.peak.where, "base": self.base, **peak,
             "widest": self.widest.values, "widest_at": self.widest.where, "narrowest": self.narrowest,
+            "processes": self.processes, "machine": self.machine,
         }  # fmt: skip
 
 

@@ -7,7 +7,8 @@
     Dense      read from any of these as they were, for as long as somebody has use for that
     Original   read from any of these as they were, one segment after another
 
-Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
+Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working. `swapped` has
+packed weights in the parameters' place for a while, changes none of them, and is undone.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
