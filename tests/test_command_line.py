@@ -67,6 +67,14 @@ class TestWhatIsImported:
         """
         assert python(code, saved).splitlines()[-1] == "[]"
 
+    def test_no_torchmetrics_to_prune(self):
+        code = """if True:
+            import sys
+            import statprune.api, statprune.checkpoint, statprune.commands.pruning, statprune.streaming
+            print([n for n in sys.modules if n.startswith(("torchmetrics", "lightning", "statprune.perplexity"))])
+        """
+        assert python(code).splitlines()[-1] == "[]"
+
     def test_nothing_for_import_statprune(self):
         code = "import sys, statprune; dir(statprune); print(*(n for n in sys.modules if n.startswith(('torch', 'statprune'))))"
         assert python(code).strip() == "statprune"

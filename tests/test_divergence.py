@@ -7,7 +7,8 @@ from torch import nn
 
 from statprune.divergence import Fidelity, evaluate_beside, total_divergence
 from statprune.errors import CalibrationError, NonFiniteError
-from statprune.perplexity import TOKENS_PER_CHUNK, evaluate
+from statprune.perplexity import evaluate
+from statprune.scoring import TOKENS_PER_CHUNK
 from tiny_models import llama, tokens
 
 

@@ -22,7 +22,7 @@ FLOORS = """
     checkpoint
     card  companions  contents  disk  hub  output  page  verification
     loading  configuration  completeness  weight_files
-    perplexity  divergence  report  data  results  zeros  how  recipe  grammar  presets  record
+    perplexity  divergence  scoring  report  data  results  zeros  how  recipe  grammar  presets  record
     model
     methods
     markdown  plain  clock  progress  ranks  strict_yaml  errors  versions

@@ -9,7 +9,8 @@ from torch import nn
 
 from statprune import Perplexity
 from statprune.errors import CalibrationError, NonFiniteError
-from statprune.perplexity import TOKENS_PER_CHUNK, evaluate
+from statprune.perplexity import evaluate
+from statprune.scoring import TOKENS_PER_CHUNK
 from tiny_models import llama, tokens
 
 

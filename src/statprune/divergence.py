@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from statprune.errors import CalibrationError, NonFiniteError
 from statprune.model.undisturbed import eval_mode, without_cache
-from statprune.perplexity import TOKENS_PER_CHUNK, cause_of_nonfinite, check_windows, total_loss
 from statprune.progress import Progress, silent
+from statprune.scoring import TOKENS_PER_CHUNK, cause_of_nonfinite, check_windows, total_loss
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,25 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from statprune.errors import CalibrationError, NonFiniteError, TracingError
+from statprune.errors import NonFiniteError, TracingError
 from statprune.model.forward import forward
 from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
-from statprune.model.kinds import predictions_of, vocabulary_and_context
+from statprune.model.kinds import predictions_of
 from statprune.model.sites import TracedModel
 from statprune.model.trace import check_traced, trace
 from statprune.model.undisturbed import eval_mode, undisturbed, without_cache
 from statprune.model.weights import Segmented, named_tensors
 from statprune.progress import Progress, silent
 from statprune.ranks import collective
-
-TOKENS_PER_CHUNK = 1024
-"""Logits are widened to float32 this many tokens at a time: 512 MB for a vocabulary of 128 Ki."""
+from statprune.scoring import cause_among, cause_of_nonfinite, check_windows, total_loss
 
 
 class Perplexity(Metric):
@@ -86,19 +83,6 @@ class Perplexity(Metric):
     def compute(self) -> Tensor:
         """The perplexity of everything added, float64; NaN where nothing was."""
         return (self.negative_log_likelihood / self.num_tokens).exp()
-
-
-def total_loss(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """The sum over tokens of the negative log-likelihood, float64, in nats.
-
-    Args:
-        logits: [tokens, vocabulary], of any float dtype.
-        targets: [tokens], int64: what each should have predicted, or `ignore_index`.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for some, theirs in zip(logits.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True):
-        total += cross_entropy(some.float(), theirs, ignore_index=ignore_index, reduction="none").sum(dtype=torch.float64)
-    return total
 
 
 @torch.no_grad()
@@ -188,7 +172,7 @@ def evaluate_streamed(
             perplexity = float(metric.compute())
         if not math.isfinite(perplexity):
             names = list(named_tensors(model))
-            raise NonFiniteError(f"The perplexity is {perplexity}: {_cause(_one_by_one(weights, names), model)}")
+            raise NonFiniteError(f"The perplexity is {perplexity}: {cause_among(_one_by_one(weights, names), model)}")
     return perplexity
 
 
@@ -206,37 +190,3 @@ def _one_by_one(weights: Segmented, names: Sequence[str]) -> Iterator[tuple[str,
         weights.prepare([name])
         yield name, weights.get(name)
         weights.release([name])
-
-
-def check_windows(model: nn.Module, windows: Tensor) -> None:
-    """Refuse what the model cannot be measured on.
-
-    Raises:
-        CalibrationError: as `evaluate`.
-    """
-    if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2 or windows.is_floating_point():
-        raise CalibrationError(
-            f"evaluate(windows of shape {tuple(windows.shape)} and dtype {windows.dtype}): expected tokens, whole numbers, "
-            "[windows, at least 2 tokens]."
-        )
-    vocabulary, _ = vocabulary_and_context(model)
-    lowest, highest = int(windows.min()), int(windows.max())
-    if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
-        raise CalibrationError(
-            f"evaluate(windows with tokens from {lowest} to {highest}): the model's vocabulary has {vocabulary}. Was the text "
-            "tokenized with another model's tokenizer?"
-        )
-
-
-def cause_of_nonfinite(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """Why a perplexity is not finite, as far as the weights tell."""
-    return _cause({**named_tensors(model), **weights}.items(), model)
-
-
-def _cause(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> str:
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            return f"NaN or infinity in {name}. Was the checkpoint saved whole?"
-    dtype = next(model.parameters()).dtype
-    advice = " Compute in float32 or bfloat16." if dtype is torch.float16 else ""
-    return f"all weights are finite, so the model's activations overflow in {str(dtype).removeprefix('torch.')}.{advice}"
