@@ -14,6 +14,7 @@ from statprune.errors import number_of
 
 if TYPE_CHECKING:
     from statprune.acceleration.report import AccelerationReport
+    from statprune.experiments.block_cost import BlockCosts
     from statprune.recipe import Recipe, Search
     from statprune.report import PruningReport
     from statprune.selection import Selection
@@ -353,6 +354,24 @@ def show_walk_cost(cost: Any, num_tokens: int) -> None:
         f"walk / plain forward pass over {num_tokens:,} tokens: [bold]{cost.ratio:.2f}[/] "
         f"(median of {len(cost.ratios)}, {min(cost.ratios):.2f} to {max(cost.ratios):.2f}); export {cost.export:.1f} s"
     )
+
+
+def show_block_costs(costs: "BlockCosts") -> None:
+    """The second half of it."""
+    table = Table(
+        title=f"the first block, {costs.num_weights:,} weights, {costs.num_tokens:,} tokens; copying them {costs.copy:.2f} ns",
+        title_justify="left", title_style="bold", header_style="bold",
+    )  # fmt: skip
+    table.add_column("method", overflow="fold")
+    for head in ("pattern", "statistics ns/w", "pruning ns/w", "x copy", "memory MB", "x theirs"):
+        table.add_column(head, justify="right")
+    for row in costs.rows:
+        memory, theirs = row.peak_memory, costs.beside_theirs(row)
+        table.add_row(
+            escape(row.label), row.pattern, f"{row.statistics:.1f}", f"{row.pruning:.1f}", f"{row.pruning / costs.copy:.0f}",
+            "" if memory is None else f"{memory / 1e6:,.0f}", "" if theirs is None else f"{theirs:.2f}",
+        )  # fmt: skip
+    console.print(table)
 
 
 def show_acceleration(model: str, report: "AccelerationReport") -> None:
