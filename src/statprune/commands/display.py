@@ -362,7 +362,7 @@ def show_block_costs(costs: "BlockCosts") -> None:
         title=f"the first block, {costs.num_weights:,} weights, {costs.num_tokens:,} tokens; copying them {costs.copy:.2f} ns",
         title_justify="left", title_style="bold", header_style="bold",
     )  # fmt: skip
-    table.add_column("method", overflow="fold")
+    table.add_column("method", overflow="fold", min_width=20)
     for head in ("pattern", "statistics ns/w", "pruning ns/w", "x copy", "memory MB", "x theirs"):
         table.add_column(head, justify="right")
     for row in costs.rows:
