@@ -17,7 +17,7 @@ import statprune
 from packed_on_cpu import KERNEL
 from statprune import CausalLM, Recipe, StatisticalPruning, checkpoint, streaming
 from statprune.acceleration.measuring import DeviceStopwatch, relative_error
-from statprune.acceleration.packing import KERNELS, pack_exactly
+from statprune.acceleration.packing import KERNELS, pack_undoably
 from statprune.disk.skeleton import open_skeleton
 from statprune.loading import load_model
 from statprune.methods.statistics import InputMoments, Statistic
@@ -257,7 +257,7 @@ def kernels_that_run(weight):
     found = {}
     for kernel in PACKING:
         try:
-            packed = pack_exactly(kernel, weight)
+            packed = pack_undoably(kernel, weight)
             torch.nn.functional.linear(weight[:1], packed[0])
             found[kernel] = packed
         except RuntimeError as e:
