@@ -75,6 +75,16 @@ class TestWhereItIsFaster:
             found = torch.compile(model, backend="aot_eager", fullgraph=True)(inputs).logits
         torch.testing.assert_close(found, expected)
 
+    @pytest.mark.filterwarnings("ignore")
+    def test_it_can_be_the_compiled_model_that_is_compared(self, model, monkeypatch):
+        compiled, compile_ = [], torch.compile
+        monkeypatch.setattr(torch, "compile", lambda one: compiled.append(one) or compile_(one, backend="eager"))
+        report = accelerate(model, compiled=True).report
+        assert compiled
+        assert all(one is model for one in compiled)
+        assert len(report.accelerated) == LAYERS
+        assert report.call == "statprune.accelerate(model, tokens=[1, 16], compiled=True)"
+
     def test_undone_it_is_to_the_bit_what_it_was_with_the_same_parameters(self, model):
         weight = model.model.layers[0].mlp.up_proj.weight
         weight.data[0] *= -1e-38  # some of them become a zero with a minus

@@ -251,12 +251,12 @@ class _Run:
     def swap(self, chosen: Sequence[tuple[Candidate, Kernel]], swapped: Swapped) -> None:
         """Onto packed weights, one after another, so that memory holds one weight twice."""
         for one, kernel in chosen:
-            exact = pack_undoably(kernel, one.module.weight)
-            if exact is None:
-                self.left_out.append(LeftOut(one.name, one.kind.shape, f"{kernel.name} does not give its bits back"))
+            shape, undoable = one.kind.shape, pack_undoably(kernel, one.module.weight)
+            if undoable is None:
+                self.left_out.append(LeftOut(one.name, shape, f"{kernel.name} does not give its bits back"))
                 continue
-            self.accelerated.append(Accelerated(one.name, one.kind.shape, kernel.name))
-            swapped.put(one.module, *exact)
+            self.accelerated.append(Accelerated(one.name, shape, kernel.name))
+            swapped.put(one.module, *undoable)
 
     def check_errors(self, errors: Sequence[float]) -> None:
         """Raise AccelerationError for predictions that are off by more than the tolerance."""

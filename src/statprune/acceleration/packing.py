@@ -117,7 +117,9 @@ class SemiStructured:
     @torch.no_grad()
     def unpack(self, packed: Tensor) -> Tensor:
         """What `to_dense` gives: of cuSPARSELt a product with the identity, in which each sum has one term that is not zero."""
-        return packed.to_dense()
+        own: Any = packed.detach()
+        own.alg_id_cusparselt = 0  # an algorithm that was found for other sizes may not take these
+        return own.to_dense()  # type: ignore[no-any-return]
 
 
 KERNELS: tuple[Kernel, ...] = (
