@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from torch import Tensor
@@ -93,6 +94,8 @@ def test_a_hand_computed_run():
     assert told.peak.statistics == 8 + 2 * 8 * 64
     assert told.total == told.peak.total
     assert f"{told.widest.values / stream:.1f} times" in told.lines()[1]
+    several = replace(told, base=10**10 - told.peak.total, processes=3)
+    assert several.lines()[1] == "Each of 3 processes of this machine takes that: 30.0 GB in all."
 
 
 def test_a_gram_counts_and_so_do_those_of_gradients():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from statprune.methods.statistics import SAMPLE_SIZE, Statistic
+from statprune.methods.statistics import SAMPLE_SIZE, Statistic, bytes_to_add
 from statprune.model.gradients import bytes_of_grams
 from statprune.model.inputs import ModelInputs
 from statprune.model.schedule import SEES_PRUNED, Schedule
@@ -69,10 +69,18 @@ class Expected:
     narrowest: int
     """Bytes of values at the cut where fewest wait: the residual stream, and what a model carries beside it."""
 
+    processes: int = 1
+    """How many on this machine take as much each."""
+
     @property
     def total(self) -> int:
         """The highest that memory is expected to go."""
         return self.base + self.peak.total
+
+    @property
+    def machine(self) -> int:
+        """Of all processes of this machine."""
+        return self.processes * self.total
 
     def lines(self) -> list[str]:
         """For the plan."""
@@ -86,6 +94,8 @@ class Expected:
         }
         told = [f"{what} {_gigabytes(size)}" for what, size in parts.items() if size]
         lines = [f"Memory to expect: {_gigabytes(self.total)}, at {self.peak.where}: {', '.join(told)}."]
+        if self.processes > 1:
+            lines.append(f"Each of {self.processes} processes of this machine takes that: {_gigabytes(self.machine)} in all.")
         if self.widest.values:
             times = f", {self.widest.values / self.narrowest:.1f} times the narrowest cut's" if self.narrowest else ""
             lines.append(f"Most values of the batches wait at {self.widest.where}: {_gigabytes(self.widest.values)}{times}.")
@@ -97,6 +107,7 @@ class Expected:
         return {
             "total": self.total, "at": self.peak.where, "base": self.base, **peak,
             "widest": self.widest.values, "widest_at": self.widest.where, "narrowest": self.narrowest,
+            "processes": self.processes, "machine": self.machine,
         }  # fmt: skip
 
 
@@ -337,10 +348,11 @@ class _Values:
         assert group.input_node is not None, "a group of a traced graph has a node"
         elements = self._sizes.of(group.input_node.meta["val"].numel())
         narrow = 0 if _dtype(group) is torch.float32 else 4 * elements
-        adding = 8 * elements + (narrow if (Statistic.GRAM | Statistic.CROSS) & needs else 0)
+        tokens = elements // group.in_features
+        has_gram = bool((Statistic.GRAM | Statistic.CROSS) & needs)
+        adding = bytes_to_add(tokens, group.in_features, _dtype(group), has_gram=has_gram)
         if not has_two:
             return adding
-        tokens = elements // group.in_features
         targets = [4 * (tokens * site.shape[0] + site.shape[0] * site.shape[1]) for site in group.sites if site.residuals]
         return max(adding, 2 * narrow + sum(targets))
 
