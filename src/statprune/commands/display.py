@@ -374,11 +374,11 @@ def show_block_costs(costs: "BlockCosts") -> None:
     console.print(table)
 
 
-def show_acceleration(model: str, report: "AccelerationReport") -> None:
+def show_acceleration(model: str, dtype: str, report: "AccelerationReport") -> None:
     """The end of `statprune accelerate`."""
     from statprune.acceleration.report import HEADS, WHOLE_HEADS
 
-    how = ", compiled" if report.compiled else ""
+    how = ", compiled" if report.options.get("compiled") else ""
     for title, heads, rows, num_left in (
         (f"{report.device}{how}; * chosen: {report.speedup:g} times faster at all of them", HEADS, report.rows(), 2),
         ("the whole model", WHOLE_HEADS, report.whole_rows(), 0),
@@ -396,10 +396,8 @@ def show_acceleration(model: str, report: "AccelerationReport") -> None:
         console.tell(f"[yellow]cannot be used here: {escape(name)}, {escape(why)}[/]")
     console.tell(f"[bold]{escape(report.conclusion)}[/]")
     if report.accelerated:
-        show_text(
-            f'To use it:\n  model = statprune.load({model!r}, device="cuda")\n'
-            f"  statprune.accelerate(model, tokens={list(report.tokens)})"
-        )
+        load = f'model = statprune.load({model!r}, dtype=torch.{dtype}, device="cuda")'
+        show_text(f"To use it:\n  {load}\n  {report.call}")
 
 
 def show_next_steps(output: str) -> None:
