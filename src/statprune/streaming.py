@@ -22,8 +22,9 @@ from statprune.disk.skeleton import Skeleton
 from statprune.disk.streamed import Streamed
 from statprune.engine import run
 from statprune.errors import CheckpointError, SiteError, TracingError
+from statprune.methods.pruner import is_by_blocks
 from statprune.methods.statistics import Statistic
-from statprune.methods.workspace import workspace
+from statprune.methods.workspace import workspace, workspace_by_blocks
 from statprune.model.accounting import Expected, expect
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
@@ -73,12 +74,16 @@ def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], r
     The perplexity before and after, and the backward pass of a loss-aware method, are not in it.
     """
     assert layers.traced is not None, "a model that is streamed has a graph"
-    needs = recipe.pruner().needs | recipe.build_target().needs
+    pruner = recipe.pruner()
+    needs = pruner.needs | recipe.build_target().needs
+    is_plain = is_by_blocks(pruner) and not Statistic.CROSS & needs
     if needs & ~Statistic.CURVATURE:
         needs |= Statistic.SAMPLE  # as `engine.run` has it
     names = recipe.criterion["name"], [_kind(one) for one in recipe.compensation]
 
     def to_prune(site: LinearSite) -> int:
+        if is_plain:
+            return workspace_by_blocks(*site.shape, model.get_parameter(site.parameter).element_size())
         return workspace(*names, *site.shape, needs)
 
     device = device_of(model)
