@@ -119,7 +119,7 @@ def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", h
     from statprune.agreement import device_of
     from statprune.streaming import expected_memory
 
-    sharing = processes.place().on_machine if device_of(model).type == "cpu" else 1  # else each has a GPU
+    sharing = 1 if device_of(model).type == "cuda" else processes.place().on_machine  # each GPU is its process's own
     expected = replace(expected_memory(model, layers, inputs, how), processes=sharing)
     for line in expected.lines():
         console.console.tell(escape(line))
