@@ -116,9 +116,11 @@ _HELD = 1 << 30
 
 def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", how: "Recipe") -> "Expected":
     """Shows what pruning it from its files will take of memory in this process; its parameters may be without values."""
+    from statprune.agreement import device_of
     from statprune.streaming import expected_memory
 
-    expected = replace(expected_memory(model, layers, inputs, how), processes=processes.place().on_machine)
+    sharing = 1 if device_of(model).type == "cuda" else processes.place().on_machine  # each GPU is its process's own
+    expected = replace(expected_memory(model, layers, inputs, how), processes=sharing)
     for line in expected.lines():
         console.console.tell(escape(line))
     return expected

@@ -70,7 +70,7 @@ class Expected:
     """Bytes of values at the cut where fewest wait: the residual stream, and what a model carries beside it."""
 
     processes: int = 1
-    """How many on this machine take as much each."""
+    """How many take as much each of the same memory."""
 
     @property
     def total(self) -> int:
@@ -79,7 +79,7 @@ class Expected:
 
     @property
     def machine(self) -> int:
-        """Of all processes of this machine."""
+        """Of all processes together."""
         return self.processes * self.total
 
     def lines(self) -> list[str]:
