@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statprune.methods import counting
+from statprune.methods import spread
 from statprune.methods.counting import energy_sq, most_in_group, num_zeros, zeros_by_row
 from statprune.methods.patterns import NM, Counted
 
@@ -20,7 +20,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     patch = pytest.MonkeyPatch()
-    patch.setattr(counting, "_NARROW", 40)
+    patch.setitem(spread._BLOCK, "cpu", 40)
     yield
     patch.undo()
 
@@ -97,7 +97,7 @@ def test_a_single_element_more_is_found_in_every_place():
 
 
 def test_wide_rows_are_counted_whole(monkeypatch):
-    monkeypatch.setattr(counting, "_NARROW", 1 << 17)
+    monkeypatch.setitem(spread._BLOCK, "cpu", 1 << 17)
     weight = torch.ones(3, 300_001, dtype=torch.float16)
     weight[1, 7] = 0
     assert zeros_by_row(weight).tolist() == [0, 1, 0]

@@ -97,6 +97,7 @@ class _Turned(Alone):
 def test_factors_and_inverses_in_blocks_are_those_of_the_library(monkeypatch, dtype, size):
     monkeypatch.setattr(triangles, "NARROW", 8)
     monkeypatch.setattr(triangles, "LEAST", 5)
+    monkeypatch.setattr(triangles, "LONG", 35)
     *stack, width = size
     tokens = torch.randn(*stack, 4 * width + 4, width, dtype=dtype)
     matrix, team = tokens.mT @ tokens, _Turned()

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_NARROW, _WIDE = 1 << 18, 1 << 24
-"""Elements of a block on a CPU, and elsewhere."""
+from statprune.methods.spread import row_blocks
 
 _WORDS = {
     1: (torch.uint8, 1, 0),
@@ -108,5 +107,4 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
     if not tensor.numel():
         return iter(())
     matrix = tensor.detach().reshape(1, 1) if not tensor.ndim else tensor.detach().reshape(-1, tensor.shape[-1])
-    size = _NARROW if tensor.device.type == "cpu" else _WIDE
-    return iter(matrix.split(max(1, size // matrix.shape[1])))
+    return (matrix[block] for block in row_blocks(matrix))

@@ -8,7 +8,7 @@ The blocks are the same whoever computes them, so the results are, bit for bit.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from statprune.methods.rows import ALONE, Piece, Team
 
-NARROW, WIDE = 128, 1024
-"""Columns of a block on a CPU, and elsewhere, where few large products are faster than many small ones."""
+NARROW, WIDE = 256, 1024
+"""Columns of a block on a CPU, and elsewhere, where few large products are faster than many small ones. As many rows are
+solved for at a time."""
 
-PANEL = 1024
-"""Rows that are solved for at a time."""
+LONG = 4096
+"""Columns of a matrix from which on blocks of its inverse are twice as wide: there are enough of them to share out."""
+
+Solve = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
 
 STRETCHES = 8
 """That the rows of a panel are updated in."""
@@ -100,32 +103,38 @@ def _updated(matrix: Tensor, rows: range, columns: slice) -> Tensor:
     return matrix[..., stretch, columns] - matrix[..., stretch, before] @ matrix[..., columns, before].mT
 
 
-def _of_factor(triangle: Tensor, right: Tensor) -> Tensor:
-    """Solve `triangle @ x = right`, in the memory of `right`, panel after panel of rows.
+def _of_factor(triangle: Tensor, corners: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Solve `triangle @ x = right`, in the memory of `right`, block after block of rows.
 
     A solver of the whole copies a triangle that is a part of another one; for each block of columns that would be a gigabyte.
+
+    Args:
+        triangle: lower, [..., n, n].
+        corners: the inverses of the blocks on its diagonal. A product with one is faster than a solver, and as exact: this is
+            how an inverse is computed block by block.
+        right: [..., n, columns].
     """
-    for start, end in _panels(triangle):
+    for (start, end), corner_PP in zip(_blocks(triangle), corners, strict=True):
         rows = right[..., start:end, :]
         rows -= triangle[..., start:end, :start] @ right[..., :start, :]
-        rows.copy_(torch.linalg.solve_triangular(triangle[..., start:end, start:end], rows, upper=False))
+        rows.copy_(corner_PP @ rows)
     return right
 
 
-def _of_matrix(triangle: Tensor, right: Tensor) -> Tensor:
+def _of_matrix(triangle: Tensor, corners: Sequence[Tensor], right: Tensor) -> Tensor:
     """Solve `triangle @ triangle^T @ x = right`, likewise."""
-    right = _of_factor(triangle, right)
-    for start, end in reversed(list(_panels(triangle))):
+    right = _of_factor(triangle, corners, right)
+    for (start, end), corner_PP in reversed(list(zip(_blocks(triangle), corners, strict=True))):
         rows = right[..., start:end, :]
         rows -= triangle[..., end:, start:end].mT @ right[..., end:, :]
-        rows.copy_(torch.linalg.solve_triangular(triangle[..., start:end, start:end].mT, rows, upper=True))
+        rows.copy_(corner_PP.mT @ rows)
     return right
 
 
 def _gathered(
     lower: Tensor,
     team: Team,
-    solve: Callable[[Tensor, Tensor], Tensor],
+    solve: Solve,
     finish: Callable[[Callable[[], Tensor]], Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
@@ -142,22 +151,27 @@ def _gathered(
     return whole_II
 
 
-def _columns(lower: Tensor, solve: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[int, int, int, Callable[[], Tensor]]]:
+def _columns(lower: Tensor, solve: Solve) -> Iterator[tuple[int, int, int, Callable[[], Tensor]]]:
     """(first column, the one behind the last, the work, what computes them [..., n - first, columns])."""
     size = lower.shape[-1]
+    blocks = list(_blocks(lower))
+    step = 2 if size >= LONG else 1
+    corners = [
+        torch.linalg.solve_triangular(lower[..., start:end, start:end], _identity(lower, end - start, end - start), upper=False)
+        for start, end in blocks
+    ]
 
-    def compute(start: int, end: int) -> Tensor:
-        identity = torch.eye(size - start, end - start, dtype=lower.dtype, device=lower.device)
-        return solve(lower[..., start:, start:], identity.repeat(*lower.shape[:-2], 1, 1))
+    def compute(first: int, start: int, end: int) -> Tensor:
+        return solve(lower[..., start:, start:], corners[first:], _identity(lower, size - start, end - start))
 
-    for start, end in _blocks(lower):
-        yield start, end, (size - start) ** 2 * (end - start), partial(compute, start, end)
+    for first in range(0, len(blocks), step):
+        start, end = blocks[first][0], blocks[min(first + step, len(blocks)) - 1][1]
+        yield start, end, (size - start) ** 2 * (end - start), partial(compute, first, start, end)
 
 
-def _panels(triangle: Tensor) -> Iterator[tuple[int, int]]:
-    size = triangle.shape[-1]
-    for start in range(0, size, PANEL):
-        yield start, min(start + PANEL, size)
+def _identity(like: Tensor, rows: int, columns: int) -> Tensor:
+    """The first columns of one, for each matrix of a stack."""
+    return torch.eye(rows, columns, dtype=like.dtype, device=like.device).repeat(*like.shape[:-2], 1, 1)
 
 
 def _blocks(matrix: Tensor) -> Iterator[tuple[int, int]]:
