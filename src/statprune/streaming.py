@@ -7,6 +7,7 @@ journal      what is finished, for a run that goes on after this     disk/journa
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from statprune.agreement import device_of
 from statprune.clock import resident_memory, timed
 from statprune.disk.journal import Journal, fingerprint
+from statprune.disk.scratch import offloaded
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import Skeleton
 from statprune.disk.streamed import Streamed
@@ -24,6 +26,7 @@ from statprune.methods.workspace import workspace
 from statprune.model.accounting import Expected, expect
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
+from statprune.model.offload import Place
 from statprune.model.sites import LinearSite
 from statprune.output import Reserved
 from statprune.progress import Progress, silent
@@ -110,6 +113,7 @@ def prune_streamed(
     place: Reserved,
     *,
     max_shard_size: int | str,
+    values: Place = "device",
     settings: dict[str, Any] | None = None,
     progress: Progress = silent,
     copied: Progress = silent,
@@ -124,6 +128,8 @@ def prune_streamed(
         recipe: how.
         place: of the output; what another run has finished there is taken over, where it is of the same inputs.
         max_shard_size: of one file of weights.
+        values: where those of the batches wait between two groups, which changes no bit; on the disk, in files beside the
+            output.
         settings: what else two runs must have in common for one to go on with the other's work.
         progress: called after each input group.
         copied: called after each tensor that is copied as it is, at the end.
@@ -137,6 +143,7 @@ def prune_streamed(
             is finished stays in the place's hidden folder.
     """
     check_streamed(skeleton, layers, recipe)
+    assert layers.traced is not None, "a model that is streamed has a graph"
     shards = lay_out(skeleton, place, max_shard_size)
     weights = Streamed(skeleton, shards, device_of(skeleton.model))
     place.check_held()
@@ -144,7 +151,8 @@ def prune_streamed(
         journal = Journal(place.journal, _identity(skeleton, inputs, recipe, shards, settings or {}), weights)
         if not shards.are_there():
             shards.create()
-        report = run(layers, inputs, recipe, weights, ledger=journal, progress=progress)
+        with offloaded(values, layers.traced, place.journal.parent) as offload:
+            report = run(replace(layers, offload=offload), inputs, recipe, weights, ledger=journal, progress=progress)
         pruned = {site.parameter: skeleton.stored_as[skeleton.canonical[site.parameter]] for site in report.sites}
         with timed(report.seconds, "copy", report.memory):
             _copy_rest(skeleton, shards, set(pruned.values()), copied)

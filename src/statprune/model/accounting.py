@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from statprune.methods.statistics import SAMPLE_SIZE, Statistic
 from statprune.model.gradients import bytes_of_grams
 from statprune.model.inputs import ModelInputs
+from statprune.model.nodes import storages_of
+from statprune.model.offload import outside
 from statprune.model.schedule import SEES_PRUNED, Schedule
-from statprune.model.segments import Segment, batch_independent, made_of_weights, plan_segments
+from statprune.model.segments import Segment, batch_independent, plan_segments
 from statprune.model.sites import InputGroup, LinearSite, TracedModel
 from statprune.model.streams import no_tokens
 
@@ -260,12 +261,9 @@ class _Values:
         """`narrowest`: the least that a batch has anywhere behind the first cut."""
         nodes = list(traced.graph_module.graph.nodes)
         self._sizes = _Sizes(nodes, shape)
-        self._storages = {node: _storages(node) for node in nodes}
+        self._storages = {node: storages_of(node) for node in nodes}
         self._common = batch_independent(traced)
-        self._outside = {key for node in nodes if node.op in ("placeholder", "get_attr") for key in self._storages[node]} | {
-            key for node in made_of_weights(traced) for key in self._storages[node]
-        }
-        """What is there without any batch's running: weights, buffers, and the batches themselves."""
+        self._outside = outside(traced)
         self._alive: dict[Node, list[int]] = {}
         self._readers: Counter[int] = Counter()
         self._bytes: dict[int, int] = {}
@@ -367,9 +365,3 @@ class _Sizes:
             found = expression.xreplace(self._symbols)
             self._known[expression] = int(found.xreplace(dict.fromkeys(found.free_symbols, self._tokens)))
         return self._known[expression]
-
-
-def _storages(node: Node) -> dict[int, Any]:
-    """The memory that a node's value lies in: its size, by what tells one from the other."""
-    tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
