@@ -1,13 +1,17 @@
 """Values that wait elsewhere: what comes back, whatever shares memory with what; and runs that give the same bits."""
 
 import contextlib
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import statprune
+from statprune.commands.cli import main
 from statprune.disk.scratch import ToFiles, offloaded
 from statprune.errors import CheckpointError
 from statprune.methods.statistics import Statistic
@@ -279,3 +283,31 @@ def test_a_folder_that_cannot_be_made_is_refused(traced, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="Not a directory"):
         ToFiles(traced, tmp_path / "file" / "values-0")
+
+
+def test_no_room_for_values_is_said_before_the_run(tmp_path, folder, batches, monkeypatch):
+    monkeypatch.setattr("statprune.output.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, 0.00 GB of it for the values of the batches while it runs"):
+        stream(folder, batches, Recipe("wanda"), tmp_path / "out", values="disk")
+    assert list(tmp_path.iterdir()) == []
+    stream(folder, batches, Recipe("wanda"), tmp_path / "out")
+
+
+def test_the_command_says_where_values_wait_and_does_so(tmp_path, folder, batches, capsys, monkeypatch):
+    save_file({"tokens": torch.cat(batches)}, tmp_path / "tokens.safetensors")
+    options = [str(folder), "--stream", "--calibration", f"{tmp_path / 'tokens.safetensors'}:tokens", "--samples", "6"]
+    options += ["--seqlen", "12", "--batch-size", "2"]
+    made = []
+    own = ToFiles.__init__
+    monkeypatch.setattr(ToFiles, "__init__", lambda self, *arguments: made.append(1) or own(self, *arguments))
+    for memory, words in [("1TB", "values of the batches wait in memory"), ("1MB", "wait in files beside the output: at most")]:
+        output = tmp_path / memory
+        assert main(["prune", *options, "--memory", memory, "--output", str(output)]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert words in said
+        assert ("That is more than --memory 1MB." in said) == (memory == "1MB")
+        assert made == ([1] if memory == "1MB" else [])
+    found, wanted = in_files(tmp_path / "1MB"), in_files(tmp_path / "1TB")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert main(["prune", *options, "--memory", "1MB", "--output", str(tmp_path / "dry"), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["place"] == "disk"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from statprune.agreement import device_of
-from statprune.clock import resident_memory, timed
+from statprune.clock import available_memory, resident_memory, timed
 from statprune.disk.journal import Journal, fingerprint
 from statprune.disk.scratch import offloaded
 from statprune.disk.shards import Shards
@@ -23,7 +23,8 @@ from statprune.engine import run
 from statprune.errors import CheckpointError, SiteError, TracingError
 from statprune.methods.statistics import Statistic
 from statprune.methods.workspace import workspace
-from statprune.model.accounting import Expected, expect
+from statprune.model.accounting import expect
+from statprune.model.expected import Expected, gigabytes
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.offload import Place
@@ -60,7 +61,9 @@ def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
             )
 
 
-def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], recipe: Recipe) -> Expected:
+def expected_memory(
+    model: Any, layers: Layers, inputs: Sequence[ModelInputs], recipe: Recipe, values: Place = "device"
+) -> Expected:
     """What pruning it from its files will take of memory on the model's device, with what the process has now.
 
     Args:
@@ -68,6 +71,7 @@ def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], r
         layers: of the model, with a graph.
         inputs: of the shapes of the calibration data.
         recipe: how.
+        values: where those of the batches wait (`prune_streamed`).
 
     The perplexity before and after, and the backward pass of a loss-aware method, are not in it.
     """
@@ -85,8 +89,45 @@ def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], r
     return expect(
         layers.traced, select(layers.groups, layers.left_out, recipe).groups, inputs,
         dict(model.named_parameters(remove_duplicate=False)),
-        schedule=recipe.schedule, needs=needs, workspace=to_prune, base=base or 0,
+        schedule=recipe.schedule, needs=needs, workspace=to_prune, values=values, base=base or 0,
     )  # fmt: skip
+
+
+def choose_place(
+    model: Any,
+    layers: Layers,
+    inputs: Sequence[ModelInputs],
+    recipe: Recipe,
+    *,
+    memory: int | None = None,
+    available: Callable[[torch.device], int | None] = available_memory,
+) -> Expected:
+    """Where the values of the batches are to wait, and what a run so takes: on the device, where that fits into memory; in a
+    GPU's host memory, where they fit into that; else in files.
+
+    Args:
+        model: as `expected_memory`, and so are the next three.
+        memory: bytes that the run may take on the model's device, with what the process has; None: what is available.
+        available: bytes that a device has, None where it does not tell.
+    """
+    device = device_of(model)
+    expected = expected_memory(model, layers, inputs, recipe)
+    if memory is None and (free := available(device)) is not None:
+        memory = expected.base + free
+    if memory is None or expected.total <= memory or not expected.widest.values:
+        return expected
+    if device.type == "cuda" and expected.widest.values <= (available(torch.device("cpu")) or 0):
+        return expected_memory(model, layers, inputs, recipe, "host")
+    return expected_memory(model, layers, inputs, recipe, "disk")
+
+
+def check_room(skeleton: Skeleton, place: Reserved, max_shard_size: int | str, expected: Expected) -> None:
+    """Raise CheckpointError where the disk has no room for the output's weights with values that are to wait in files."""
+    if expected.place == "disk":
+        shards = lay_out(skeleton, place, max_shard_size)
+        room = 0 if shards.are_there() else shards.num_bytes
+        size = expected.widest.values
+        place.check_room(room + size, f"{gigabytes(size)} of it for the values of the batches while it runs")
 
 
 def _kind(compensation: Mapping[str, Any]) -> str:
@@ -139,8 +180,8 @@ def prune_streamed(
         The report, and in which file and under which name each pruned parameter is.
 
     Raises:
-        StatpruneError: as `prune` and `check_streamed`; the inputs of the run to go on with are others; the disk is full. What
-            is finished stays in the place's hidden folder.
+        StatpruneError: as `prune`, `check_streamed` and `check_room`; the inputs of the run to go on with are others; the disk
+            is full. What is finished stays in the place's hidden folder.
     """
     check_streamed(skeleton, layers, recipe)
     assert layers.traced is not None, "a model that is streamed has a graph"
@@ -151,6 +192,8 @@ def prune_streamed(
         journal = Journal(place.journal, _identity(skeleton, inputs, recipe, shards, settings or {}), weights)
         if not shards.are_there():
             shards.create()
+        if values == "disk":
+            check_room(skeleton, place, max_shard_size, expected_memory(skeleton.model, layers, inputs, recipe, values))
         with offloaded(values, layers.traced, place.journal.parent) as offload:
             report = run(replace(layers, offload=offload), inputs, recipe, weights, ledger=journal, progress=progress)
         pruned = {site.parameter: skeleton.stored_as[skeleton.canonical[site.parameter]] for site in report.sites}

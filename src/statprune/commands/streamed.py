@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from statprune.disk.skeleton import Skeleton
     from statprune.disk.streamed import Streamed
-    from statprune.model.accounting import Expected
+    from statprune.model.expected import Expected
     from statprune.model.inputs import ModelInputs
     from statprune.model.layers import Layers
     from statprune.output import Reserved
@@ -115,12 +115,16 @@ _HELD = 1 << 30
 """Bytes of the residual streams that are held between two blocks while a perplexity is measured."""
 
 
-def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", how: "Recipe") -> "Expected":
-    """Shows what pruning it from its files will take of memory; its parameters may be without values."""
-    from statprune.streaming import expected_memory
+def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", how: "Recipe", memory: str | None) -> "Expected":
+    """Decides where values wait, and shows what pruning it from its files will take; its parameters may be without values."""
+    from statprune.streaming import choose_place
 
-    expected = expected_memory(model, layers, inputs, how)
-    for line in expected.lines():
+    budget = read_size(memory) if memory is not None else None
+    expected = choose_place(model, layers, inputs, how, memory=budget)
+    lines = expected.lines()
+    if budget is not None and expected.total > budget:
+        lines[0] += f" That is more than --memory {memory}."
+    for line in lines:
         console.console.tell(escape(line))
     return expected
 
@@ -146,6 +150,7 @@ def prune_streamed(
     calibration: CalibrationOptions,
     text: list[str] | None,
     max_shard_size: str,
+    memory: str | None,
 ) -> dict[str, Any]:
     """`prune` with the model on disk."""
     import statprune.checkpoint as checkpoint
@@ -173,7 +178,8 @@ def prune_streamed(
         layers = find_layers(skeleton.model, blank)
     streaming.check_streamed(skeleton, layers, how)
     display.show_plan(skeleton.model, select(layers.groups, layers.left_out, how), how, layers.reason)
-    show_memory(skeleton.model, layers, blank, how)
+    expected = show_memory(skeleton.model, layers, blank, how, memory)
+    streaming.check_room(skeleton, place, max_shard_size, expected)
     drawn = calibration.places(opened)
     inputs = bind_batches(skeleton.model, list(calibration.windows(opened).split(calibration.batch_size)))
     if place.journal.exists():
@@ -200,7 +206,7 @@ def prune_streamed(
     with console.progress("pruning") as progress, console.progress("copying") as copied:
         report, stored_in = streaming.prune_streamed(
             skeleton, layers, inputs, how, place,
-            max_shard_size=max_shard_size, progress=progress, copied=copied, then=measure_pruned,
+            max_shard_size=max_shard_size, values=expected.place, progress=progress, copied=copied, then=measure_pruned,
         )  # fmt: skip
     if held_out is not None:
         report.perplexity = {**measured, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
