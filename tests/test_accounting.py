@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,8 @@ def test_a_hand_computed_run():
     assert told.total == told.peak.total
     assert "wait in memory" in told.lines()[1]
     assert f"{told.widest.values / stream:.1f} times" in told.lines()[1]
+    several = replace(told, base=10**10 - told.peak.total, processes=3)
+    assert several.lines()[1] == "Each of 3 processes of this machine takes that: 30.0 GB in all."
 
 
 @pytest.mark.parametrize(("place", "words"), [("host", "wait in host memory"), ("disk", "wait in files beside the output")])

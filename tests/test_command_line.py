@@ -453,6 +453,7 @@ class TestWhatIsPrinted:
         needed = {
             "compare": "M --text t --calibration c", "tune": "M --output o --calibration c", "experiment": "all --output o",
             "prune": "M --output o", "evaluate": "M --text t", "merge": "M A --output o", "quickstart": "", "push": "F R",
+            "accelerate": "M --tokens 1",
         }  # fmt: skip
         for command in COMMANDS:
             show = parse([command, *needed.get(command, "M").split(), "--json", "--quiet"]).show

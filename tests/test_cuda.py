@@ -14,7 +14,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 import statprune
+from packed_on_cpu import KERNEL
 from statprune import CausalLM, Recipe, StatisticalPruning, checkpoint, streaming
+from statprune.acceleration.measuring import DeviceStopwatch, relative_error
+from statprune.acceleration.packing import KERNELS, pack_exactly
 from statprune.disk.skeleton import open_skeleton
 from statprune.loading import load_model
 from statprune.methods.statistics import InputMoments, Statistic
@@ -37,6 +40,7 @@ PATTERNS = ["2:4", "4:8", "50%", "37.5%"]
 PLAIN = ["magnitude", "wanda", "ria", "z-pruner", "cvr", "cvr+energy", "cvr+activation-energy"]
 SOLVED = ["sparsegpt", "optimal-brain", "cvr+least-squares", "default", "fast", "best"]
 SCHEDULES = ["walk", "block", "one-shot"]
+PACKING = KERNELS if IS_CUDA else (KERNEL,)
 
 
 def seeded():
@@ -246,3 +250,67 @@ def test_pruning_waits_for_the_host_only_to_check(method, pattern):
         pruner(weight, moments)
         torch.cuda.set_sync_debug_mode("default")
     assert len([one for one in waits if "synchroniz" in str(one.message)]) <= 4
+
+
+def kernels_that_run(weight):
+    """The names of the kernels of this GPU, with what they packed and its unpacking; a GPU runs one of them at least."""
+    found = {}
+    for kernel in PACKING:
+        try:
+            packed = pack_exactly(kernel, weight)
+            torch.nn.functional.linear(weight[:1], packed[0])
+            found[kernel] = packed
+        except RuntimeError as e:
+            warnings.warn(f"{kernel.name}: {e}", stacklevel=1)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("default")
+def test_packed_weights_come_back_and_multiply(dtype):
+    weight = pruned("magnitude", "2:4", dtype, DEVICE).weight
+    weight[0, 0], weight[1] = -0.0, 0.0
+    kernels = kernels_that_run(weight)
+    assert kernels
+    for packed, unpack in kernels.values():
+        assert torch.equal(unpack(packed).view(torch.int16), weight.view(torch.int16))
+        for shape in ((1, 1, IN), (1, 7, IN), (3, 5, IN), (1, 64, IN)):
+            inputs = torch.randn(shape, dtype=dtype, device=DEVICE)
+            for bias in (None, torch.randn(OUT, dtype=dtype, device=DEVICE)):
+                expected = torch.nn.functional.linear(inputs, weight, bias)
+                found = torch.nn.functional.linear(inputs, packed, bias)
+                assert found.shape == expected.shape
+                assert relative_error(found, expected) < 0.01
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("default")
+def test_an_accelerated_model(compiled):
+    """The times are the device's own, and what they say is not tested: any layer is fast enough, so that all are packed."""
+
+    class Lenient(DeviceStopwatch):
+        def layer(self, *args):
+            found = super().layer(*args)
+            found.dense = dict.fromkeys(found.dense, float("inf"))
+            return found
+
+        def forward(self, run):
+            super().forward(run)
+            return passes.pop(0)
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model, passes = llama(**sizes).bfloat16().to(DEVICE), [2, 2, 1, 1]
+    statprune.prune(model, tokens(4, 16).to(DEVICE).split(2), "magnitude", pattern="2:4")
+    inputs, before = tokens(2, 9).to(DEVICE), snapshot(model)
+    with torch.no_grad():
+        expected = model(inputs).logits
+    stopwatch = Lenient(torch.device(DEVICE), compiled=compiled and IS_CUDA)
+    done = statprune.accelerate(model, [1, 24], kernels=PACKING, stopwatch=stopwatch)
+    assert len(done.report.accelerated) == 14, str(done)
+    with torch.no_grad():
+        forward = torch.compile(model, backend="inductor" if IS_CUDA else "aot_eager") if compiled else model
+        assert relative_error(forward(inputs).logits, expected) < 0.05
+    assert model.generate(inputs, max_new_tokens=4, do_sample=False).shape == (2, 13)
+    done.undo()
+    assert all(torch.equal(one, before[name]) for name, one in snapshot(model).items())
+    print(done)

@@ -16,7 +16,7 @@ FLOORS = """
     commands
     experiments
     training
-    api  streaming
+    api  streaming  acceleration
     tuning
     engine  allocation  selection  agreement  sharing
     checkpoint

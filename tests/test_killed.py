@@ -9,84 +9,120 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import distributed
 
 import statprune
 from statprune import checkpoint
+from statprune.errors import RanksError
 from statprune.recipe import Recipe
-from test_streaming import in_files, stream
+from test_streamed_ranks import same_files, stream_shared
+from test_streaming import stream
 from tiny_models import llama, tokens
+
+RECIPE = Recipe("sparsegpt", schedule="block")
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A model, calibration batches, and what an undisturbed run makes of them, in how many seconds."""
+def made(tmp_path_factory):
+    """A folder with a model and tokens; a run of it is made, so that those to come have its graph."""
     folder = tmp_path_factory.mktemp("killed")
     llama(num_hidden_layers=4).save_pretrained(folder / "model", max_shard_size="12KB")
     torch.manual_seed(1)
-    batches = [tokens(2, 12) for _ in range(3)]
-    save_file({"tokens": torch.cat(batches)}, folder / "tokens.safetensors")
-    stream(folder / "model", batches, Recipe("sparsegpt", schedule="block"), folder / "warm")
-    started = time.monotonic()
-    stream(folder / "model", batches, Recipe("sparsegpt", schedule="block"), folder / "whole")
-    return folder, batches, time.monotonic() - started
+    save_file({"tokens": tokens(6, 12)}, folder / "tokens.safetensors")
+    stream(folder / "model", batches_of(folder, 0, 1), RECIPE, folder / "warm")
+    return folder
 
 
-def run_and_kill(work, output, seconds):
-    """Whether the run was killed; one that ends before has succeeded."""
-    folder, batches, _ = work
-    child = os.fork()
-    if not child:
+def batches_of(folder, rank, ranks):
+    return load_file(folder / "tokens.safetensors")["tokens"].split(2)[rank::ranks]
+
+
+class Runs:
+    """Runs in processes of their own, one for each rank, and what an undisturbed one makes, in how many seconds."""
+
+    def __init__(self, folder, ranks):
+        self.folder, self.ranks = folder, ranks
+        self.whole = folder / f"whole{ranks}"
+        started = time.monotonic()
+        self.finish(self.whole)
+        self.seconds = time.monotonic() - started
+
+    def start(self, output):
+        """The processes of a run. They are forks: an import and an export would take longer than all else."""
+        store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if self.ranks > 1 else None
+        return [os.fork() or self._run(output, rank, store) for rank in range(self.ranks)], store
+
+    def _run(self, output, rank, store):
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            stream(folder / "model", batches, Recipe("sparsegpt", schedule="block"), output)
+            batches = batches_of(self.folder, rank, self.ranks)
+            if store is None:
+                stream(self.folder / "model", batches, RECIPE, output)
+            else:
+                own = distributed.TCPStore("127.0.0.1", store.port, is_master=False)
+                distributed.init_process_group("gloo", store=own, rank=rank, world_size=self.ranks)
+                stream_shared(rank, self.folder / "model", batches, RECIPE, output)
             os._exit(0)
         except checkpoint.CheckpointError as e:
             os._exit(3 if "exists" in str(e) else 1)
-        except BaseException:
+        except RanksError:  # another one was killed before
+            os._exit(4)
+        finally:
             os._exit(1)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) in (0, 3), f"ended with {status}"
-    return os.WIFSIGNALED(status)
+
+    def finish(self, output):
+        """A run that nobody disturbs."""
+        children, _ = self.start(output)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * self.ranks
+
+    def kill(self, output, seconds):
+        """Whether a run was killed so long after its start; one that ends before has succeeded."""
+        children, _ = self.start(output)
+        time.sleep(seconds)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert set(codes) <= {0, 3, 4, -signal.SIGKILL}
+        return codes != [0] * self.ranks
+
+    def kill_and_finish(self, output, kills, seed):
+        """Kill runs of one output at random points until so many were, or one was too quick; then let one end."""
+        draw = random.Random(seed)
+        count = 0
+        while count < kills and not output.exists():
+            count += self.kill(output, draw.uniform(0, 1.1 * self.seconds))
+        if not output.exists():
+            self.finish(output)
+        statprune.verify(output)
+        assert same_files(output, self.whole)
+        return count
+
+    def kill_often(self, folder, kills):
+        """Kill so many runs, of one output after another: where the machine has become quick, some end before."""
+        count, outputs = 0, 0
+        while count < kills:
+            count += self.kill_and_finish(folder / f"out{outputs}", 4, seed=outputs)
+            outputs += 1
+        assert sorted(path.name for path in folder.iterdir()) == sorted(f"out{number}" for number in range(outputs))
 
 
-def killed_and_finished(work, output, kills, seed):
-    """Kill runs of one output at random points until so many were, or one was too quick; then let one end."""
-    folder, batches, seconds = work
-    draw = random.Random(seed)
-    count = 0
-    while count < kills and not output.exists():
-        count += run_and_kill(work, output, draw.uniform(0, 1.1 * seconds))
-    if not output.exists():
-        stream(folder / "model", batches, Recipe("sparsegpt", schedule="block"), output)
-    statprune.verify(output)
-    found, wanted = in_files(output), in_files(folder / "whole")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    return count
-
-
-def test_a_killed_run_is_gone_on_with(tmp_path, work):
-    assert killed_and_finished(work, tmp_path / "out", 3, seed=0)
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 3), (2, 2)])
+def test_a_killed_run_is_gone_on_with(tmp_path, made, ranks, kills):
+    Runs(made, ranks).kill_often(tmp_path, kills)
 
 
 @pytest.mark.slow
-def test_two_hundred_kills(tmp_path, work):
-    count, outputs = 0, 0
-    while count < 200:
-        count += killed_and_finished(work, tmp_path / f"out{outputs}", 4, seed=outputs + 1)
-        outputs += 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"out{number}" for number in range(outputs))
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 200), (2, 50)])
+def test_hundreds_of_kills(tmp_path, made, ranks, kills):
+    Runs(made, ranks).kill_often(tmp_path, kills)
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_after_a_kill(tmp_path, work):
-    folder, _, _ = work
+def test_the_command_goes_on_after_a_kill(tmp_path, made):
     command = [
-        sys.executable, "-m", "statprune", "prune", str(folder / "model"), "--output", str(tmp_path / "out"), "--stream",
-        "--calibration", f"{folder / 'tokens.safetensors'}:tokens", "--samples", "6", "--seqlen", "12",
+        sys.executable, "-m", "statprune", "prune", str(made / "model"), "--output", str(tmp_path / "out"), "--stream",
+        "--calibration", f"{made / 'tokens.safetensors'}:tokens", "--samples", "6", "--seqlen", "12",
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
         for line in running.stderr:
@@ -97,5 +133,4 @@ def test_the_command_goes_on_after_a_kill(tmp_path, work):
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "going on with" in again.stderr
     subprocess.run([*command[:6], str(tmp_path / "whole"), *command[7:]], check=True, capture_output=True)
-    found, wanted = in_files(tmp_path / "out"), in_files(tmp_path / "whole")
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert same_files(tmp_path / "out", tmp_path / "whole")

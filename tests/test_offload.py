@@ -287,7 +287,8 @@ def test_a_folder_that_cannot_be_made_is_refused(traced, tmp_path):
 
 def test_no_room_for_values_is_said_before_the_run(tmp_path, folder, batches, monkeypatch):
     monkeypatch.setattr("statprune.output.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, 0.00 GB of it for the values of the batches while it runs"):
+    message = r"needs [\d,]+ bytes, 0.006 MB of it for the values of the batches while it runs"
+    with pytest.raises(CheckpointError, match=message):
         stream(folder, batches, Recipe("wanda"), tmp_path / "out", values="disk")
     assert list(tmp_path.iterdir()) == []
     stream(folder, batches, Recipe("wanda"), tmp_path / "out")
@@ -303,7 +304,7 @@ def test_the_command_says_where_values_wait_and_does_so(tmp_path, folder, batche
     for memory, words in [("1TB", "values of the batches wait in memory"), ("1MB", "wait in files beside the output: at most")]:
         output = tmp_path / memory
         assert main(["prune", *options, "--memory", memory, "--output", str(output)]) == 0
-        said = " ".join(capsys.readouterr().err.split())
+        said = " ".join(capsys.readouterr().out.split())
         assert words in said
         assert ("That is more than --memory 1MB." in said) == (memory == "1MB")
         assert made == ([1] if memory == "1MB" else [])

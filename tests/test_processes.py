@@ -43,6 +43,8 @@ def _breaks(where, rank):
         return "statprune.loading.load_causal", OSError("the disk is gone")
     if where == "save" and rank == 0:
         return "statprune.checkpoint.save", OSError("the disk is full")
+    if where == "finish" and rank == 0:
+        return "statprune.checkpoint.finish", OSError("the disk is full")
     if where == "measure" and rank == 1:
         return "statprune.perplexity.Perplexity.update_next_token", MemoryError("no room for logits")
     return None
@@ -106,6 +108,49 @@ def test_a_command_in_two_processes_gives_what_it_gives_in_one(two_ranks, tiny_m
         assert torch.equal(two_files[name] == 0, weight == 0), name
 
 
+def test_the_command_streams_in_two_processes(two_ranks, tiny_model_folder, tmp_path, text, port, capsys):
+    options = ["--seqlen", "16", "--samples", "5", "--calibration", text, "--method", "sparsegpt", "--json"]
+
+    def prune(name, *more):
+        return ["prune", tiny_model_folder, "--output", str(tmp_path / name), *options, *more]
+
+    evaluate = ["evaluate", tiny_model_folder, "--text", text, "--seqlen", "16", "--json", "--memory", "1KB"]
+    streamed = prune("streamed", "--text", text, "--stream")
+    calls = [
+        (prune("memory", "--text", text, "--no-compare"), ""),
+        (streamed, "finish"),
+        (streamed, ""),
+        (prune("first", "--memory", "1KB"), ""),
+        (evaluate, ""),
+        (prune("refused", "--stream", "--calibration", "generated"), ""),
+        (prune("dry", "--stream", "--dry-run"), ""),
+    ]
+    first, second = two_ranks(_commands, port, calls)
+    assert [status for status, _, _ in first] == [status for status, _, _ in second] == [0, 1, 0, 0, 0, 1, 0], first
+    assert [said for _, *said in second] == [["", ""]] * len(calls)
+    in_memory, broken, again, by_itself, measured, refused, planned = (json.loads(out) for _, out, _ in first)
+    assert broken["error"] == "The system refused: the disk is full."
+    assert "the same command goes on with it" in first[1][2]
+    assert "going on with" in first[2][2]
+    assert "may be used by each of 2 processes: it is streamed" in first[3][2]
+    assert "the model's own samples would read all weights for each token" in refused["error"]
+    assert planned["memory"]["machine"] == 2 * planned["memory"]["total"]
+    assert planned["memory"]["processes"] == 2
+    for result in (again, by_itself):
+        assert result["sites"] == in_memory["sites"]
+        assert result["protocol"] == {**in_memory["protocol"], "streamed": True}
+    for name in ("streamed", "first"):
+        verify(tmp_path / name)
+        streamed, memory = (load_file(tmp_path / folder / "model.safetensors") for folder in (name, "memory"))
+        assert streamed.keys() == memory.keys()
+        assert all(torch.equal(streamed[key], memory[key]) for key in memory)
+    assert again["perplexity"] == in_memory["perplexity"]
+    assert main(evaluate) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert measured["windows"] == alone["windows"]
+    assert measured["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-12)
+
+
 def test_what_fails_in_one_process_ends_both_with_one_message(two_ranks, tiny_model_folder, tmp_path, text, port):
     base = ["prune", tiny_model_folder, "--output", str(tmp_path / "out"), "--seqlen", "16"]
     few, drawn = ["--samples", "1"], ["--samples", "4", "--calibration", text, "--method", "wanda"]
@@ -120,7 +165,6 @@ def test_what_fails_in_one_process_ends_both_with_one_message(two_ranks, tiny_mo
         "few": ([*base, *few], 1, "--samples 1 in 2 processes: expected at least 2, for each of them one."),
         "pairs": ([*base, "--samples", "3", "--method", "auto"], 1, "expected at least 4, for each of them two, one to prune"),
         "device": ([*base, "--device", "cuda:1"], 1, "--device cuda:1 in 2 processes: each takes its own. Expected auto, cpu"),
-        "stream": ([*base, *drawn, "--stream"], 1, "is streamed, which is the work of one process: run it without torchrun."),
         "inspect": (["inspect", tiny_model_folder], 1, "statprune inspect in 2 processes: it would do the same in each. Only "),
         "option": ([*base, "--sample", "x"], 2, "--samples x: expected"),
     }
@@ -174,19 +218,30 @@ def test_windows_are_dealt_out_in_turns_and_for_a_search_in_pairs(monkeypatch, s
 
 
 def test_the_environment_says_how_many_there_are_and_each_takes_its_own_device(monkeypatch):
-    assert processes.place() == processes.Place(0, 1, 0)
+    assert processes.place() == processes.Place(0, 1, 0, 1)
     monkeypatch.setenv("WORLD_SIZE", "4")  # as a scheduler sets it, for others
     assert processes.place().size == 1
     _environment(monkeypatch, 3, 4)
-    assert processes.place() == processes.Place(3, 4, 0)
+    assert processes.place() == processes.Place(3, 4, 0, 4)
     with pytest.raises(CalibrationError, match="--samples 3 in 4 processes: expected at least 4"):
         processes.check_windows(3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    here = processes.Place(5, 8, 1)
+    here = processes.Place(5, 8, 1, 2)
     assert [str(processes.device_of(one, here)) for one in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(RanksError, match="this machine has 2 GPUs, and each process needs one"):
-        processes.device_of("auto", processes.Place(2, 4, 2))
+        processes.device_of("auto", processes.Place(2, 4, 2, 4))
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr("statprune.clock.available_memory", lambda device: {"cpu": 1000, "cuda": 800}.get(device.type))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert [processes.available_memory(device) for device in (cpu, gpu)] == [1000, 800]
+    for name, value in {"RANK": 3, "WORLD_SIZE": 8, "MASTER_ADDR": "here", "MASTER_PORT": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert [processes.available_memory(device) for device in (cpu, gpu, torch.device("meta"))] == [250, 800, None]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert processes.available_memory(cpu) == 125
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statprune.methods.compensations import COMPENSATIONS, energy, none
+from statprune.methods.counting import energy_sq
 from statprune.methods.criteria import CRITERIA, cvr, magnitude, wanda
 from statprune.methods.patterns import NM, Unstructured
-from statprune.methods.pruner import PrunedWeight, compose, energy_sq, error_energy
+from statprune.methods.pruner import PrunedWeight, compose, error_energy
 from statprune.methods.registry import build_pruner
 from statprune.methods.statistics import InputMoments, Statistic
 

@@ -314,5 +314,5 @@ def test_a_journal_is_of_a_dense_model(tmp_path, folders, batches):
 
 
 def test_a_search_has_no_journal(tmp_path, folders, batches):
-    with pytest.raises(RecipeError, match="a journal is of one process and a recipe, not of a search"):
+    with pytest.raises(RecipeError, match="a journal is of a recipe, not of a search"):
         statprune.prune(load_model(str(folders["llama"])), batches, "auto", journal=tmp_path)

@@ -24,7 +24,10 @@ from exports import shared_trace
 from statprune.model import layers
 
 WORLD_SIZE = 2
-COLLECTIVE = timedelta(seconds=30)
+STARTUP, CALL = 600.0, 300.0
+"""Seconds for both to start, and for a call: many times what it takes where nothing else runs on the machine."""
+
+COLLECTIVE = timedelta(seconds=120)
 """How long a rank waits for the other one in a collective."""
 
 
@@ -41,6 +44,7 @@ def _serve(rank: int, connection: Connection, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # not used: there is a process group already
     layers.trace = shared_trace  # type: ignore[assignment]
     store = distributed.TCPStore("127.0.0.1", port, is_master=False)
+    connection.send_bytes(pickle.dumps("ready"))
     for call in itertools.count():
         try:
             request = connection.recv_bytes()
@@ -84,13 +88,13 @@ class TwoRanks:
         self._running: list[tuple[Any, Connection]] = []
         self._store: Any = None
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = CALL) -> list[Any]:
         """`function(rank, *arguments)` on both ranks, with the random seed and the warnings of the test that calls.
 
         Args:
             function: of a module; it is imported by name where it runs.
             arguments: what pickle takes.
-            timeout: seconds, for both together.
+            timeout: seconds, for both together, once they have started.
 
         Returns:
             What the first and the second rank returned.
@@ -105,13 +109,17 @@ class TwoRanks:
                 raise outcome
         return outcomes
 
-    def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout: float = CALL) -> list[Any]:
         """As a call, with the exception in place of what a rank would have returned."""
         if not self._running:
             self._start()
         request = pickle.dumps((function, arguments, warnings.filters))
         for _, connection in self._running:
             connection.send_bytes(request)
+        return self._answers(timeout)
+
+    def _answers(self, timeout: float) -> list[Any]:
+        """What both say; RankDied in the place of what one does not say."""
         deadline = time.monotonic() + timeout
         answers: dict[int, Any] = {}
         died: RankDied | None = None
@@ -142,6 +150,9 @@ class TwoRanks:
             process.start()
             there.close()  # so that its end is the end
             self._running.append((process, here))
+        for said in self._answers(STARTUP):
+            if isinstance(said, Exception):
+                raise said
 
     def stop(self) -> None:
         """End both processes."""

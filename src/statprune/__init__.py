@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from statprune.acceleration.accelerate import accelerate
     from statprune.api import PruningPlan, plan, prune
     from statprune.checkpoint import save
     from statprune.errors import StatpruneError
@@ -42,6 +43,7 @@ __all__ = [
     "TextData",
     "Tuned",
     "Unstructured",
+    "accelerate",
     "evaluate",
     "load",
     "merge_adapters",
@@ -68,6 +70,7 @@ _IMPORTED_AT_USE = {
     "TextData": "training.modules:TextData",
     "Tuned": "tuning.outcome:Tuned",
     "Unstructured": "methods.patterns:Unstructured",
+    "accelerate": "acceleration.accelerate:accelerate",
     "evaluate": "perplexity:evaluate",
     "load": "loading:load_model",
     "merge_adapters": "training.lora:merge_adapters",

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from statprune.disk.ranges import glance
+from statprune.disk.skeleton import Skeleton
 from statprune.errors import SiteError
 from statprune.methods.statistics import Statistic
 from statprune.model.inputs import ModelInputs
@@ -41,6 +43,29 @@ def check_start(model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelIn
     if not is_distributed(process_group):
         check_weights(model)
         return
+    weights = [f"{name} with the checksum {total:016x}" for name, total in check_and_sum_weights(model).items()]
+    _agree(model, how, inputs, weights, process_group)
+
+
+def check_streamed_start(
+    skeleton: Skeleton, recipe: Recipe, inputs: Sequence[ModelInputs], process_group: ProcessGroup
+) -> None:
+    """`check_start` where the weights are in files, of which each rank reads its own; inside of `together`.
+
+    Whether they are finite is seen when they are read. Of each tensor the ranks compare the ends.
+
+    Raises:
+        ModelError: a file cannot be read.
+        RanksError: something differs between the ranks; names it. Nothing is changed.
+    """
+    if is_distributed(process_group):
+        weights = [f"{name} with the beginning and end {glance(one)}" for name, one in skeleton.places.items()]
+        _agree(skeleton.model, recipe, inputs, weights, process_group)
+
+
+def _agree(
+    model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelInputs], weights: Sequence[str], process_group: ProcessGroup
+) -> None:
     recipe = [
         f"{key} {json.dumps(value, sort_keys=True)}" for key, value in {"kind": type(how).__name__, **how.to_dict()}.items()
     ]
@@ -52,7 +77,7 @@ def check_start(model: nn.Module, how: Recipe | Search, inputs: Sequence[ModelIn
             Common("parameters", parameters, "Load the same model in the same dtype on every rank. Nothing was changed."),
             Common(
                 "weights",
-                [f"{name} with the checksum {total:016x}" for name, total in check_and_sum_weights(model).items()],
+                weights,
                 "Load the same checkpoint on every rank, or send the first rank's around before: for p in model.parameters(): "
                 "torch.distributed.broadcast(p.data, 0). Nothing was changed.",
             ),

@@ -15,7 +15,7 @@ from statprune.clock import peak_memory, timed
 from statprune.disk.journal import Journal, fingerprint
 from statprune.disk.pieces import KeptInPlace
 from statprune.engine import run
-from statprune.errors import RanksError, RecipeError, TracingError, adding
+from statprune.errors import CheckpointError, RanksError, RecipeError, TracingError, adding
 from statprune.how import How, read_how
 from statprune.model.gradients import Loss
 from statprune.model.inputs import ModelInputs, bind_batches
@@ -24,10 +24,11 @@ from statprune.model.landing import aside, in_place, pruned_aside
 from statprune.model.layers import Layers, find_layers
 from statprune.model.observe import ForwardContext
 from statprune.model.sites import TracedModel
-from statprune.model.storage import is_dispatched
+from statprune.model.storage import is_dispatched, is_sharded
 from statprune.model.weights import Weights, check_and_sum_weights, write_
+from statprune.output import seen_by_all
 from statprune.progress import Progress, Say, silent, unsaid
-from statprune.ranks import ProcessGroup, is_distributed, together
+from statprune.ranks import ProcessGroup, place, together
 from statprune.recipe import Recipe, Search
 from statprune.report import PruningReport
 
@@ -106,7 +107,8 @@ def prune(
         loss: `(model, inputs, index)` to the summed loss of a calibration batch, a scalar, for methods that are loss-aware on
             models that are no causal language models, whose loss is known.
         journal: a folder to keep each pruned weight in, so that the same call on the same dense model goes on where one was
-            that ended early; remove it afterwards. It takes as much disk as the pruned weights. Of one process and a recipe.
+            that ended early; remove it afterwards. It takes as much disk as the pruned weights. Not for a search. Of several
+            ranks, as many as before, the first keeps it, on a disk that all of them see.
         process_group: in a `torch.distributed` run, the ranks that prune together, each with batches of its own; None for all.
         progress: called after each input group.
         say: called with each step of a search in words.
@@ -121,7 +123,7 @@ def prune(
     """
 
     def landing(model: nn.Module, process_group: ProcessGroup) -> Weights:
-        return in_place(model, process_group) if journal is None else KeptInPlace(model, Path(journal) / "pruned")
+        return in_place(model, process_group) if journal is None else _kept(journal, model, process_group)
 
     return _carry_out(
         "statprune.prune", landing, model, batches, how, pattern, traced, loss, process_group, progress, say, forward_context,
@@ -171,7 +173,7 @@ def _carry_out(
         with adding(lambda: "Nothing was changed.", RanksError):
             chosen = read_how(how, pattern=pattern)
             if journal is not None:
-                _check_journal(journal, model, chosen, process_group)
+                _check_journal(journal, model, chosen)
             refuse_what_runs_whole(model, chosen, has_own_loss=loss is not None)
             if isinstance(chosen, Search):
                 # Perplexity imports torchmetrics, which takes seconds and which recipes do not need.
@@ -190,7 +192,7 @@ def _carry_out(
             recipe, record = _recipe(chosen, layers, inputs, process_group, progress, say, forward_context)
             tuned_peak = peak_memory(device)
             weights = landing(model, process_group)
-            ledger = _journal(journal, weights, model, recipe, inputs) if journal is not None else None
+            ledger = _journal(journal, weights, model, recipe, inputs, process_group) if journal is not None else None
         report = run(
             layers, inputs, recipe, weights,
             loss=loss, ledger=ledger, process_group=process_group, progress=progress, forward_context=forward_context,
@@ -223,19 +225,39 @@ def _recipe(
     return tuned.recipe, {"search": how.to_dict(), **tuned.record()}
 
 
-def _check_journal(folder: str | Path, model: nn.Module, how: Recipe | Search, process_group: ProcessGroup) -> None:
+def _check_journal(folder: str | Path, model: nn.Module, how: Recipe | Search) -> None:
+    call = f"statprune.prune(journal={str(folder)!r})"
     if is_dispatched(model):
         raise RecipeError(
-            f"statprune.prune(journal={str(folder)!r}): a journal is of a model that is whole in memory, and this one is where "
-            "accelerate has put it."
+            f"{call}: a journal is of a model that is whole in memory, and this one is where accelerate has put it."
         )
-    if is_distributed(process_group) or isinstance(how, Search):
-        what = "several ranks" if is_distributed(process_group) else "a search, which may choose another recipe the next time"
-        raise RecipeError(f"statprune.prune(journal={str(folder)!r}): a journal is of one process and a recipe, not of {what}.")
+    if is_sharded(model):
+        raise RecipeError(f"{call}: a journal is of a model that is whole on every rank, and this one is sharded.")
+    if isinstance(how, Search):
+        raise RecipeError(f"{call}: a journal is of a recipe, not of a search, which may choose another one the next time.")
 
 
-def _journal(folder: str | Path, weights: Weights, model: nn.Module, recipe: Recipe, inputs: Sequence[ModelInputs]) -> Journal:
+def _kept(folder: str | Path, model: nn.Module, process_group: ProcessGroup) -> KeptInPlace:
+    """The model's weights, and those in a journal's folder, which the first rank makes."""
+    is_first, pieces = place(process_group)[0] == 0, Path(folder) / "pruned"
+    if is_first:
+        try:
+            pieces.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise CheckpointError(f"The journal's folder {folder} cannot be made: {e.strerror}.") from e
+    return KeptInPlace(model, seen_by_all(pieces, process_group), writes=is_first)
+
+
+def _journal(
+    folder: str | Path,
+    weights: Weights,
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Sequence[ModelInputs],
+    process_group: ProcessGroup,
+) -> Journal:
     """The journal in a folder, for the same run to go on with."""
     assert isinstance(weights, KeptInPlace), "a journal has files to name"
     content = {"architecture": architecture(model), "weights": check_and_sum_weights(model)}
-    return Journal(Path(folder) / "journal.jsonl", fingerprint(recipe.to_dict(), content, inputs), weights)
+    identity = fingerprint(recipe.to_dict(), content, inputs, process_group)
+    return Journal(Path(folder) / "journal.jsonl", identity, weights, process_group)

@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from statprune.contents import USUAL_SHARD_SIZE, complete, write, write_configuration, write_weights
 from statprune.errors import CheckpointError, first_line
 from statprune.hub import check_repository, push
+from statprune.methods.finite import is_finite
 from statprune.model.kinds import adapter_parameters, unwrapped
 from statprune.output import Reserved, refuse_existing, warn
 from statprune.plain import finite
@@ -301,7 +302,7 @@ def _refuse_non_finite(model: nn.Module) -> None:
     bad = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not is_finite(value):
             has_nan = bool(torch.isnan(value).any())
             if has_nan or name in parameters:
                 bad[name] = "NaN" if has_nan else "infinity"

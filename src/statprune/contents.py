@@ -12,7 +12,7 @@ from torch import nn
 
 from statprune import card
 from statprune.companions import copy_companions, source_folder
-from statprune.disk.finding import find, places_in
+from statprune.disk.finding import Saved
 from statprune.model.kinds import is_transformers_model
 from statprune.page import PAGE, render_folder
 from statprune.record import FORMAT, file_digest, write_record
@@ -53,12 +53,12 @@ def write(
         max_shard_size: of one file of weights.
     """
     write_weights(inner, folder, max_shard_size)
-    places = places_in(folder)
+    with Saved(folder) as saved:
 
-    def place_of(parameter: str, own: str) -> tuple[str, str]:
-        return find(own, inner.get_parameter(parameter), places, folder)
+        def place_of(parameter: str, own: str) -> tuple[str, str]:
+            return saved.find(own, inner.get_parameter(parameter))
 
-    complete(inner, prefix, record, folder, tokenizer, source, place_of)
+        complete(inner, prefix, record, folder, tokenizer, source, place_of)
 
 
 def complete(

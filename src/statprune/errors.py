@@ -54,6 +54,10 @@ class AdapterError(StatpruneError, ValueError):
     """An adapter cannot be loaded, or cannot be merged into a sparse model."""
 
 
+class AccelerationError(StatpruneError, RuntimeError):
+    """A model cannot run on packed weights, or is another one on them."""
+
+
 class ResultsError(StatpruneError, ValueError):
     """A file of results cannot be read, or holds numbers that do not compare with this run."""
 

@@ -23,8 +23,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from statprune.errors import CheckpointError, first_line
+from statprune.errors import CheckpointError, first_line, number_of
 from statprune.progress import Say
+from statprune.ranks import ProcessGroup, gather
 
 LOCK, NEW, OLD, JOURNAL = "lock", "new", "old", "journal.jsonl"
 RESCUED = ".rescued"
@@ -175,6 +176,32 @@ class Reserved:
                 if folder is not None:
                     shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def seen_by_all(folder: Path | None, process_group: ProcessGroup = None) -> Path:
+    """The first rank's folder, on every rank; inside of `together`.
+
+    Args:
+        folder: on the first rank, where it is there; on the others it is not looked at.
+        process_group: the ranks that take part.
+
+    Raises:
+        CheckpointError: not all see it; on every rank alike.
+    """
+    found, blind = who_sees(folder, process_group)
+    if blind:
+        raise CheckpointError(
+            f"{found}, which the first rank has made, is not seen by {number_of(len(blind), 'rank')} ({blind}). Expected a "
+            "folder on a disk that all ranks see under the same name."
+        )
+    return found
+
+
+def who_sees(folder: Path | None, process_group: ProcessGroup = None) -> tuple[Path, list[int]]:
+    """The first rank's folder, and the ranks that do not see it; as `seen_by_all`."""
+    what = "where the output is made"
+    found = Path(gather(None if folder is None else os.path.abspath(folder), process_group, what)[0])
+    return found, [rank for rank, sees in enumerate(gather(found.is_dir(), process_group, what)) if not sees]
 
 
 def refuse_existing(output: str | Path, *, is_replaceable: Callable[[Path], None] | None = None) -> None:

@@ -184,7 +184,8 @@ def evaluate_streamed(
                 del output, logits
                 num_scored += len(tokens)
                 progress(num_scored, len(windows), "windows")
-        perplexity = float(metric.compute())
+        with collective(None, "the perplexity"):  # of the windows of all ranks
+            perplexity = float(metric.compute())
         if not math.isfinite(perplexity):
             names = list(named_tensors(model))
             raise NonFiniteError(f"The perplexity is {perplexity}: {_cause(_one_by_one(weights, names), model)}")

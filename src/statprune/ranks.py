@@ -167,6 +167,26 @@ def send_around(tensors: Iterable[tuple[int, Tensor]], process_group: ProcessGro
             distributed.broadcast(tensor.view(torch.uint8), group=process_group, group_src=owner)
 
 
+def gather(value: Any, process_group: ProcessGroup = None, what: str = "what the ranks have to say") -> list[Any]:
+    """Every rank's value, in the order of the ranks, inside of `together`.
+
+    Args:
+        value: plain data; what comes back has gone through JSON, in a single process too.
+        process_group: the ranks that take part.
+        what: is told, for the message.
+
+    Raises:
+        RanksError: as for `sum_over_ranks`.
+    """
+    texts = [json.dumps(value)]
+    if is_distributed(process_group):
+        with collective(process_group, what):
+            conversation = _conversation(process_group)
+            assert conversation is not None, "ranks tell each other inside of together()"
+            texts = conversation.gather(texts[0])
+    return [json.loads(text) for text in texts]
+
+
 def share(count: int, available: int, device: torch.device, process_group: ProcessGroup = None) -> int:
     """How many this rank contributes where the ranks lay down one each in turns, until there are enough.
 
@@ -264,7 +284,7 @@ class _Conversation:
             if not failed and highest == -lowest:
                 return
             self.is_over = True
-            texts = self._gather((failure or "") if failed else text)
+            texts = self.gather((failure or "") if failed else text)
         if not failed:
             raise RanksError(f"{self.work[-1]}: {_difference(self._ranks(), texts, common)}")
         if failure is None:
@@ -303,7 +323,7 @@ class _Conversation:
     def _ranks(self) -> list[int]:
         return distributed.get_process_group_ranks(self.group)
 
-    def _gather(self, text: str) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         """Every rank's text. Through tensors: all_gather_object would ask for a current device."""
         mine = torch.frombuffer(bytearray(text.encode() + b" "), dtype=torch.uint8).to(self.device)
         length = torch.tensor([len(mine)], device=self.device)

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from statprune.errors import number_of
-from statprune.methods.pruner import PrunedWeight, energy_sq
+from statprune.methods.counting import energy_sq, num_zeros
+from statprune.methods.pruner import PrunedWeight
 from statprune.model.sites import LeftOut, LinearSite
 from statprune.versions import versions
 
@@ -54,8 +55,8 @@ class SiteReport:
             parameter=site.parameter,
             shape=site.shape,
             stored=site.layout,
-            num_pruned=pruned.keep.numel() - int(pruned.keep.sum()),
-            num_zeros=int((pruned.weight == 0).sum()),
+            num_pruned=num_zeros(pruned.keep),
+            num_zeros=num_zeros(pruned.weight),
             energy_before=energy_sq(dense),
             energy_after=energy_sq(pruned.weight),
             pattern=pattern,

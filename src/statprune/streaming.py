@@ -4,33 +4,39 @@ skeleton     the model without values, traced as it is               disk/skelet
 weights      read before a segment runs, let go behind it            disk/streamed
 shards       the output's files: a pruned weight goes there at once  disk/shards
 journal      what is finished, for a run that goes on after this     disk/journal
+
+Several ranks share the work as in memory. Each reads what it computes with; the first one writes, and keeps the journal.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from statprune.agreement import device_of
+from statprune.agreement import check_layers, check_streamed_start, device_of
 from statprune.clock import available_memory, resident_memory, timed
 from statprune.disk.journal import Journal, fingerprint
-from statprune.disk.scratch import offloaded
+from statprune.disk.scratch import offloaded, remove_leftovers
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import Skeleton
 from statprune.disk.streamed import Streamed
 from statprune.engine import run
 from statprune.errors import CheckpointError, SiteError, TracingError
+from statprune.methods.pruner import is_by_blocks
 from statprune.methods.statistics import Statistic
-from statprune.methods.workspace import workspace
+from statprune.methods.workspace import workspace, workspace_by_blocks
 from statprune.model.accounting import expect
 from statprune.model.expected import Expected, gigabytes
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.offload import Place
 from statprune.model.sites import LinearSite
-from statprune.output import Reserved
+from statprune.output import JOURNAL, Reserved, seen_by_all
 from statprune.progress import Progress, silent
+from statprune.ranks import ProcessGroup, all_well, together
+from statprune.ranks import place as place_among
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
 from statprune.selection import select
@@ -76,12 +82,16 @@ def expected_memory(
     The perplexity before and after, and the backward pass of a loss-aware method, are not in it.
     """
     assert layers.traced is not None, "a model that is streamed has a graph"
-    needs = recipe.pruner().needs | recipe.build_target().needs
+    pruner = recipe.pruner()
+    needs = pruner.needs | recipe.build_target().needs
+    is_plain = is_by_blocks(pruner) and not Statistic.CROSS & needs
     if needs & ~Statistic.CURVATURE:
         needs |= Statistic.SAMPLE  # as `engine.run` has it
     names = recipe.criterion["name"], [_kind(one) for one in recipe.compensation]
 
     def to_prune(site: LinearSite) -> int:
+        if is_plain:
+            return workspace_by_blocks(*site.shape, model.get_parameter(site.parameter).element_size())
         return workspace(*names, *site.shape, needs)
 
     device = device_of(model)
@@ -122,11 +132,12 @@ def choose_place(
 
 
 def check_room(skeleton: Skeleton, place: Reserved, max_shard_size: int | str, expected: Expected) -> None:
-    """Raise CheckpointError where the disk has no room for the output's weights with values that are to wait in files."""
+    """Raise CheckpointError where the disk has no room for the output's weights with values that are to wait in files, of as
+    many processes as there are on this machine."""
     if expected.place == "disk":
-        shards = lay_out(skeleton, place, max_shard_size)
+        shards = lay_out(skeleton, place.folder, max_shard_size)
         room = 0 if shards.are_there() else shards.num_bytes
-        size = expected.widest.values
+        size = expected.processes * expected.widest.values
         place.check_room(room + size, f"{gigabytes(size)} of it for the values of the batches while it runs")
 
 
@@ -135,15 +146,15 @@ def _kind(compensation: Mapping[str, Any]) -> str:
     return f"{compensation['name']}, in steps" if compensation.get("steps") else str(compensation["name"])
 
 
-def lay_out(skeleton: Skeleton, place: Reserved, max_shard_size: int | str) -> Shards:
-    """The files of the output, as they will be; nothing is written."""
+def lay_out(skeleton: Skeleton, folder: Path, max_shard_size: int | str) -> Shards:
+    """The files of an output in a folder, as they will be; nothing is written."""
     dtypes = {tensor: skeleton.model.get_parameter(own).dtype for own, tensor in skeleton.stored_as.items()}
     usual: torch.dtype = skeleton.model.dtype
     tensors = {
         name: (dtypes.get(name, usual if one.dtype.is_floating_point else one.dtype), one.shape)
         for name, one in skeleton.kept.items()
     }
-    return Shards(place.folder, tensors, max_shard_size)
+    return Shards(folder, tensors, max_shard_size)
 
 
 def prune_streamed(
@@ -151,11 +162,12 @@ def prune_streamed(
     layers: Layers,
     inputs: Sequence[ModelInputs],
     recipe: Recipe,
-    place: Reserved,
+    place: Reserved | None,
     *,
     max_shard_size: int | str,
     values: Place = "device",
     settings: dict[str, Any] | None = None,
+    process_group: ProcessGroup = None,
     progress: Progress = silent,
     copied: Progress = silent,
     then: Callable[[Streamed], None] | None = None,
@@ -167,14 +179,16 @@ def prune_streamed(
         layers: of the skeleton, with a graph.
         inputs: calibration data, on the device.
         recipe: how.
-        place: of the output; what another run has finished there is taken over, where it is of the same inputs.
+        place: of the output; what another run has finished there is taken over, where it is of the same inputs. The first
+            rank's, on a disk that all ranks see; None on the others.
         max_shard_size: of one file of weights.
         values: where those of the batches wait between two groups, which changes no bit; on the disk, in files beside the
             output.
         settings: what else two runs must have in common for one to go on with the other's work.
+        process_group: of the ranks that prune together, each with its own inputs.
         progress: called after each input group.
         copied: called after each tensor that is copied as it is, at the end.
-        then: called at the end with the pruned weights, before they are let go.
+        then: called at the end with the pruned weights, before they are let go; on every rank.
 
     Returns:
         The report, and in which file and under which name each pruned parameter is.
@@ -182,35 +196,57 @@ def prune_streamed(
     Raises:
         StatpruneError: as `prune`, `check_streamed` and `check_room`; the inputs of the run to go on with are others; the disk
             is full. What is finished stays in the place's hidden folder.
+        RanksError: another rank failed, or does something else.
     """
-    check_streamed(skeleton, layers, recipe)
-    assert layers.traced is not None, "a model that is streamed has a graph"
-    shards = lay_out(skeleton, place, max_shard_size)
-    weights = Streamed(skeleton, shards, device_of(skeleton.model))
-    place.check_held()
-    try:
-        journal = Journal(place.journal, _identity(skeleton, inputs, recipe, shards, settings or {}), weights)
-        if not shards.are_there():
-            shards.create()
-        if values == "disk":
-            check_room(skeleton, place, max_shard_size, expected_memory(skeleton.model, layers, inputs, recipe, values))
-        with offloaded(values, layers.traced, place.journal.parent) as offload:
-            report = run(replace(layers, offload=offload), inputs, recipe, weights, ledger=journal, progress=progress)
-        pruned = {site.parameter: skeleton.stored_as[skeleton.canonical[site.parameter]] for site in report.sites}
-        with timed(report.seconds, "copy", report.memory):
-            _copy_rest(skeleton, shards, set(pruned.values()), copied)
-            shards.sync()
-        if then is not None:
-            then(weights)
-    except OSError as e:
-        raise CheckpointError(f"The output {place.output} could not be written: {e.strerror}. Make room.") from e
-    finally:
-        weights.close()
+    device = device_of(skeleton.model)
+    with together(process_group, device, "statprune prune --stream"):
+        check_streamed(skeleton, layers, recipe)
+        assert layers.traced is not None, "a model that is streamed has a graph"
+        check_streamed_start(skeleton, recipe, inputs, process_group)
+        check_layers(layers, process_group)
+        if place is not None:
+            place.check_held()
+            remove_leftovers(place.folder.parent)  # before the others go on, who wait for this rank next
+        folder = seen_by_all(place.folder if place is not None else None, process_group)
+        shards = lay_out(skeleton, folder, max_shard_size)
+        identity = _identity(skeleton, inputs, recipe, shards, process_group, settings or {})
+        weights = Streamed(skeleton, shards, device, writes=place is not None)
+        try:
+            journal = Journal(folder.with_name(JOURNAL), identity, weights, process_group)
+            if place is not None and not shards.are_there():
+                shards.create()
+            rank, ranks = place_among(process_group)
+            if place is not None and values == "disk":
+                told = expected_memory(skeleton.model, layers, inputs, recipe, values)
+                check_room(skeleton, place, max_shard_size, replace(told, processes=ranks))
+            with offloaded(values, layers.traced, folder.parent, rank) as offload:
+                report = run(
+                    replace(layers, offload=offload), inputs, recipe, weights,
+                    ledger=journal, process_group=process_group, progress=progress,
+                )  # fmt: skip
+            pruned = {site.parameter: skeleton.stored_as[skeleton.canonical[site.parameter]] for site in report.sites}
+            if place is not None:
+                with timed(report.seconds, "copy", report.memory):
+                    _copy_rest(skeleton, shards, set(pruned.values()), copied)
+                    shards.sync()
+            all_well(process_group, "what is written")
+            if then is not None:
+                then(weights)
+        except OSError as e:
+            where = folder if place is None else place.output
+            raise CheckpointError(f"The output {where} could not be written: {e.strerror}. Make room.") from e
+        finally:
+            weights.close()
     return report, {parameter: (shards.places[name].file.name, name) for parameter, name in pruned.items()}
 
 
 def _identity(
-    skeleton: Skeleton, inputs: Sequence[ModelInputs], recipe: Recipe, shards: Shards, settings: dict[str, Any]
+    skeleton: Skeleton,
+    inputs: Sequence[ModelInputs],
+    recipe: Recipe,
+    shards: Shards,
+    process_group: ProcessGroup,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """What two runs have in common of which one can go on with the other's work: all that a result depends on."""
     files = {}
@@ -219,7 +255,7 @@ def _identity(
         files[place.file.name] = [status.st_size, status.st_mtime_ns]
     model = {"files": files, "dtype": str(skeleton.model.dtype), "device": str(device_of(skeleton.model))}
     layout = {place.file.name: place.start for place in shards.places.values()}
-    return fingerprint(recipe.to_dict(), model, inputs, output=layout, **settings)
+    return fingerprint(recipe.to_dict(), model, inputs, process_group, output=layout, **settings)
 
 
 def _copy_rest(skeleton: Skeleton, shards: Shards, pruned: set[str], progress: Progress) -> None:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from statprune.errors import CheckpointError, first_line
+from statprune.methods.counting import energy_sq, num_zeros
 from statprune.methods.patterns import Pattern
-from statprune.methods.pruner import energy_sq
 from statprune.progress import Progress, silent
 from statprune.record import (
     INDEX,
@@ -87,11 +87,11 @@ def _check_weight(folder: Path, site: Mapping[str, Any], pattern: Pattern, file:
     if list(weight.shape) != list(site["shape"]):
         raise _broken(folder, name, "shape [out, in]", site["shape"], list(weight.shape))
     try:
-        num_zeros, holds, energy = int((weight == 0).sum()), pattern.holds(weight), energy_sq(weight)
+        zeros, holds, energy = num_zeros(weight), pattern.holds(weight), energy_sq(weight)
     except (TypeError, ValueError, RuntimeError) as e:  # no floating-point numbers, or a setting of another type
         raise CheckpointError(f"{folder}: {name}: {weight.dtype} with {pattern} cannot be checked: {first_line(e)}.") from e
-    if num_zeros != site["num_zeros"]:
-        raise _broken(folder, name, "number of zeros", site["num_zeros"], num_zeros)
+    if zeros != site["num_zeros"]:
+        raise _broken(folder, name, "number of zeros", site["num_zeros"], zeros)
     if not holds:
         raise _broken(folder, name, "pattern", str(pattern), "a group with too few zeros")
     if not close(energy, site["energy_after"]):

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from statprune.errors import ModelError
+from statprune.methods.counting import num_zeros
 from statprune.methods.patterns import NM
 from statprune.model.sites import LinearSite
 from statprune.progress import Progress, silent
@@ -127,4 +128,4 @@ def _zeros(site: LinearSite, stored: Tensor, patterns: Sequence[NM]) -> Zeros:
         return Zeros(site.name, site.shape, None, None)
     weight = site.view(stored)
     kept = next((str(pattern) for pattern in patterns if pattern.sparsity > 0 and pattern.holds(weight)), None)
-    return Zeros(site.name, site.shape, int((weight == 0).sum()), kept)
+    return Zeros(site.name, site.shape, num_zeros(weight), kept)

@@ -6,7 +6,7 @@ It shows people what it does with `console` and `display`, and returns the same 
 from collections.abc import Callable
 from typing import Any
 
-from statprune.commands.measurements import benchmark, compare, experiment, quickstart, tune
+from statprune.commands.measurements import accelerate, benchmark, compare, experiment, quickstart, tune
 from statprune.commands.one_model import evaluate, inspect, merge, push, report, verify
 from statprune.commands.pruning import prune
 
@@ -23,4 +23,5 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "tune": tune,
     "experiment": experiment,
     "benchmark": benchmark,
+    "accelerate": accelerate,
 }

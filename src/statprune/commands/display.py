@@ -10,8 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from statprune.commands.console import console, show_text
+from statprune.errors import number_of
 
 if TYPE_CHECKING:
+    from statprune.acceleration.report import AccelerationReport
     from statprune.recipe import Recipe, Search
     from statprune.report import PruningReport
     from statprune.selection import Selection
@@ -351,6 +353,34 @@ def show_walk_cost(cost: Any, num_tokens: int) -> None:
         f"walk / plain forward pass over {num_tokens:,} tokens: [bold]{cost.ratio:.2f}[/] "
         f"(median of {len(cost.ratios)}, {min(cost.ratios):.2f} to {max(cost.ratios):.2f}); export {cost.export:.1f} s"
     )
+
+
+def show_acceleration(model: str, report: "AccelerationReport") -> None:
+    """The end of `statprune accelerate`."""
+    from statprune.acceleration.report import HEADS, WHOLE_HEADS
+
+    how = ", compiled" if report.compiled else ""
+    for title, heads, rows, num_left in (
+        (f"{report.device}{how}; * chosen: {report.speedup:g} times faster at all of them", HEADS, report.rows(), 2),
+        ("the whole model", WHOLE_HEADS, report.whole_rows(), 0),
+    ):
+        if rows:
+            table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+            for index, head in enumerate(heads):
+                table.add_column(head, justify="left" if index < num_left else "right", overflow="fold")
+            for row in rows:
+                table.add_row(*map(escape, row))
+            console.print(table)
+    for reason, count in report.reasons():
+        console.tell(f"stays dense: {number_of(count, 'weight')}, {escape(reason)}")
+    for name, why in report.failed.items():
+        console.tell(f"[yellow]cannot be used here: {escape(name)}, {escape(why)}[/]")
+    console.tell(f"[bold]{escape(report.conclusion)}[/]")
+    if report.accelerated:
+        show_text(
+            f'To use it:\n  model = statprune.load({model!r}, device="cuda")\n'
+            f"  statprune.accelerate(model, tokens={list(report.tokens)})"
+        )
 
 
 def show_next_steps(output: str) -> None:

@@ -11,6 +11,7 @@ from statprune.commands.options import (
     DType,
     LayerOptions,
     ModelOptions,
+    WindowOptions,
     words,
 )
 from statprune.errors import ExperimentError
@@ -123,6 +124,51 @@ def benchmark(model: ModelOptions, calibration: CalibrationOptions = RANDOM_TOKE
         cost = measure_walk(opened.model, windows.split(calibration.batch_size), rounds=rounds, progress=progress)
     display.show_walk_cost(cost, windows.numel())
     return display.walk_cost_data(cost, windows.numel())
+
+
+def accelerate(
+    model: ModelOptions,
+    tokens: list[int],
+    compiled: bool = False,
+    speedup: float = 1.05,
+    tolerance: float | None = None,
+) -> dict[str, Any]:
+    """Whether the 2:4 layers of a model run faster on this GPU's sparse kernels, which of them, and how much.
+
+    One layer of each shape is measured, dense and with each sparse kernel that torch has, at each number of tokens; then the
+    whole model, which has to give the same predictions. It takes an NVIDIA GPU of compute capability 8.0 or later, and weights
+    in float16 or bfloat16. Nothing is saved: weights are packed when a model is loaded. What this measures does in Python
+
+        model = statprune.load("sparse", device="cuda")
+        statprune.accelerate(model, tokens=[1, 64, 2048])
+
+    and where nothing is faster, nothing is changed.
+
+    Args:
+        tokens: Numbers of tokens in a forward pass, batch times length, at all of which a layer has to be faster (several:
+            --tokens 1 64 2048). 1 is what generating a text does for each token; 2048 is reading a long one.
+        compiled: Measure what torch.compile makes of layers and model. Without, a packed weight costs some Python for each
+            call, which few tokens do not make up for.
+        speedup: How many times faster than dense a layer has to be at every number of tokens.
+        tolerance: How far predictions may be off, relative to the norm of the dense model's. Default: 0.01 in float16, 0.05 in
+            bfloat16.
+
+    Examples:
+        statprune accelerate sparse --tokens 2048 --dtype bfloat16
+        statprune accelerate sparse --tokens 1 64 2048 --dtype float16 --compiled --json
+    """
+    import statprune.acceleration.accelerate as acceleration
+    from statprune.versions import versions
+
+    acceleration.check(tokens, speedup, tolerance)
+    acceleration.check_device(model.device)
+    opened = model.open(WindowOptions())
+    with console.progress("measuring", each=True) as progress:
+        report = acceleration.accelerate(
+            opened.model, tokens, compiled=compiled, speedup=speedup, tolerance=tolerance, progress=progress
+        ).report
+    display.show_acceleration(model.model, report)
+    return {**report.to_dict(), "model": model.model, **opened.place, "device": report.device, "versions": versions()}
 
 
 def experiment(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from statprune.commands import console
+from statprune.commands import console, processes
 from statprune.errors import CalibrationError
 from statprune.model.schedule import Schedule
 
@@ -199,11 +199,26 @@ class CalibrationOptions(WindowOptions):
         drawn = how_drawn(sources, opened.tokenizer_for(sources), halves=halves)
         return {} if drawn is None else {"places": drawn}
 
-    def blank_batches(self, seqlen: int) -> "list[Tensor]":
-        """Tokens in the shapes that the batches will have: enough to find the layers, before there is any data."""
+    def batches(self, opened: Opened, *, halves: bool = False) -> "list[Tensor]":
+        """This process's windows in batches; arguments and errors as for `windows`."""
+        from statprune.ranks import send_around
+
+        # Drawn once, whatever it takes, and the same in all processes.
+        windows = self.windows(opened, halves=halves) if processes.place().is_first else self._blank(opened.seqlen)
+        send_around([(0, windows)], None, "the calibration windows")
+        return self._own(windows, halves)
+
+    def blank_batches(self, seqlen: int, *, halves: bool = False) -> "list[Tensor]":
+        """Tokens in the shapes that `batches` will have: enough to find the layers, before there is any data."""
+        return self._own(self._blank(seqlen), halves)
+
+    def _blank(self, seqlen: int) -> "Tensor":
         import torch
 
-        return list(torch.zeros(self.samples, seqlen, dtype=torch.int64).split(self.batch_size))
+        return torch.zeros(self.samples, seqlen, dtype=torch.int64)
+
+    def _own(self, windows: "Tensor", halves: bool) -> "list[Tensor]":
+        return list(processes.share_of(windows, halves=halves).split(self.batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)

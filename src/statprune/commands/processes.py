@@ -42,6 +42,9 @@ class Place:
     local: int
     """Its rank on this machine."""
 
+    on_machine: int
+    """How many of them are on this machine."""
+
     @property
     def is_first(self) -> bool:
         """Whether it speaks and writes."""
@@ -51,9 +54,10 @@ class Place:
 def place() -> Place:
     """This process's, as the environment says."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return Place(0, 1, 0)
+        return Place(0, 1, 0, 1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return Place(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+    local, on_machine = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", size)
+    return Place(rank, size, int(local), int(on_machine))
 
 
 @contextlib.contextmanager
@@ -135,6 +139,17 @@ def device_of(device: str, here: Place) -> "torch.device":
     return torch.device("cuda", here.local)
 
 
+def available_memory(device: "torch.device") -> int | None:
+    """Bytes that this process may take: of main memory, an equal part of what is free for those of this machine.
+
+    None where the system does not tell.
+    """
+    from statprune.clock import available_memory as free_memory
+
+    free = free_memory(device)
+    return free // place().on_machine if free is not None and device.type == "cpu" else free
+
+
 def check_windows(samples: int, *, halves: bool = False) -> None:
     """Raise CalibrationError where there are not enough calibration windows for all ranks."""
     least = place().size * (2 if halves else 1)
@@ -153,6 +168,12 @@ def share_of(windows: "Tensor", *, halves: bool = False) -> "Tensor":
     if len(windows) < here.size * together:
         return windows
     return windows[torch.arange(len(windows)) // together % here.size == here.rank]
+
+
+def protocol() -> dict[str, int]:
+    """What a record says of them, where there are several."""
+    size = place().size
+    return {"ranks": size} if size > 1 else {}
 
 
 def _store(here: Place) -> Any:

@@ -19,6 +19,8 @@ from statprune.commands.streamed import prune_streamed, show_memory, wants_strea
 from statprune.errors import CalibrationError, NonFiniteError, RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from statprune.model.layers import Layers
@@ -62,7 +64,7 @@ def prune(
             may take, before the values of the calibration windows wait in a GPU's host memory or in files beside the output.
             Default: what is free.
         restart: Begin anew where an earlier run of the same output ended early, and remove what it had done. Without it, the
-            same command goes on where that one stopped.
+            same command goes on where that one stopped, in as many processes.
 
     Examples:
         statprune prune MODEL --output sparse --dry-run
@@ -82,11 +84,13 @@ def prune(
 
     how = recipe.read()
     processes.check_windows(calibration.samples, halves=isinstance(how, Search))
-    if not processes.place().is_first:  # what is written, the first rank writes
-        return {} if dry_run else _prune(model, None, how, calibration, text, not no_compare, max_shard_size)
-    checkpoint.check_output(output, overwrite=overwrite, source=model.model)
-    checkpoint.check_shard_size(max_shard_size)
+    is_first = processes.place().is_first  # what is written, the first rank writes
+    if is_first:
+        checkpoint.check_output(output, overwrite=overwrite, source=model.model)
+        checkpoint.check_shard_size(max_shard_size)
     if dry_run:
+        if not is_first:
+            return {}
         seqlen = model.check(calibration)
         empty, layers = look(model.model, model.dtype, lambda _: calibration.blank_batches(seqlen), model.revision)
         selection = select(layers.groups, layers.left_out, how)
@@ -97,13 +101,16 @@ def prune(
             memory_data["memory"] = show_memory(empty, layers, inputs, how, memory).to_dict()
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how) | memory_data
-    resumes = isinstance(how, Recipe) and processes.place().size == 1
-    with (
-        checkpoint.reserve(
-            output, overwrite=overwrite, source=model.model, say=console.say, resumes=resumes, restarts=restart
-        ) as place,
-        _kept(place),
-    ):
+    with contextlib.ExitStack() as held:
+        place = None
+        if is_first:
+            resumes = isinstance(how, Recipe)
+            place = held.enter_context(
+                checkpoint.reserve(
+                    output, overwrite=overwrite, source=model.model, say=console.say, resumes=resumes, restarts=restart
+                )
+            )
+            held.enter_context(_kept(place))
         if wants_stream(model, calibration, stream, memory):
             if isinstance(how, Search):
                 raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
@@ -131,14 +138,11 @@ def _prune(
     compares: bool,
     max_shard_size: str | None,
 ) -> dict[str, Any]:
-    import torch
-
     import statprune.checkpoint as checkpoint
     from statprune.api import prune as prune_model
     from statprune.clock import timed
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
-    from statprune.ranks import send_around
     from statprune.recipe import Recipe, Search
     from statprune.selection import select
 
@@ -151,14 +155,11 @@ def _prune(
     halves = isinstance(how, Search)
     with timed(seconds, "trace"):
         console.say("exporting the model to a graph")
-        blank = torch.zeros(calibration.samples, opened.seqlen, dtype=torch.int64)
-        layers = find_layers(opened.model, bind_batches(opened.model, _batches(blank, calibration, halves)))
+        blank = calibration.blank_batches(opened.seqlen, halves=halves)
+        layers = find_layers(opened.model, bind_batches(opened.model, blank))
     display.show_plan(opened.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     drawn = calibration.places(opened, halves=halves)
-    # Drawn once, whatever it takes, and the same on all ranks.
-    windows = calibration.windows(opened, halves=halves) if place is not None else torch.empty_like(blank)
-    send_around([(0, windows)], None, "the calibration windows")
-    batches = _batches(windows, calibration, halves)
+    batches = calibration.batches(opened, halves=halves)
     perplexity: dict[str, Any] = {}
     if held_out is not None:
         perplexity["dense"] = _perplexity(opened, held_out, calibration.batch_size, "perplexity of the dense model")
@@ -168,22 +169,21 @@ def _prune(
     if place is not None and place.journal.exists():
         console.say(f"going on with what a run that ended early has left in {place.journal.parent}")
     title = "pruning" if isinstance(how, Recipe) else "choosing and pruning"
-    is_alone = place is not None and processes.place().size == 1
+    journal = None if halves else _journal_folder(place)
     with console.progress(title) as progress, _said_already(layers.reason):
         report = prune_model(
             opened.model, batches, how, traced=layers, progress=progress, say=console.say,
-            journal=place.journal.parent if is_alone and place is not None and isinstance(how, Recipe) else None,
+            journal=journal,
         )  # fmt: skip
     if held_out is not None:
         perplexity["pruned"] = _perplexity_or_none(opened, held_out, calibration.batch_size, "perplexity of the pruned model")
         report.perplexity = {**perplexity, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
     if place is None:
         return {}
-    ranks = processes.place().size
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place,
-        **({"ranks": ranks} if ranks > 1 else {}),
+        **processes.protocol(),
     }  # fmt: skip
     report.seconds["trace"] += seconds.pop("trace")
     report.seconds |= seconds
@@ -194,9 +194,14 @@ def _prune(
     return {"output": str(place.output), **report.to_dict(), "protocol": protocol}
 
 
-def _batches(windows: "Tensor", calibration: CalibrationOptions, halves: bool) -> "list[Tensor]":
-    """This process's windows, in batches."""
-    return list(processes.share_of(windows, halves=halves).split(calibration.batch_size))
+def _journal_folder(place: "Reserved | None") -> "Path | None":
+    """Where to keep what is finished; None where not all processes see the first one's disk, and a run begins anew."""
+    from statprune.output import who_sees
+
+    folder, blind = who_sees(place.journal.parent if place is not None else None)
+    if blind:
+        console.say(f"not all processes see {folder.parent}: a run that ends early begins anew")
+    return None if blind else folder
 
 
 _NOT_COMPARED = ("wanda", "magnitude")

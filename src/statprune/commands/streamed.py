@@ -1,17 +1,18 @@
 """`prune --stream` and `evaluate --stream`: a model that is larger than memory, read from its files, block by block."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from statprune.commands import console, display, processes
 from statprune.commands.options import CalibrationOptions, ModelOptions, Opened, WindowOptions
-from statprune.errors import CalibrationError, ModelError, NonFiniteError, RanksError
+from statprune.errors import CalibrationError, ModelError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -42,41 +43,36 @@ def read_size(text: str) -> int:
 def wants_stream(model: ModelOptions, windows: WindowOptions, stream: bool, memory: str | None) -> bool:
     """Whether to stream: it is asked for, or the weights take more than the memory that there is, or that is allowed.
 
-    Raises:
-        RanksError: there are several processes, and streaming is the work of one.
+    Several processes come to the same answer: where they do not fit into the memory of one, all stream.
     """
+    from statprune.ranks import gather
+
     budget = read_size(memory) if memory is not None else None
     model.check(windows)
-    streams = stream or _is_too_large(model, budget)
-    if streams and processes.place().size > 1:
-        raise RanksError(
-            f"{model.model} is streamed, which is the work of one process: run it without torchrun. Or, where the model fits "
-            "into memory once for each process, allow that with --memory."
-        )
-    return streams
+    return stream or any(gather(_is_too_large(model, budget), None, "whether the weights fit into memory"))
 
 
 def _is_too_large(model: ModelOptions, budget: int | None) -> bool:
     import torch
 
-    from statprune.clock import available_memory
     from statprune.configuration import empty_model
     from statprune.loading import choose_device
 
     if budget is None:
-        budget = available_memory(torch.device(choose_device(model.device)))
+        budget = processes.available_memory(torch.device(choose_device(model.device)))
     if budget is None:
         return False
     empty = empty_model(model.model, model.dtype if model.dtype == "auto" else getattr(torch, model.dtype), model.revision)
     size = sum(one.numel() * one.element_size() for one in empty.parameters())
     if size > budget:
+        each = f" by each of {processes.place().size} processes" if processes.place().size > 1 else ""
         console.say(
-            f"{model.model} has {size / 1e9:,.1f} GB of weights, and {budget / 1e9:,.1f} GB may be used: it is streamed"
+            f"{model.model} has {size / 1e9:,.1f} GB of weights, and {budget / 1e9:,.1f} GB may be used{each}: it is streamed"
         )
     return bool(size > budget)
 
 
-def open_streamed(model: ModelOptions, windows: WindowOptions, scratch: "Path | None" = None) -> "tuple[Opened, Skeleton]":
+def open_streamed(model: ModelOptions, windows: WindowOptions, scratch: Path | None = None) -> "tuple[Opened, Skeleton]":
     """The model without values, and where they are; errors as for `ModelOptions.open`."""
     import torch
 
@@ -99,14 +95,17 @@ def open_streamed(model: ModelOptions, windows: WindowOptions, scratch: "Path | 
 def perplexity(
     opened: Opened, layers: "Layers | None", weights: "Streamed", held_out: "Tensor", batch_size: int, title: str
 ) -> float:
-    """Of the model with these weights. What lies between two blocks is held for so many windows at once as `_HELD` allows."""
+    """Of the model with these weights, each process on its share of the windows.
+
+    What lies between two blocks is held for so many windows at once as `_HELD` allows.
+    """
     from statprune.perplexity import evaluate_streamed
 
     traced = layers.traced if layers is not None else None
     width = opened.model.config.get_text_config().hidden_size * 4
     with console.progress(title) as progress:
         return evaluate_streamed(
-            opened.model, held_out, weights, batch_size=batch_size, traced=traced, progress=progress,
+            opened.model, processes.share_of(held_out), weights, batch_size=batch_size, traced=traced, progress=progress,
             tokens_per_round=_HELD // width,
         )  # fmt: skip
 
@@ -116,11 +115,15 @@ _HELD = 1 << 30
 
 
 def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", how: "Recipe", memory: str | None) -> "Expected":
-    """Decides where values wait, and shows what pruning it from its files will take; its parameters may be without values."""
+    """Decides where this process's values wait, and shows what pruning the model from its files will take of memory in it.
+
+    The model's parameters may be without values.
+    """
     from statprune.streaming import choose_place
 
     budget = read_size(memory) if memory is not None else None
-    expected = choose_place(model, layers, inputs, how, memory=budget)
+    chosen = choose_place(model, layers, inputs, how, memory=budget, available=processes.available_memory)
+    expected = replace(chosen, processes=processes.place().on_machine)
     lines = expected.lines()
     if budget is not None and expected.total > budget:
         lines[0] += f" That is more than --memory {memory}."
@@ -145,14 +148,14 @@ def evaluate_streamed(model: ModelOptions, windows: WindowOptions, text: list[st
 
 def prune_streamed(
     model: ModelOptions,
-    place: "Reserved",
+    place: "Reserved | None",
     how: "Recipe",
     calibration: CalibrationOptions,
     text: list[str] | None,
     max_shard_size: str,
     memory: str | None,
 ) -> dict[str, Any]:
-    """`prune` with the model on disk."""
+    """`prune` with the model on disk; the place is the first process's, and None in the others."""
     import statprune.checkpoint as checkpoint
     from statprune import streaming
     from statprune.agreement import device_of
@@ -160,6 +163,7 @@ def prune_streamed(
     from statprune.disk.streamed import Streamed
     from statprune.model.inputs import bind_batches
     from statprune.model.layers import find_layers
+    from statprune.output import seen_by_all
     from statprune.selection import select
 
     if calibration.calibration == ["generated"]:
@@ -168,8 +172,9 @@ def prune_streamed(
             "file (FILE.safetensors:KEY) or a data set's name."
         )
     seconds: dict[str, float] = {}
+    scratch = seen_by_all(place.folder.parent if place is not None else None)
     with timed(seconds, "open"):
-        opened, skeleton = open_streamed(model, calibration, place.folder.parent)
+        opened, skeleton = open_streamed(model, calibration, scratch)
     held_out = opened.held_out(text) if text else None
     opened.tokenizer_for(calibration.calibration or [])  # one that is broken is refused before the export
     with timed(seconds, "trace"):
@@ -179,10 +184,11 @@ def prune_streamed(
     streaming.check_streamed(skeleton, layers, how)
     display.show_plan(skeleton.model, select(layers.groups, layers.left_out, how), how, layers.reason)
     expected = show_memory(skeleton.model, layers, blank, how, memory)
-    streaming.check_room(skeleton, place, max_shard_size, expected)
+    if place is not None:
+        streaming.check_room(skeleton, place, max_shard_size, expected)
     drawn = calibration.places(opened)
-    inputs = bind_batches(skeleton.model, list(calibration.windows(opened).split(calibration.batch_size)))
-    if place.journal.exists():
+    inputs = bind_batches(skeleton.model, calibration.batches(opened))
+    if place is not None and place.journal.exists():
         console.say(f"going on with what a run that ended early has left in {place.journal.parent}")
     measured: dict[str, float | None] = {}
 
@@ -208,12 +214,15 @@ def prune_streamed(
             skeleton, layers, inputs, how, place,
             max_shard_size=max_shard_size, values=expected.place, progress=progress, copied=copied, then=measure_pruned,
         )  # fmt: skip
+    if place is None:
+        return {}
     if held_out is not None:
         report.perplexity = {**measured, "windows": len(held_out), "seqlen": opened.seqlen, "text": text}
     report.seconds = {**seconds, **report.seconds}
     protocol = {
         "model": model.model, "calibration": calibration.calibration, "samples": calibration.samples, "seqlen": opened.seqlen,
         "seed": calibration.seed, **drawn, "batch_size": calibration.batch_size, **opened.place, "streamed": True,
+        **processes.protocol(),
     }  # fmt: skip
     console.say(f"finishing {place.output}, and verifying what was written")
     with timed(report.seconds, "save"):

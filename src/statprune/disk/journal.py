@@ -7,6 +7,8 @@
 
 A line is written at once when its weights are in their places. What a crash has left of one ends the journal there; and a
 weight whose place does not hold what its line promises is pruned again.
+
+Of several ranks the first keeps the journal and the weights, and tells the others what is finished.
 """
 
 import json
@@ -21,11 +23,12 @@ import torch
 from statprune.errors import CheckpointError, shown
 from statprune.model.inputs import ModelInputs
 from statprune.model.sites import LinearSite
+from statprune.ranks import ProcessGroup, gather, place
 from statprune.report import FinishedSite, site_report
 from statprune.results import digest
 from statprune.versions import versions
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Store(Protocol):
@@ -45,17 +48,23 @@ class Journal:
     """The lines of one run's journal; a `Ledger`.
 
     Args:
-        path: the file; made where it is not there.
+        path: the file; made where it is not there. Only the first rank's is looked at.
         inputs: what makes two runs the same, by name; plain data for JSON.
         store: where the weights are.
+        process_group: of the ranks that prune together.
 
     Raises:
         CheckpointError: it is the journal of a run with other inputs; names what differs. Or it cannot be written.
     """
 
-    def __init__(self, path: Path, inputs: Mapping[str, Any], store: Store) -> None:
+    def __init__(self, path: Path, inputs: Mapping[str, Any], store: Store, process_group: ProcessGroup = None) -> None:
         self.path, self.store = path, store
         self.inputs = json.loads(json.dumps(inputs, default=str))
+        self.lines: list[dict[str, Any]] = []
+        self._process_group = process_group
+        self._rank, _ = place(process_group)
+        if self._rank:
+            return
         self.lines, length = _lines(path)
         if self.lines:
             _check_same(path, self.lines.pop(0).get("inputs"), self.inputs)
@@ -65,15 +74,18 @@ class Journal:
             self._write({"format": FORMAT, "inputs": self.inputs}, mode="w")
 
     def finished(self) -> dict[str, FinishedSite]:
-        """What an earlier run has finished and is in its place, by parameter."""
+        """What an earlier run has finished and is in its place, by parameter.
+
+        Raises:
+            RanksError: another rank failed.
+        """
         lines = {one["report"]["parameter"]: one for line in self.lines for one in line["finished"]}
-        return {
-            parameter: FinishedSite(
-                site_report(one["report"]), None if one["energies"] is None else tuple(one["energies"]), one["num_tokens"]
-            )
-            for parameter, one in lines.items()
-            if self.store.holds(parameter, one["digest"])
-        }
+        held = [one for parameter, one in lines.items() if self.store.holds(parameter, one["digest"])]
+        found = {}
+        for one in gather(held, self._process_group, "what is finished")[0]:
+            report, energies = site_report(one["report"]), one["energies"][self._rank]
+            found[report.parameter] = FinishedSite(report, None if energies is None else tuple(energies), one["num_tokens"])
+        return found
 
     def land(self, site: LinearSite) -> None:
         """Have the weight as it was pruned."""
@@ -84,8 +96,16 @@ class Journal:
 
         Raises:
             CheckpointError: the line cannot be written.
+            RanksError: another rank failed.
         """
-        lines = [{**asdict(one), "digest": self.store.digest(one.report.parameter)} for one in finished]
+        # Each rank's own are added up at the end, in the order in which they would be without a journal.
+        energies = gather([one.energies for one in finished], self._process_group, "what has been pruned")
+        if self._rank:
+            return
+        lines = [
+            {**asdict(one), "energies": theirs, "digest": self.store.digest(one.report.parameter)}
+            for one, *theirs in zip(finished, *energies, strict=True)
+        ]
         self._write({"finished": lines}, mode="a")
 
     def _write(self, line: Mapping[str, Any], mode: str) -> None:
@@ -99,13 +119,22 @@ class Journal:
 
 
 def fingerprint(
-    recipe: Mapping[str, Any], model: Mapping[str, Any], inputs: Sequence[ModelInputs], **settings: Any
+    recipe: Mapping[str, Any],
+    model: Mapping[str, Any],
+    inputs: Sequence[ModelInputs],
+    process_group: ProcessGroup = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """What two runs have in common of which one can go on with the other's work: all that the bits of a result depend on."""
+    """What two runs have in common of which one can go on with the other's work: all that the bits of a result depend on.
+
+    Of several ranks each has its own inputs and its own threads; what they add up depends on how many they are.
+    """
     tokens = {f"{number}.{at}": one for number, batch in enumerate(inputs) for at, one in enumerate(batch.tensors())}
+    ranks = gather([digest(tokens), torch.get_num_threads()], process_group, "the calibration data of all ranks")
+    each = [list(of_all) if len(ranks) > 1 else of_all[0] for of_all in zip(*ranks, strict=True)]
     return {
-        "recipe": dict(recipe), "model": dict(model), "tokens": digest(tokens), "threads": torch.get_num_threads(), **settings,
-        "versions": versions(),
+        "recipe": dict(recipe), "model": dict(model), "number of processes": len(ranks), "tokens": each[0], "threads": each[1],
+        **settings, "versions": versions(),
     }  # fmt: skip
 
 

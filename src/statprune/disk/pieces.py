@@ -20,14 +20,14 @@ class KeptInPlace(InPlace):
 
     Args:
         model: pruned in place.
-        folder: for the files; made where it is not there.
+        folder: for the files.
+        writes: whether to write them. Of several ranks the first does, and all read them.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
+    def __init__(self, model: nn.Module, folder: Path, *, writes: bool = True) -> None:
         super().__init__(model)
-        self._folder = folder
+        self._folder, self._writes = folder, writes
         self._digests: dict[str, str] = {}
-        folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
         """Write it into its file, and into the model.
@@ -35,12 +35,13 @@ class KeptInPlace(InPlace):
         Raises:
             CheckpointError: the disk does not take it.
         """
-        stored = site.view(pruned.weight).detach().cpu().contiguous()
-        try:
-            save_file({_NAME: stored}, self._file(site.parameter))
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"What was pruned cannot be kept in {self._folder}: {e}. Make room.") from e
-        self._digests[site.parameter] = digest_of(stored)
+        if self._writes:
+            stored = site.view(pruned.weight).detach().cpu().contiguous()
+            try:
+                save_file({_NAME: stored}, self._file(site.parameter))
+            except (OSError, SafetensorError) as e:
+                raise CheckpointError(f"What was pruned cannot be kept in {self._folder}: {e}. Make room.") from e
+            self._digests[site.parameter] = digest_of(stored)
         super().put(site, pruned)
 
     def digest(self, parameter: str) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from statprune.errors import ModelError, NonFiniteError
+from statprune.methods.finite import is_finite
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -31,6 +32,9 @@ WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 _AT_ONCE = 1 << 30
 """Bytes for one call of the system, which takes no more than 2 GiB."""
+
+_GLANCE = 4096
+"""Bytes of each end of a tensor, for a `glance`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,13 @@ def read(place: Range, *, pinned: bool = False) -> Tensor:
     return tensor
 
 
+def glance(place: Range) -> str:
+    """A digest of the first and of the last bytes of a tensor, which tells two checkpoints apart; errors as for `read`."""
+    size = min(_GLANCE, place.num_bytes)
+    ends = (place.start, place.start + place.num_bytes - size)
+    return digest_of(torch.stack([read(Range(place.file, start, torch.uint8, (size,))) for start in ends]))
+
+
 def write(place: Range, tensor: Tensor) -> None:
     """Put a tensor where it belongs in a file that is there.
 
@@ -134,11 +145,8 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
     Raises:
         NonFiniteError: NaN or infinity in it.
     """
-    if tensor.is_floating_point() and tensor.numel():
-        # Both survive a sum, which needs no memory; one that is infinite without them is looked at again.
-        total = tensor.sum(dtype=torch.float64 if tensor.dtype is torch.float64 else torch.float32)
-        if not torch.isfinite(total) and not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole?")
+    if tensor.is_floating_point() and not is_finite(tensor):
+        raise NonFiniteError(f"NaN or infinity in the parameter {name}. Was the checkpoint saved whole?")
     return tensor
 
 

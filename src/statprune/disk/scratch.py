@@ -29,17 +29,22 @@ def offloaded(values: Place, traced: TracedModel, partial: Path, rank: int = 0) 
     Args:
         values: on the device, in host memory or on the disk.
         traced: the graph.
-        partial: the hidden folder of an output; what an earlier run has left of values in it goes.
+        partial: the hidden folder of an output.
         rank: of this process, among those that work on this output.
 
     Raises:
         CheckpointError: as `ToFiles`.
     """
     folder = partial / f"values-{rank}"
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         yield ToFiles(traced, folder) if values == "disk" else ToHost(traced) if values == "host" else ON_DEVICE
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(partial: Path) -> None:
+    """Remove what a run that was killed has left of values in the hidden folder of an output."""
+    for folder in partial.glob("values-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

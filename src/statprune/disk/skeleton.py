@@ -173,6 +173,8 @@ def _empty_(model: nn.Module, device: str) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward  # which accelerate has put back into the instance
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue

@@ -28,12 +28,14 @@ class Streamed:
         skeleton: of the model.
         shards: of the output.
         device: to compute on.
+        writes: whether what is put goes into the output. Of several ranks the first writes it; the others read it from there,
+            once the first has told them that it is written.
     """
 
     is_in_place = False
 
-    def __init__(self, skeleton: Skeleton, shards: Shards | None, device: torch.device) -> None:
-        self._skeleton, self._shards, self._device = skeleton, shards, device
+    def __init__(self, skeleton: Skeleton, shards: Shards | None, device: torch.device, *, writes: bool = True) -> None:
+        self._skeleton, self._shards, self._device, self._writes = skeleton, shards, device, writes
         self._buffers: dict[str, Tensor] = dict(skeleton.model.named_buffers(remove_duplicate=False))
         self._resident: dict[str, Tensor] = {}
         self._coming: dict[str, Future[Tensor]] = {}
@@ -70,11 +72,12 @@ class Streamed:
                 self._coming[own] = self._reader.submit(self._read, own, is_landed=own in self._landed)
 
     def put(self, site: LinearSite, pruned: PrunedWeight) -> None:
-        """Write it into the output."""
+        """Have it instead of the dense one from now on, in memory and in the output."""
         assert self._shards is not None, "weights that are only read"
         own = self._skeleton.canonical[site.parameter]
         stored = site.view(pruned.weight).contiguous()
-        self._shards.write(self._skeleton.stored_as[own], stored)
+        if self._writes:
+            self._shards.write(self._skeleton.stored_as[own], stored)
         self._landed.add(own)
         self._resident[own] = stored
 

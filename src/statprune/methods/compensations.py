@@ -7,15 +7,18 @@ settings that is called as one. All weights are [..., out, in]; `pruned` is what
 One that may reach the mask itself is a function `(pruner, *, settings) -> pruner` instead, such as `gradual.least_squares`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from torch import Tensor
 
+from statprune.methods.blockwise import Step, by_columns
 from statprune.methods.bounds import Between, check
 from statprune.methods.gradual import least_squares
 from statprune.methods.loss_aware import loss_aware
 from statprune.methods.rows import rows_alone
+from statprune.methods.spread import Columns, Spread, columns_of
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
 
@@ -30,6 +33,23 @@ def none(original: Tensor, pruned: Tensor, keep: Tensor, moments: InputMoments |
     return pruned.float()
 
 
+def _energy(
+    columns: Columns,
+    columns_pruned: Columns,
+    moments: InputMoments | None,
+    *,
+    column: bool,
+    row: bool,
+    eps: float,
+    clamp: tuple[float, float],
+    strength: float,
+) -> Step:
+    _check("energy", energy, eps, clamp, strength)
+    scaling = functools.partial(_scale, eps=eps, clamp=clamp, strength=strength)
+    return _steps(scaling, (columns(), columns_pruned()) if column else None, row, None)
+
+
+@by_columns(_energy)
 @rows_alone(unless="column")
 @needs(Statistic.NONE)
 def energy(
@@ -65,13 +85,31 @@ def energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    _check("energy", energy, eps, clamp, strength)
-    corrected = pruned.float()
-    for summed_dim in ([-2] if column else []) + ([-1] if row else []):
-        corrected = _rescale(original.float(), corrected, keep, summed_dim, None, eps, clamp, strength)
-    return corrected
+    step = _energy(
+        lambda: columns_of(original), lambda: columns_of(pruned), moments,
+        column=column, row=row, eps=eps, clamp=clamp, strength=strength,
+    )  # fmt: skip
+    return step(original.float(), pruned.float(), keep.float())
 
 
+def _activation_energy(
+    columns: Columns,
+    columns_pruned: Columns,
+    moments: InputMoments,
+    *,
+    column: bool,
+    row: bool,
+    eps: float,
+    clamp: tuple[float, float],
+    strength: float,
+) -> Step:
+    _check("activation-energy", activation_energy, eps, clamp, strength)
+    share_I = moments.second_moment / moments.second_moment.mean(dim=-1, keepdim=True).clamp_min(_TINY)
+    scaling = functools.partial(_scale, eps=eps, clamp=clamp, strength=strength)
+    return _steps(scaling, (columns(), columns_pruned()) if column else None, row, share_I.float()[..., None, :])
+
+
+@by_columns(_activation_energy)
 @rows_alone(unless="column")
 @needs(Statistic.MOMENTS)
 def activation_energy(
@@ -106,14 +144,11 @@ def activation_energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    _check("activation-energy", activation_energy, eps, clamp, strength)
-    share_I = moments.second_moment / moments.second_moment.mean(dim=-1, keepdim=True).clamp_min(_TINY)
-    corrected = pruned.float()
-    if column:
-        corrected = _rescale(original.float(), corrected, keep, -2, None, eps, clamp, strength)
-    if row:
-        corrected = _rescale(original.float(), corrected, keep, -1, share_I.float()[..., None, :], eps, clamp, strength)
-    return corrected
+    step = _activation_energy(
+        lambda: columns_of(original), lambda: columns_of(pruned), moments,
+        column=column, row=row, eps=eps, clamp=clamp, strength=strength,
+    )  # fmt: skip
+    return step(original.float(), pruned.float(), keep.float())
 
 
 _TINY = 1e-300
@@ -126,29 +161,31 @@ def _check(name: str, function: Callable[..., Tensor], eps: float, clamp: tuple[
         raise ValueError(f"{name}(clamp={list(clamp)}): expected [low, high] with low <= high.")
 
 
-def _rescale(
-    original: Tensor,
-    pruned: Tensor,
-    keep: Tensor,
-    summed_dim: int,
-    share: Tensor | None,
-    eps: float,
-    clamp: tuple[float, float],
-    strength: float,
-) -> Tensor:
-    """One step of energy compensation: along rows or columns, with a weight for each entry or without."""
+def _scale(original: Spread, pruned: Spread, eps: float, clamp: tuple[float, float], strength: float) -> Tensor:
+    """The factor of each column or row, float64; what is pruned counts with its zeros, around the mean of what was."""
+    return (original.energy / (pruned.around(original.mean) + eps)).sqrt_().clamp_(*clamp).pow_(strength)
 
-    def summed(values: Tensor) -> Tensor:
-        return (values if share is None else values * share).sum(dim=summed_dim, keepdim=True)
 
-    if share is None:
-        mean = original.mean(dim=summed_dim, keepdim=True)
-    else:
-        mean = summed(original) / share.sum(dim=summed_dim, keepdim=True).clamp_min(eps)
-    centred = pruned - mean
-    energy_original, energy_pruned = summed((original - mean).square_()), summed(centred.square())
-    scale = (energy_original / (energy_pruned + eps)).sqrt_().clamp_(*clamp).pow_(strength)
-    return centred.mul_(scale).add_(mean).masked_fill_(~keep, 0.0)
+def _steps(
+    scaling: Callable[[Spread, Spread], Tensor], columns: tuple[Spread, Spread] | None, row: bool, share: Tensor | None
+) -> Step:
+    """Energy compensation of any rows: first the columns, whose spreads over all rows are known, then the rows."""
+    if columns is not None:
+        column_scale, column_mean = scaling(*columns), columns[0].mean
+
+    def step(original: Tensor, pruned: Tensor, kept: Tensor) -> Tensor:
+        corrected = pruned if columns is None else _around(pruned, kept, column_mean, column_scale)
+        if row:
+            own, left = (Spread.of(values, -1, share) for values in (original, corrected))
+            corrected = _around(corrected, kept, own.mean, scaling(own, left))
+        return corrected
+
+    return step
+
+
+def _around(values: Tensor, kept: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """`(values - mean) * scale + mean` where a weight is kept, and 0 elsewhere, where the values are 0 already."""
+    return values.mul(scale.float()).addcmul_(kept, (mean * (1 - scale)).float())
 
 
 COMPENSATIONS: dict[str, Callable[..., Any]] = {

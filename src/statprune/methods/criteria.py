@@ -10,15 +10,22 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from statprune.methods.blockwise import by_columns
 from statprune.methods.bounds import Between, check
 from statprune.methods.gram import channel_freedom
 from statprune.methods.rows import rows_alone
+from statprune.methods.spread import Columns, columns_of
 from statprune.methods.statistics import InputMoments, Statistic, needs
 
 _TINY = torch.finfo(torch.float32).tiny
 """Where a row or column is all zeros, 0 divided by this is 0."""
 
 
+def _magnitude(columns: Columns | None, moments: InputMoments | None) -> Tensor:
+    return torch.tensor(1.0)
+
+
+@by_columns(_magnitude)
 @rows_alone()
 @needs(Statistic.NONE)
 def magnitude(weight: Tensor, moments: InputMoments | None = None) -> Tensor:
@@ -34,6 +41,11 @@ def magnitude(weight: Tensor, moments: InputMoments | None = None) -> Tensor:
     return weight.float().abs()
 
 
+def _wanda(columns: Columns | None, moments: InputMoments) -> Tensor:
+    return moments.second_moment.sqrt().float()[..., None, :]
+
+
+@by_columns(_wanda)
 @rows_alone()
 @needs(Statistic.MOMENTS)
 def wanda(weight: Tensor, moments: InputMoments) -> Tensor:
@@ -48,7 +60,7 @@ def wanda(weight: Tensor, moments: InputMoments) -> Tensor:
 
     Deviation: the mean is over tokens, where Wanda's own code divides by sequences; within a layer the order is the same.
     """
-    return weight.float().abs() * moments.second_moment.sqrt().float()[..., None, :]
+    return weight.float().abs() * _wanda(None, moments)
 
 
 @needs(Statistic.MOMENTS)
@@ -105,6 +117,13 @@ def _z_score(values: Tensor) -> Tensor:
     return centred / (centred.square().sum(dim=(-2, -1), keepdim=True) / others).sqrt().clamp_min(_TINY)
 
 
+def _cvr(columns: Columns, moments: InputMoments, *, alpha: float, exponent: float, eps: float) -> Tensor:
+    check("cvr", cvr, alpha=alpha, exponent=exponent, eps=eps)
+    activation_factor = moments.variance.pow(exponent).float()[..., None, :]
+    return activation_factor * (columns().variance.float() + eps).pow(-alpha / 2)
+
+
+@by_columns(_cvr)
 @needs(Statistic.MOMENTS)
 def cvr(
     weight: Tensor,
@@ -129,13 +148,18 @@ def cvr(
 
     Both variances are population variances. A channel that never varies scores 0 whatever its mean, as the formula says.
     """
-    check("cvr", cvr, alpha=alpha, exponent=exponent, eps=eps)
-    weight = weight.float()
-    activation_factor = moments.variance.pow(exponent).float()
-    weight_factor = (weight.var(dim=-2, correction=0) + eps).pow(-alpha / 2)
-    return weight.abs() * (activation_factor * weight_factor)[..., None, :]
+    return weight.float().abs() * _cvr(lambda: columns_of(weight), moments, alpha=alpha, exponent=exponent, eps=eps)
 
 
+def _optimal_brain(columns: Columns | None, moments: InputMoments, *, damping: float) -> Tensor:
+    check("optimal-brain", optimal_brain, damping=damping)
+    if moments.gram is None:
+        raise ValueError("optimal-brain needs the Gram of the layer's inputs: expected moments collected with `gram=True`.")
+    alone_I = moments.gram.diagonal(dim1=-2, dim2=-1).sqrt() / channel_freedom(moments, damping).sqrt()
+    return alone_I[..., None, :]
+
+
+@by_columns(_optimal_brain)
 @rows_alone()
 @needs(Statistic.GRAM)
 def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: Annotated[float, Between(1e-30, 100)] = 0.01) -> Tensor:
@@ -155,11 +179,7 @@ def optimal_brain(weight: Tensor, moments: InputMoments, *, damping: Annotated[f
 
     Deviation: the saliency is that of a single weight; that many go together is left to a compensation such as least-squares.
     """
-    check("optimal-brain", optimal_brain, damping=damping)
-    if moments.gram is None:
-        raise ValueError("optimal-brain needs the Gram of the layer's inputs: expected moments collected with `gram=True`.")
-    alone_I = moments.gram.diagonal(dim1=-2, dim2=-1).sqrt() / channel_freedom(moments, damping).sqrt()
-    return weight.float().abs() * alone_I[..., None, :]
+    return weight.float().abs() * _optimal_brain(None, moments, damping=damping)
 
 
 CRITERIA = {

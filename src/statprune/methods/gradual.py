@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Count, check
+from statprune.methods.finite import check_scores
 from statprune.methods.gram import channel_freedom, inverse_, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares, Tolerance
 from statprune.methods.patterns import Pattern
 from statprune.methods.precision import full_precision
-from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite, needs_of
+from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, needs_of
 from statprune.methods.rows import Rows, Team, of_rows
 from statprune.methods.statistics import InputMoments, Statistic
 
@@ -88,7 +89,7 @@ class GradualMask:
                 return torch.add(target_OI, pulled_OI, alpha=PENALTY) @ inverse_II
 
             def choose(candidate_OI: Tensor, share: float) -> Tensor:
-                return self.pattern.partly(finite(self.criterion(candidate_OI * unit_1I, moments)), share)
+                return self.pattern.partly(check_scores(self.criterion(candidate_OI * unit_1I, moments)), share)
 
             candidate_OI, keep_OI = reach(weight.float() / unit_1I, solve, choose, self.steps)
             candidate_OI *= unit_1I

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
-from statprune.methods.finite import is_finite
+from statprune.methods.finite import check_scores, is_finite
 from statprune.methods.gradual import PENALTY, Steps, criterion_before, reach
 from statprune.methods.gram import channel_freedom, inverse_, normalised_gram
 from statprune.methods.least_squares import Damping, Iterations, LeastSquares
 from statprune.methods.patterns import Pattern
 from statprune.methods.precision import full_precision
-from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner, finite
+from statprune.methods.pruner import CompensatedPruner, MaskPruner, PrunedWeight, WeightPruner
 from statprune.methods.statistics import InputMoments, Statistic
 
 Shrinkage = Annotated[float, Between(0.01, 1)]
@@ -143,7 +143,7 @@ class GradualMaskUnderLoss:
                 return vectors_OO @ torch.addcmul(target_OI, turned_OI, pull_OI) @ vectors_II.mT
 
             def choose(candidate_OI: Tensor, share: float) -> Tensor:
-                return self.pattern.partly(finite(self.mask.criterion(candidate_OI * unit_O1 * unit_1I, moments)), share)
+                return self.pattern.partly(check_scores(self.mask.criterion(candidate_OI * unit_O1 * unit_1I, moments)), share)
 
             candidate_OI, keep_OI = reach(dense_OI, solve, choose, self.steps)
             candidate_OI *= unit_O1

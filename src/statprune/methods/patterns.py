@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from statprune.methods.bounds import Between, Count, check
+from statprune.methods.counting import most_in_group, zeros_by_row
 from statprune.methods.rows import Rows
 from statprune.methods.select import keep_highest, keep_highest_by_sorting
 from statprune.methods.turns import SomeRows, lose
@@ -207,7 +208,7 @@ class Counted:
 
     def holds(self, weight: Tensor) -> bool:
         """Whether every row, or the whole matrix, has at least the zeros asked for."""
-        num_zeros_O = (weight == 0).sum(dim=-1)
+        num_zeros_O = zeros_by_row(weight)
         if self.rank_over == "layer":
             return bool((num_zeros_O.sum(dim=-1) >= self.num_pruned).all())
         rounds, turn = divmod(self.num_pruned, weight.shape[-2])
@@ -315,7 +316,7 @@ class NM:
         """Whether each group has at most `keep` non-zeros; a kept weight may be zero by itself."""
         if not self.fits(weight.shape[-1]):
             return False
-        return bool(((weight.unflatten(-1, (-1, self.of)) != 0).sum(dim=-1) <= self.keep).all())
+        return most_in_group(weight, self.of) <= self.keep
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"

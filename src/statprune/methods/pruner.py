@@ -5,7 +5,7 @@ chooses and updates at once (`sparsegpt`), or step by step (`gradual`), implemen
 follow it as well.
 """
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,9 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from statprune.methods.blockwise import correct_by_blocks, is_blockwise, mask_by_blocks
+from statprune.methods.finite import check_scores
 from statprune.methods.patterns import Pattern
 from statprune.methods.precision import full_precision
 from statprune.methods.rows import Rows, of_rows
+from statprune.methods.spread import Columns, columns_of, row_blocks
 from statprune.methods.statistics import InputMoments, Statistic
 
 
@@ -65,7 +68,13 @@ class MaskPruner:
         Raises:
             ValueError: the criterion scores a weight with NaN or infinity, as with settings that float32 cannot hold.
         """
-        keep = self.pattern(finite(self.criterion(weight, moments)))
+        return self.knowing(lambda: columns_of(weight), weight, moments)
+
+    def knowing(self, columns: Columns, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """The same for those who may ask for the weight's columns as well."""
+        if (done := mask_by_blocks(weight, columns, moments, self.criterion, self.pattern)) is not None:
+            return PrunedWeight(*done)
+        keep = self.pattern(check_scores(self.criterion(weight, moments)))
         return PrunedWeight(weight.masked_fill(~keep, 0.0), keep)
 
     def fits(self, in_features: int) -> bool:
@@ -92,6 +101,12 @@ class CompensatedPruner:
 
     def __call__(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
         """Prune [..., out, in]; the arithmetic is float32 and the result has the weight's dtype."""
+        if isinstance(self.pruner, MaskPruner) and is_blockwise(self.compensation):
+            # A mask in a narrow dtype rounds nothing, and what it left is nobody else's.
+            columns = functools.cache(lambda: columns_of(weight))
+            pruned = self.pruner.knowing(columns, weight, moments)
+            correct_by_blocks(weight, columns, pruned.weight, pruned.keep, moments, self.compensation)
+            return pruned
         original = weight.float()
         pruned = self.pruner(original, moments)
         corrected = self.compensation(original, pruned.weight, pruned.keep, moments)
@@ -114,18 +129,13 @@ def compose(criterion: Callable[..., Tensor], pattern: Pattern, compensation: Ca
     return CompensatedPruner(MaskPruner(criterion, pattern), compensation)
 
 
-def finite(score: Tensor) -> Tensor:
-    """The scores of a criterion, which have an order.
-
-    Raises:
-        ValueError: some are NaN or infinite, and what would be kept for them is arbitrary.
-    """
-    if score.numel() and not all(map(math.isfinite, map(float, score.aminmax()))):  # one pass, where isfinite makes two
-        raise ValueError(
-            "the criterion's scores are not all finite in float32. Are there settings (an exponent, an alpha) that are too "
-            "large for these weights and inputs? Take smaller ones, or leave the layer dense with `ignore`."
-        )
-    return score
+def is_by_blocks(pruner: WeightPruner) -> bool:
+    """Whether it goes through a weight by blocks of rows, and takes no more memory than what it gives."""
+    if isinstance(pruner, CompensatedPruner) and isinstance(pruner.pruner, MaskPruner):
+        return is_blockwise(pruner.compensation) and is_by_blocks(pruner.pruner)
+    if not isinstance(pruner, MaskPruner) or not is_blockwise(pruner.criterion):
+        return False
+    return of_rows(pruner.pattern, Rows(0, 1, (1, 1))) is not None
 
 
 def needs_of(function: Callable[..., Any]) -> Statistic:
@@ -133,11 +143,6 @@ def needs_of(function: Callable[..., Any]) -> Statistic:
     # A functools.partial, which is how a recipe fixes settings, does not show its function's attributes.
     declared: Statistic = getattr(getattr(function, "func", function), "needs", Statistic.MOMENTS)
     return declared
-
-
-def energy_sq(weight: Tensor) -> float:
-    """Sum of squared weights, accumulated in float64; the "energy" that reports and checkpoints quote."""
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64).square())
 
 
 def error_energy(weight: Tensor, pruned: PrunedWeight, moments: InputMoments) -> float:
@@ -170,6 +175,10 @@ def output_energies(weight: Tensor, pruned: Tensor, rows: Tensor) -> Tensor:
         [2], float64: the sums of ((pruned - weight) x)**2 and of (weight x)**2.
     """
     rows_TI = rows.to(weight.dtype)  # and not float32: what would be rounded is small beside what is summed up
+    energies = torch.zeros(2, dtype=torch.float64, device=weight.device)
     with full_precision(rows.device.type):
-        outputs = [rows_TI @ matrix_OI.t() for matrix_OI in (pruned.to(weight.dtype) - weight, weight)]
-    return torch.stack([torch.linalg.vector_norm(output_TO, dtype=torch.float64).square() for output_TO in outputs])
+        for block in row_blocks(weight):
+            dense_OI = weight[block]
+            for index, matrix_OI in enumerate((pruned[block].to(weight.dtype) - dense_OI, dense_OI)):
+                energies[index] += torch.linalg.vector_norm(rows_TI @ matrix_OI.t(), dtype=torch.float64).square()
+    return energies

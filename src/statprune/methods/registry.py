@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from statprune.errors import RecipeError
-from statprune.methods.compensations import COMPENSATIONS
+from statprune.methods.compensations import COMPENSATIONS, none
 from statprune.methods.criteria import CRITERIA
 from statprune.methods.patterns import Pattern, Unstructured
 from statprune.methods.pruner import CompensatedPruner, MaskPruner, WeightPruner
@@ -103,6 +103,8 @@ def usual_ranking(criterion: str) -> str:
 
 def _follow(pruner: WeightPruner, name: str, settings: dict[str, Any]) -> WeightPruner:
     known = known_compensations()[name]
+    if known is none:
+        return pruner
     if isinstance(known, type):
         return CompensatedPruner(pruner, known(**settings))
     if "pruner" in inspect.signature(known).parameters:

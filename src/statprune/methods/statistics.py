@@ -19,10 +19,17 @@ from torch import Tensor
 from statprune.methods.finite import is_finite
 from statprune.methods.precision import full_precision
 from statprune.methods.rows import ALONE, Rows, Team
+from statprune.methods.symmetric import TOKENS, add_upper_, mirror_
 
 # A channel's variance below this fraction of its second moment is rounding, not signal: inputs carry at most
 # float32's 2^-24, whose square is 3.6e-15, and E[x^2] - E[x]^2 cancels to about 1e-16 of E[x^2] in float64.
 RELATIVE_VARIANCE_FLOOR = 1e-13
+
+_NARROW, _WIDE = 1 << 17, 1 << 24
+"""Elements that are float64 at a time on a CPU, where they stay in a cache, and elsewhere."""
+
+_LEAST_TOKENS = 16
+"""Of a block, however wide they are."""
 
 
 class Statistic(Flag):
@@ -99,6 +106,22 @@ class InputSample:
         self.rows = chosen_TI if self.rows is None else torch.cat([self.rows, chosen_TI])
 
 
+class _Gram:
+    """The field `gram`: `add` leaves half of it to be copied, which is done when somebody reads it."""
+
+    def __get__(self, moments: "InputMoments | None", owner: type | None = None) -> Tensor | None:
+        if moments is None:
+            return None  # the field's default
+        if moments._is_half:
+            assert moments._gram is not None, "there is something to be half of"
+            mirror_(moments._gram)
+            moments._is_half = False
+        return moments._gram
+
+    def __set__(self, moments: "InputMoments", gram: Tensor | None) -> None:
+        moments._gram, moments._is_half = gram, False
+
+
 @dataclass
 class InputMoments:
     """Sums over the tokens that entered a linear layer, per input channel.
@@ -115,7 +138,7 @@ class InputMoments:
     sum_sq: Tensor
     """[..., in], float64: sum of x**2 over tokens. A sum of squares, not a norm."""
 
-    gram: Tensor | None = None
+    gram: _Gram = _Gram()
     """[..., in, in], float32: sum of x x^T over tokens, padding left out; None where nobody asked for it."""
 
     sample: InputSample | None = None
@@ -135,6 +158,10 @@ class InputMoments:
 
     team: Team = field(default=ALONE, repr=False, compare=False)
     """Those who prune with these statistics, each some rows of the same weight."""
+
+    _gram: Tensor | None = field(init=False, repr=False, compare=False)
+    _is_half: bool = field(init=False, repr=False, compare=False)
+    """Whether what is below the diagonal of the Gram is to be copied from above it."""
 
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -186,18 +213,23 @@ class InputMoments:
         self._derived.clear()
         if self.sample is not None:
             self.sample.add(tokens_TI)
-        if self.gram is not None:
-            narrow_TI = tokens_TI.float()
-            with full_precision(self.gram.device.type):
-                self.gram.addmm_(narrow_TI.t(), narrow_TI)
-        wide_TI = tokens_TI.to(torch.float64)
-        if wide_TI is tokens_TI:
-            wide_TI = wide_TI.clone()  # squared in place below, and the caller's tensor is not ours
-        # A product with ones is several times faster here than a reduction over the first dimension.
-        ones_T = wide_TI.new_ones(wide_TI.shape[0])
-        self.num_tokens += wide_TI.shape[0]
-        self.sum += ones_T @ wide_TI
-        self.sum_sq += ones_T @ wide_TI.square_()
+        if self._gram is not None:
+            add_upper_(self._gram, tokens_TI)
+            self._is_half = True
+        num_tokens, in_features = tokens_TI.shape
+        block = _tokens_in_block(in_features, self.sum.device.type)
+        wide_TI = self.sum.new_empty(min(block, num_tokens), in_features)
+        ones_T = self.sum.new_ones(len(wide_TI))
+        # Apart, so that this batch's sums do not depend on those before it, and then at once, as `merge` does.
+        sums_I, squares_I = self.sum.new_zeros(2, in_features)
+        for narrow_TI in tokens_TI.split(block):
+            part_TI, ones = wide_TI[: len(narrow_TI)], ones_T[: len(narrow_TI)]
+            # A product with ones is several times faster here than a reduction over the first dimension.
+            sums_I.addmv_(part_TI.copy_(narrow_TI).t(), ones)
+            squares_I.addmv_(part_TI.square_().t(), ones)
+        self.num_tokens += num_tokens
+        self.sum += sums_I
+        self.sum_sq += squares_I
         return self
 
     def add_dense(
@@ -285,6 +317,17 @@ class InputMoments:
     def is_finite(self) -> bool:
         """Whether every input that was added was finite (a sum beyond the range of its dtype counts as infinite)."""
         return all(map(is_finite, self.totals()))
+
+
+def bytes_to_add(num_tokens: int, in_features: int, dtype: torch.dtype, *, has_gram: bool) -> int:
+    """What `InputMoments.add` takes of memory on a CPU for tokens of this dtype, besides them and the statistics."""
+    wide = 8 * min(num_tokens, _tokens_in_block(in_features, "cpu")) * in_features
+    narrow = 4 * min(num_tokens, TOKENS) * in_features if has_gram and dtype is not torch.float32 else 0
+    return max(wide, narrow)
+
+
+def _tokens_in_block(in_features: int, device_type: str) -> int:
+    return max(_LEAST_TOKENS, (_NARROW if device_type == "cpu" else _WIDE) // max(1, in_features))
 
 
 def _kept(tokens: Tensor, keep_token: Tensor | None) -> Tensor:

@@ -46,6 +46,9 @@ HIGH_POINTS: dict[str, tuple[HighPoint, ...]] = {
 }
 """Of criteria, pruners and compensations, by name; of those that reach the mask in steps, apart."""
 
+_BUFFERS = 5 << 20
+"""Bytes of what is made of one block of rows (`blockwise`)."""
+
 TARGET = HighPoint(1.0, 2.0)
 """What a dense target adds to all that comes after it."""
 
@@ -69,3 +72,8 @@ def workspace(criterion: str, compensations: Sequence[str], out: int, width: int
         names += ["least-squares, in steps", "loss-aware, in steps"] if has_gram else ["z-pruner"]
     highest = max(point.bytes_for(out, width) for name in names for point in HIGH_POINTS[name])
     return highest + (TARGET.bytes_for(out, width) if Statistic.CROSS in needs else 0)
+
+
+def workspace_by_blocks(out: int, width: int, itemsize: int) -> int:
+    """Bytes for one weight [out, width] whose elements take so many, where it is pruned by blocks of rows: it and its mask."""
+    return out * width * (itemsize + 1) + _BUFFERS

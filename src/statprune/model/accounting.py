@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from statprune.methods.statistics import SAMPLE_SIZE, Statistic
+from statprune.methods.statistics import SAMPLE_SIZE, Statistic, bytes_to_add
 from statprune.model.expected import Expected, Moment
 from statprune.model.find import products
 from statprune.model.gradients import bytes_of_grams
@@ -297,10 +297,11 @@ class _Values:
         assert group.input_node is not None, "a group of a traced graph has a node"
         elements = self._sizes.of(group.input_node.meta["val"].numel())
         narrow = 0 if _dtype(group) is torch.float32 else 4 * elements
-        adding = 8 * elements + (narrow if (Statistic.GRAM | Statistic.CROSS) & needs else 0)
+        tokens = elements // group.in_features
+        has_gram = bool((Statistic.GRAM | Statistic.CROSS) & needs)
+        adding = bytes_to_add(tokens, group.in_features, _dtype(group), has_gram=has_gram)
         if not has_two:
             return adding
-        tokens = elements // group.in_features
         targets = [4 * (tokens * site.shape[0] + site.shape[0] * site.shape[1]) for site in group.sites if site.residuals]
         return max(adding, 2 * narrow + sum(targets))
 

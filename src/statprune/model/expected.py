@@ -50,10 +50,18 @@ class Expected:
     """What it would take to keep only the narrowest cut's values and to compute those of the others again: multiplications with
     weights, as a share of those that the run makes."""
 
+    processes: int = 1
+    """How many on this machine take as much each."""
+
     @property
     def total(self) -> int:
         """The highest that memory is expected to go."""
         return self.base + self.peak.total
+
+    @property
+    def machine(self) -> int:
+        """Of all processes of this machine."""
+        return self.processes * self.total
 
     def lines(self) -> list[str]:
         """For the plan."""
@@ -67,6 +75,8 @@ class Expected:
         }
         told = [f"{what} {gigabytes(size)}" for what, size in parts.items() if size]
         lines = [f"Memory to expect: {gigabytes(self.total)}, at {self.peak.where}: {', '.join(told)}."]
+        if self.processes > 1:
+            lines.append(f"Each of {self.processes} processes of this machine takes that: {gigabytes(self.machine)} in all.")
         if self.widest.values:
             times = f", {self.widest.values / self.narrowest:.1f} times the narrowest cut's" if self.narrowest else ""
             lines.append(
@@ -86,10 +96,12 @@ class Expected:
         return {
             "total": self.total, "at": self.peak.where, "base": self.base, **peak,
             "widest": self.widest.values, "widest_at": self.widest.where, "narrowest": self.narrowest,
-            "place": self.place, "recomputing": self.recomputing,
+            "place": self.place, "recomputing": self.recomputing, "processes": self.processes, "machine": self.machine,
         }  # fmt: skip
 
 
 def gigabytes(size: int) -> str:
     """A number of bytes, for people."""
+    if size < 5e6:
+        return f"{size / 1e6:.3f} MB"
     return f"{size / 1e9:.2f} GB" if size < 10e9 else f"{size / 1e9:,.1f} GB"

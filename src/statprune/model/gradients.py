@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from statprune.errors import CalibrationError, NonFiniteError, SiteError, first_line
-from statprune.methods.precision import full_precision
+from statprune.methods.symmetric import add_upper_, mirror_
 from statprune.model.inputs import ModelInputs
 from statprune.model.kinds import is_causal, predictions_of
 from statprune.model.observe import ForwardContext
@@ -165,13 +165,14 @@ class Grams:
     @torch.no_grad()
     def _add(self, site: LinearSite, gradient: Tensor) -> None:
         self._seen.add(site.parameter)
-        rows_TO = gradient.reshape(-1, gradient.shape[-1]).float()
+        rows_TO = gradient.reshape(-1, gradient.shape[-1])
         total = self._sums[site.parameter]
-        with full_precision(rows_TO.device.type):
-            if total.device == rows_TO.device:
-                total.addmm_(rows_TO.t(), rows_TO)
-            else:
-                total += (rows_TO.t() @ rows_TO).to(total.device)
+        if total.device == rows_TO.device:
+            add_upper_(total, rows_TO)
+        else:
+            part = torch.zeros_like(total, device=rows_TO.device)
+            add_upper_(part, rows_TO)
+            total += part.to(total.device)
 
     def total(self, batches: Sequence[ModelInputs], process_group: ProcessGroup) -> Curvature:
         """Over the ranks too, each of which ran batches of its own.
@@ -180,6 +181,8 @@ class Grams:
             SiteError: no gradient came to a layer.
             NonFiniteError: NaN or infinity in one.
         """
+        for total in self._sums.values():
+            mirror_(total)
         num_tokens = torch.tensor([sum(map(_num_tokens, batches))], device=self._device)
         sum_over_ranks([num_tokens, *self._sums.values()], process_group, "the gradients")
         if missing := [site.name for site in self._sites if site.parameter not in self._seen]:

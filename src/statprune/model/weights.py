@@ -7,7 +7,8 @@
     Dense      read from any of these as they were, for as long as somebody has use for that
     Original   read from any of these as they were, one segment after another
 
-Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working.
+Written is in place, under `no_grad`, never with a new `nn.Parameter`: ties, optimizers and hooks keep working. `swapped` has
+packed weights in the parameters' place for a while, changes none of them, and is undone.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from statprune.errors import NonFiniteError, SiteError
+from statprune.methods.finite import finite_flag, is_finite
 from statprune.methods.pruner import PrunedWeight
 from statprune.model.sites import LinearSite
 from statprune.model.storage import is_part, local, stored_parameters
@@ -230,7 +232,7 @@ def check_weights(model: nn.Module) -> None:
         NonFiniteError: NaN or infinity.
     """
     for name, parameter in _readable(model):
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not is_finite(parameter):
             raise _not_finite(name)
 
 
@@ -240,8 +242,8 @@ def check_and_sum_weights(model: nn.Module) -> dict[str, int]:
     Every weight is read once. Sharded ones have none: no other rank has the same part.
     """
     read = [(name, *_read_once(parameter.detach())) for name, parameter in _readable(model)]
-    for name, is_finite, _ in read:
-        if not is_finite:
+    for name, all_finite, _ in read:
+        if not all_finite:
             raise _not_finite(name)
     parts = {name for name, parameter in model.named_parameters() if is_part(parameter)}
     whole = [(name, total) for name, _, total in read if name not in parts]
@@ -267,15 +269,15 @@ def _read_once(parameter: Tensor) -> tuple[Tensor, Tensor]:
     flat = parameter.contiguous().view(-1)
     places = torch.arange(min(_WORDS, flat.numel()), device=flat.device) * _MIX[0]
     places = ((places >> 29) ^ places) * _MIX[1] | 1
-    is_finite = torch.ones((), dtype=torch.bool, device=flat.device)
+    all_finite = torch.ones((), dtype=torch.bool, device=flat.device)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for chunk in flat.split(_WORDS * 8 // flat.element_size()):
         if chunk.is_floating_point():
-            is_finite &= torch.isfinite(chunk).all()
+            all_finite &= finite_flag(chunk)
         words = _words(chunk) * _MIX[0]
         words ^= (words >> 32) & _HALF  # else the highest bits, which are signs, would count modulo 2 alone
         total = total * _MIX[1] + words.mul_(places[: len(words)]).sum()
-    return is_finite, total
+    return all_finite, total
 
 
 def _words(chunk: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from statprune.errors import MaskError
-from statprune.methods.pruner import energy_sq
+from statprune.methods.counting import energy_sq
 from statprune.model.storage import local, reshard_, total
 from statprune.model.weights import hold_
 from statprune.report import PruningReport, SiteReport
