@@ -29,13 +29,14 @@ class Spread:
     """[..., n], float64: the sum of the squared distances from the mean."""
 
     @classmethod
-    def of(cls, values: Tensor, dim: int, share: Tensor | None = None) -> "Spread":
+    def of(cls, values: Tensor, dim: int, share: Tensor | None = None, near: Tensor | None = None) -> "Spread":
         """Along a dimension, whose size `n` is kept as 1 and is not 0.
 
         Args:
             values: any shape, float32.
             dim: negative.
             share: what each value counts for, float32, to be broadcast along the other dimensions; else all the same.
+            near: about the mean, [..., n], where that is known, which saves looking for it.
         """
 
         def summed(terms: Tensor) -> Tensor:
@@ -45,9 +46,12 @@ class Spread:
             count = torch.tensor(values.shape[dim], dtype=torch.float64, device=values.device)
         else:
             count = share.sum(dim=dim, keepdim=True, dtype=torch.float64)
-        mean = (summed(values).double() / count.clamp_min(_TINY)).float()
-        centred = values - mean  # in float32, where it is exact for what is close to the mean; no sums are subtracted
-        return cls(count, mean.double(), summed(centred.square_()).double())
+        divisor = count.clamp_min(_TINY)
+        centre = (summed(values).double() / divisor if near is None else near).float()
+        centred = values - centre  # exact in float32 for what is close by; of the sums none is large beside the energy
+        off = summed(centred).double() / divisor
+        energy = summed(centred.square_()).double() - count * off.square()
+        return cls(count, centre.double() + off, energy.clamp_min_(0.0))
 
     def joined(self, other: "Spread") -> "Spread":
         """Of the values of both."""
@@ -78,7 +82,7 @@ def columns_of(matrix: Tensor) -> Spread:
     """Of the columns of a matrix [..., out, in], any float dtype, by blocks of its rows: [..., 1, in]."""
     total: Spread | None = None
     for block in row_blocks(matrix):
-        own = Spread.of(matrix[..., block, :].float(), -2)
+        own = Spread.of(matrix[..., block, :].float(), -2, near=None if total is None else total.mean)
         total = own if total is None else total.joined(own)
     return total if total is not None else Spread.of(matrix.float(), -2)
 
