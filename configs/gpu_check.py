@@ -1,4 +1,4 @@
-"""Figures of a GPU: what pruning a LLaMA-2-7B block takes, the walk beside a plain forward pass, and streaming.
+"""Figures of a GPU: what pruning a LLaMA-2-7B block takes, the walk beside a plain forward pass, streaming, and 2:4's speed.
 
     python configs/gpu_check.py --output gpu.json
     python configs/gpu_check.py --output cpu.json --small        on a CPU, to see that it works
@@ -25,7 +25,7 @@ from make_random_checkpoint import Shape, write_checkpoint
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from statprune import Recipe, checkpoint, prune, streaming
+from statprune import Recipe, accelerate, checkpoint, prune, streaming
 from statprune.disk.skeleton import open_skeleton
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches
@@ -195,6 +195,20 @@ class Check:
                 found[method] = {**self.measure(run, runs=1), "parts": took}
         return found
 
+    def accelerated(self) -> dict[str, Any]:
+        """A 2:4 model of the same shape on packed weights: layers and forward passes, as they are and compiled."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = LlamaForCausalLM(self.config()).to(torch.bfloat16).eval()
+        prune(model, self.tokens()[:1], "magnitude", pattern="2:4")
+        found: dict[str, Any] = {}
+        # Each number of tokens is compiled anew.
+        for name, tokens, compiled in (("eager", [1, 64, 2048], False), ("compiled", [2048], True)):
+            if self.has_time(f"accelerated {name}"):
+                with accelerate(model, tokens, compiled=compiled) as done:
+                    found[name] = done.report.to_dict()
+        return found
+
     def streamed(self, folder: Path) -> dict[str, Any]:
         """The same from files: the weights go to the device segment by segment."""
         model, out = folder / "model", folder / "out"
@@ -269,6 +283,8 @@ def main() -> None:
         keep("peer", [check.sparsegpt_of(given.sparsegpt, pattern) for pattern in PATTERNS])
     if check.has_time("walk"):
         keep("walk", check.walking())
+    if check.has_time("accelerated"):
+        keep("accelerated", check.accelerated())
     if check.has_time("streamed"):
         with tempfile.TemporaryDirectory(prefix="statprune-gpu-check-") as folder:
             keep("streamed", check.streamed(Path(folder)))

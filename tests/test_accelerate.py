@@ -1,7 +1,11 @@
 """`accelerate`, with kernels that run on a CPU and times that are made up: what it changes, checks, undoes and says."""
 
 import copy
+import enum
 import json
+import sys
+from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from torch import nn
 
 import statprune
 from packed_on_cpu import FORGETFUL, HALVED, KERNEL, FakeStopwatch, OnCPU
+from statprune.acceleration.float8 import Float8, float8_kernels
+from statprune.acceleration.measuring import DeviceStopwatch
 from statprune.acceleration.packing import SemiStructured
 from statprune.commands.cli import main
 from statprune.errors import AccelerationError, CalibrationError, NonFiniteError
@@ -68,6 +74,16 @@ class TestWhereItIsFaster:
             accelerate(model)
             found = torch.compile(model, backend="aot_eager", fullgraph=True)(inputs).logits
         torch.testing.assert_close(found, expected)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_it_can_be_the_compiled_model_that_is_compared(self, model, monkeypatch):
+        compiled, compile_ = [], torch.compile
+        monkeypatch.setattr(torch, "compile", lambda one: compiled.append(one) or compile_(one, backend="eager"))
+        report = accelerate(model, compiled=True).report
+        assert compiled
+        assert all(one is model for one in compiled)
+        assert len(report.accelerated) == LAYERS
+        assert report.call == "statprune.accelerate(model, tokens=[1, 16], compiled=True)"
 
     def test_undone_it_is_to_the_bit_what_it_was_with_the_same_parameters(self, model):
         weight = model.model.layers[0].mlp.up_proj.weight
@@ -222,6 +238,109 @@ class TestWhatIsRefusedIsUndone:
             accelerate(model)
 
 
+class Rounded(Float8):
+    """Rounded by torch itself, in the place of torchao, and no longer packed: what a kernel that is not exact goes through."""
+
+    def pack(self, weight):
+        return weight.detach().to(torch.float8_e4m3fn).to(weight.dtype)
+
+
+class TestFloat8:
+    def kernels(self, monkeypatch):
+        found = (Rounded(device="cpu"), Rounded("plain", device="cpu"))
+        monkeypatch.setattr("statprune.acceleration.accelerate.float8_kernels", lambda: found)
+
+    def pruned(self):
+        sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1}
+        model = llama(**{**WIDE, **sizes}).bfloat16()
+        statprune.prune(model, tokens(4, 16).split(2), "magnitude", pattern="2:4")
+        return model
+
+    def test_is_rounded_within_a_tolerance_of_its_own_and_undone_to_the_bit(self, monkeypatch):
+        self.kernels(monkeypatch)
+        model = self.pruned()
+        before = snapshot(model)
+        done = accelerate(model, {"float8": 2.0, "float8-dense": 1.5}, quantize="float8")
+        assert {one.kernel for one in done.report.accelerated} == {"float8"}
+        assert len(done.report.accelerated) == LAYERS
+        assert changed(model, before)
+        assert 0.001 < done.report.whole[1].error < done.report.tolerance == 0.25
+        assert done.report.call == "statprune.accelerate(model, tokens=[1, 16], quantize='float8')"
+        done.undo()
+        assert changed(model, before) == set()
+
+    def test_has_to_be_faster_than_float8_without_2_4(self, monkeypatch):
+        self.kernels(monkeypatch)
+        model = self.pruned()
+        report = accelerate(model, {"float8": 2.0, "float8-dense": 1.95}, (), quantize="float8").report
+        assert ("not faster: 1.03 times dense at 1 tokens, by float8", LAYERS) in report.reasons()
+        assert not any(one.is_chosen for one in report.measured)
+
+    def test_which_weights_it_takes(self):
+        kernel = Float8(device="cpu")
+        assert kernel.why_not(torch.zeros(32, 128).bfloat16()) is None
+        assert Float8().why_not(torch.zeros(32, 128).bfloat16()) == "no GPU: it is on the cpu"
+        assert kernel.why_not(torch.zeros(32, 64).bfloat16()) == "float8 takes multiples of 32 x 128"
+        assert kernel.why_not(torch.zeros(32, 128).half()) == "float16: float8 is made of bfloat16"
+
+    @pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
+    def test_without_torchao_it_is_refused(self, model):
+        with refused(model, AccelerationError, "torchao is not installed. 2:4 in float8 takes `pip install 'torchao>=0.18'`"):
+            accelerate(model, quantize="float8")
+
+    def test_there_is_no_int8(self, model):
+        with refused(model, AccelerationError, "quantize='int8': expected 'float8' or None. There is no int8"):
+            accelerate(model, quantize="int8")
+
+    @pytest.fixture
+    def torchao(self, monkeypatch):
+        """Stands for torchao, as far as it is used; `.says` is called with the layer and the configuration."""
+
+        class Format(enum.Enum):
+            PLAIN = "plain"
+            SPARSE = "sparse_2d_data_2d_metadata"
+
+        top, inner, api = (ModuleType(f"torchao{name}") for name in ("", ".quantization", ".quantization.quant_api"))
+        inner.Float8DynamicActivationFloat8WeightConfig = lambda **settings: settings
+        inner.PerRow = lambda: "rows"
+        inner.quantize_ = lambda holder, config: inner.says(holder[0], config)
+        api.Float8PackingFormat = Format
+        for module in (top, inner, api):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        inner.quant_api = api
+        return inner
+
+    def test_is_what_torchao_makes_of_a_layer(self, torchao):
+        weight, told = torch.zeros(32, 128).bfloat16(), []
+
+        def says(layer, config):
+            told.append((tuple(layer.weight.shape), config["granularity"], config["packing_format"].value))
+            layer.weight = nn.Parameter(KERNEL.pack(layer.weight), requires_grad=False)
+
+        torchao.says = says
+        sparse, plain = float8_kernels()
+        assert (sparse.name, sparse.is_reference, plain.name, plain.is_reference) == ("float8", False, "float8-dense", True)
+        assert sparse.tuned(weight, [1]) == [sparse]
+        assert isinstance(plain.pack(weight), OnCPU)
+        assert told == [((32, 128), "rows", "sparse_2d_data_2d_metadata"), ((32, 128), "rows", "plain")]
+
+    def test_what_torchao_asserts_is_a_reason(self, torchao):
+        def says(layer, config):
+            raise AssertionError("requires CUDA compute capability 8.9")
+
+        torchao.says = says
+        found = DeviceStopwatch(torch.device("cpu")).layer(torch.zeros(32, 128).bfloat16(), None, float8_kernels(), [1])
+        assert found.failed == dict.fromkeys(("float8", "float8-dense"), "requires CUDA compute capability 8.9")
+        torchao.says = lambda layer, config: None
+        with pytest.raises(RuntimeError, match="torchao left the weight as it was"):
+            Float8().pack(torch.zeros(32, 128).bfloat16())
+
+    def test_an_older_torchao_is_refused(self, torchao, monkeypatch):
+        monkeypatch.setattr(torchao.quant_api, "Float8PackingFormat", enum.Enum("Format", {"PLAIN": "plain"}))
+        with pytest.raises(AccelerationError, match=r"takes `pip install 'torchao>=0\.18'`"):
+            float8_kernels()
+
+
 class TestInputs:
     def linear(self):
         layer = nn.Linear(64, 32).half()
@@ -289,13 +408,13 @@ class TestTheCommand:
 
     def test_shows_the_tables_what_stays_dense_and_how_to_use_it(self, capsys, folder, on_cpu):
         on_cpu({(128, 64): 0.9, 1: 2.0, 16: 1.5}, (2, 2, 1, 1))
-        status, out, err = self.run(capsys, folder, "--tokens", "1", "16", "--device", "cpu")
+        status, out, err = self.run(capsys, folder, "--tokens", "1", "16", "--device", "cpu", "--speedup", "1.2")
         assert status == 0, err
         for said in (
-            "cpu; * chosen: 1.05 times faster at all of them", "2 of 64 x 64", "1066.7", "the whole model", "dense tokens/s",
+            "cpu; * chosen: 1.2 times faster at all of them", "2 of 64 x 64", "1066.7", "the whole model", "dense tokens/s",
             "stays dense: 2 weights, not faster: 0.90 times dense at 1 tokens, by cpu",
-            "5 weights of 9 are packed now", f'statprune.load({folder!r}, device="cuda")',
-            "statprune.accelerate(model, tokens=[1, 16])",
+            "5 weights of 9 are packed now", f'statprune.load({folder!r}, dtype=torch.bfloat16, device="cuda")',
+            "statprune.accelerate(model, tokens=[1, 16], speedup=1.2)",
         ):  # fmt: skip
             assert said in out, said
         assert "measuring: 4 of 4" in err

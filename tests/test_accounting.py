@@ -7,9 +7,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from statprune import streaming
 from statprune.configuration import empty_model
 from statprune.methods.statistics import Statistic
 from statprune.methods.workspace import HIGH_POINTS, workspace
@@ -27,11 +29,12 @@ from tiny_models import gpt2, llama, t5, tokens
 SCHEDULES = ["walk", "block", "one-shot"]
 
 
-def expected(layers, inputs, *, schedule="walk", needs=Statistic.MOMENTS, to_prune=0):
+def expected(layers, inputs, *, schedule="walk", needs=Statistic.MOMENTS, to_prune=0, values="device"):
     parameters = dict(layers.model.named_parameters(remove_duplicate=False))
     return expect(
-        layers.traced, layers.groups, inputs, parameters, schedule=schedule, needs=needs, workspace=lambda site: to_prune
-    )
+        layers.traced, layers.groups, inputs, parameters,
+        schedule=schedule, needs=needs, workspace=lambda site: to_prune, values=values,
+    )  # fmt: skip
 
 
 def waiting(streams, traced):
@@ -93,9 +96,58 @@ def test_a_hand_computed_run():
     assert told.peak.weights == 4 * (16 * 64 + 64 + 64 * 16 + 16 + 2 * 16 + 16 * 48 + 48 * 16)
     assert told.peak.statistics == 8 + 2 * 8 * 64
     assert told.total == told.peak.total
+    assert "wait in memory" in told.lines()[1]
     assert f"{told.widest.values / stream:.1f} times" in told.lines()[1]
     several = replace(told, base=10**10 - told.peak.total, processes=3)
     assert several.lines()[1] == "Each of 3 processes of this machine takes that: 30.0 GB in all."
+
+
+@pytest.mark.parametrize(("place", "words"), [("host", "wait in host memory"), ("disk", "wait in files beside the output")])
+def test_elsewhere_one_batch_is_in_memory(place, words):
+    model = gpt2()
+    inputs = bind_batches(model, [tokens(2, 12)] * 3)
+    layers = find_layers(model, inputs)
+    here, told = expected(layers, inputs), expected(layers, inputs, values=place)
+    assert told.widest == here.widest
+    stream = 2 * 12 * 16 * 4
+    assert told.peak.values == 0
+    assert here.peak.values == 3 * (stream + 4 * stream)
+    assert told.peak.running == here.peak.running + stream + 4 * stream
+    assert words in told.lines()[1]
+    assert told.to_dict()["place"] == place
+
+
+def test_what_computing_again_would_take_by_hand():
+    """A block of GPT-2 of hidden 16 multiplies a token by 16 x 48, 16 x 16, 16 x 64 and 64 x 16; lm_head is the last group."""
+    model = gpt2()
+    inputs = bind_batches(model, [tokens(2, 12)] * 3)
+    layers = find_layers(model, inputs)
+    told = expected(layers, inputs)
+    # What attention gives waits, behind the first, and what the activation gives, behind the third; else norms of the stream.
+    assert told.recomputing == (16 * 48 + 16 * 64) / (16 * (48 + 16 + 64 + 64))
+    assert told.lines()[1].endswith("would take 58 % more multiplications with weights.")
+    assert expected(layers, inputs, schedule="block").recomputing == 0
+
+
+def test_values_wait_in_memory_as_long_as_that_is_within_the_budget(monkeypatch):
+    model = llama()
+    inputs = bind_batches(model, [tokens(2, 12)] * 3)
+    layers, recipe = find_layers(model, inputs), Recipe("wanda")
+
+    def chosen(**settings):
+        return streaming.choose_place(model, layers, inputs, recipe, **settings)
+
+    assert chosen(memory=1 << 40).place == chosen(available=lambda device: None).place == "device"
+    assert chosen(available=lambda device: 1 << 40).place == "device"
+    told = chosen(memory=1)
+    assert told.place == chosen(available=lambda device: 1).place == "disk"
+    assert told.total < chosen().total
+    assert chosen(memory=1, available=lambda device: 1 << 40).place == "disk"
+    monkeypatch.setattr("statprune.streaming.device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 0)
+    assert chosen(memory=1, available=lambda device: told.widest.values).place == "host"
+    assert chosen(memory=1, available=lambda device: told.widest.values - 1).place == "disk"
+    assert streaming.choose_place(model, layers, inputs, Recipe("magnitude"), memory=1).place == "device"  # there are no values
 
 
 def test_a_gram_counts_and_so_do_those_of_gradients():
@@ -169,8 +221,8 @@ torch.set_num_threads(1)
 skeleton = open_skeleton(sys.argv[1])
 inputs = bind_batches(skeleton.model, [torch.zeros(1, 256, dtype=torch.int64)] * 24)
 layers = find_layers(skeleton.model, inputs)
-recipe = Recipe(sys.argv[3], pattern="2:4")
-told = streaming.expected_memory(skeleton.model, layers, inputs, recipe)
+recipe, values = Recipe(sys.argv[3], pattern="2:4"), sys.argv[4]
+told = streaming.expected_memory(skeleton.model, layers, inputs, recipe, values)
 peak, done = [0], threading.Event()
 
 def watch():
@@ -180,7 +232,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 with checkpoint.reserve(Path(sys.argv[2]), resumes=True, say=unsaid) as place:
-    streaming.prune_streamed(skeleton, layers, inputs, recipe, place, max_shard_size="1GB")
+    streaming.prune_streamed(skeleton, layers, inputs, recipe, place, max_shard_size="1GB", values=values)
     done.set()
     watcher.join()
 print(json.dumps({"told": told.to_dict(), "peak": peak[0]}))
@@ -188,8 +240,11 @@ print(json.dumps({"told": told.to_dict(), "peak": peak[0]}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what memory a process has")
-@pytest.mark.parametrize("method", [pytest.param("cvr+energy", marks=pytest.mark.slow), "sparsegpt"])
-def test_a_process_takes_what_it_was_told_to(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [pytest.param("cvr+energy", "device", marks=pytest.mark.slow), ("sparsegpt", "device"), ("cvr+energy", "disk")],
+)
+def test_a_process_takes_what_it_was_told_to(tmp_path, method, values):
     """Within 15 % of what comes on top of the process."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
     model = llama(**sizes, max_position_embeddings=256)
@@ -197,7 +252,7 @@ def test_a_process_takes_what_it_was_told_to(tmp_path, method):
     # Freed memory goes back to the system at once, so that what is measured is what is used.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     ran = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(tmp_path / "model"), str(tmp_path / "out"), method],
+        [sys.executable, "-c", PROCESS, str(tmp_path / "model"), str(tmp_path / "out"), method, values],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr

@@ -659,13 +659,59 @@ def test_compare_prints_a_markdown_table_and_leaves_the_model_alone(capsys, tiny
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_benchmark_measures_both_and_gives_their_ratio(capsys, tiny_model_folder):
-    options = ["--seqlen", 16, "--samples", 2, "--rounds", 2, "--json"]
-    status, out, _ = run(capsys, "benchmark", tiny_model_folder, *options)
+def test_benchmark_measures_both_and_gives_their_ratio(capsys, tmp_path, tiny_model_folder):
+    (tmp_path / "sparsegpt.py").write_text(THEIRS)
+    options = ["--seqlen", 16, "--samples", 2, "--rounds", 2, "--methods", "wanda", "sparsegpt", "--patterns", "2:4"]
+    options += ["--sparsegpt", tmp_path]
+    before = load_file(f"{tiny_model_folder}/model.safetensors")
+    status, out, _ = run(capsys, "benchmark", tiny_model_folder, *options, "--json")
     cost = json.loads(out)
     assert status == 0
     assert len(cost["walk"]) == len(cost["forward"]) == 2
     assert cost["ratio"] > 0
+    pruning = cost["pruning"]
+    assert [(row["label"], row["pattern"]) for row in pruning["rows"]] == [
+        ("wanda", "2:4"), ("sparsegpt", "2:4"), ("SparseGPT's own code", "2:4"),
+    ]  # fmt: skip
+    assert all(row["pruning"] > 0 for row in pruning["rows"])
+    assert pruning["copy"] > 0
+    assert pruning["rows"][-1]["beside_theirs"] == 1
+    after = load_file(f"{tiny_model_folder}/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    _, out, _ = run(capsys, "benchmark", tiny_model_folder, *options)
+    assert "SparseGPT's own code" in out
+
+
+THEIRS = """
+import torch
+
+class SparseGPT:
+    def __init__(self, layer):
+        self.layer, self.tokens = layer, 0
+
+    def add_batch(self, inp, out):
+        self.tokens += inp.shape[1]
+
+    def fasterprune(self, sparsity, prunen=0, prunem=0):
+        assert (sparsity, prunen, prunem, self.tokens) == (0.5, 2, 4, 32)
+        torch.cuda.synchronize()
+        self.layer.weight.data.zero_()
+        print("done")
+"""
+
+
+def test_benchmark_says_what_is_wrong_with_others_code(capsys, tmp_path, tiny_model_folder):
+    options = ["benchmark", tiny_model_folder, "--seqlen", 16, "--samples", 2, "--rounds", 1, "--sparsegpt", tmp_path]
+    assert "has no sparsegpt.py" in run(capsys, *options)[2]
+    (tmp_path / "sparsegpt.py").write_text("import nothing_of_this_name")
+    assert "cannot be imported: ModuleNotFoundError" in run(capsys, *options)[2]
+    (tmp_path / "sparsegpt.py").write_text("")
+    assert "has no class SparseGPT" in run(capsys, *options)[2]
+    (tmp_path / "sparsegpt.py").write_text(THEIRS.replace("2, 4, 32", "3, 4, 32"))
+    status, _, err = run(capsys, *options, "--patterns", "2:4", "--methods", "wanda")
+    assert status == 1
+    assert "SparseGPT's own code failed: AssertionError" in err
+    assert "needs no gradients" in run(capsys, *options, "--methods", "best")[2]
 
 
 def test_quickstart_leaves_models_that_the_other_commands_take(capsys, tmp_path, monkeypatch):

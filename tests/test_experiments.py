@@ -26,7 +26,7 @@ from statprune.experiments.compare import Cell, compare, markdown_table
 from statprune.experiments.cost import measured, peak_of_tensors
 from statprune.experiments.definition import NAMES, Experiment
 from statprune.experiments.run import CELLS, run
-from statprune.experiments.walk_cost import measure_walk
+from statprune.experiments.walk_cost import export, measure_walk
 from statprune.loading import load_model, load_tokenizer
 from statprune.model import layers
 from statprune.perplexity import evaluate
@@ -671,12 +671,12 @@ class Branching(nn.Module):
 
 def test_without_a_graph_there_is_no_walk_to_time():
     with pytest.raises(TracingError, match="there is none: "):
-        measure_walk(Branching(), [torch.ones(2, 4)])
+        export(Branching(), [torch.ones(2, 4)])
 
 
 def test_the_walk_is_timed_beside_the_plain_model_and_each_round_is_told(model, windows):
     told = []
-    cost = measure_walk(model, windows.split(2), rounds=2, progress=lambda *step: told.append(step))
+    cost = measure_walk(*export(model, windows.split(2)), rounds=2, progress=lambda *step: told.append(step))
     assert told == [(0, 2, "rounds"), (1, 2, "rounds"), (2, 2, "rounds")]
     assert len(cost.forward) == len(cost.walk) == 2
     assert min(*cost.forward, *cost.walk, cost.export) > 0

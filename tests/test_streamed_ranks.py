@@ -46,7 +46,7 @@ def batches_of(rank):
     return [torch.randint(3, 48, (2, 12), generator=generator) for _ in range(5)][rank::2]
 
 
-def stream_shared(rank, folder, batches, recipe, output, progress=silent):
+def stream_shared(rank, folder, batches, recipe, output, progress=silent, values="device"):
     """The report of a streamed run of both ranks, of which the first saves."""
     skeleton = open_skeleton(str(folder))
     inputs = bind_batches(skeleton.model, batches)
@@ -54,7 +54,7 @@ def stream_shared(rank, folder, batches, recipe, output, progress=silent):
     with contextlib.ExitStack() as held:
         place = held.enter_context(checkpoint.reserve(output, resumes=True, say=unsaid)) if rank == 0 else None
         report, stored_in = streaming.prune_streamed(
-            skeleton, layers, inputs, recipe, place, max_shard_size="9KB", progress=progress
+            skeleton, layers, inputs, recipe, place, max_shard_size="9KB", progress=progress, values=values
         )
         if place is not None:
             checkpoint.finish(skeleton.model, report, place, stored_in, source=folder)
@@ -86,6 +86,27 @@ def test_two_ranks_stream_to_the_bit_what_two_have_in_memory(two_ranks, folder, 
         assert num_tokens == count == there[2]
         assert same_files(tmp_path / text_of(recipe) / "streamed", tmp_path / text_of(recipe) / "memory")
         verify(tmp_path / text_of(recipe) / "streamed")
+
+
+def _with_values_in_files(rank, folder, output):
+    seen = set()
+
+    def progress(done, total, what):
+        seen.update(path.name for path in output.glob(".out.*.partial/values-*"))
+
+    return [
+        stream_shared(rank, folder, batches_of(rank), RECIPES[2], output / "memory").sites,
+        stream_shared(rank, folder, batches_of(rank), RECIPES[2], output / "out", progress, "disk").sites,
+        seen,
+    ]
+
+
+def test_each_rank_has_values_of_its_own_in_files(two_ranks, folder, tmp_path):
+    for wanted, sites, seen in two_ranks(_with_values_in_files, folder, tmp_path):
+        assert sites == wanted
+        assert seen == {"values-0", "values-1"}
+    assert same_files(tmp_path / "out", tmp_path / "memory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory", "out"]
 
 
 GONE_ON_WITH = [RECIPES[1], RECIPES[2], RECIPES[4]]

@@ -316,3 +316,13 @@ def test_a_journal_is_of_a_dense_model(tmp_path, folders, batches):
 def test_a_search_has_no_journal(tmp_path, folders, batches):
     with pytest.raises(RecipeError, match="a journal is of a recipe, not of a search"):
         statprune.prune(load_model(str(folders["llama"])), batches, "auto", journal=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "named"), [("is_sharded", "this one is sharded"), ("is_dispatched", "accelerate has put it")]
+)
+def test_a_journal_is_of_a_model_that_is_whole(tmp_path, folders, batches, monkeypatch, where, named):
+    monkeypatch.setattr(f"statprune.api.{where}", lambda _: True)
+    with pytest.raises(RecipeError, match=named):
+        statprune.prune(load_model(str(folders["llama"])), batches, "wanda", journal=tmp_path / "journal")
+    assert not (tmp_path / "journal").exists()

@@ -113,14 +113,14 @@ class Reserved:
         with _explained(self.output):
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def check_room(self, num_bytes: int) -> None:
-        """Raise CheckpointError where the disk has no room for so many bytes."""
+    def check_room(self, num_bytes: int, what: str = "") -> None:
+        """Raise CheckpointError where the disk has no room for so many bytes; `what` says more about them."""
         with _explained(self.output):
             free = shutil.disk_usage(self.folder).free
         if free < num_bytes:
             raise CheckpointError(
-                f"The output {self.output} needs {_size(num_bytes)}, and its disk has {_size(free)} left. Make room, or choose "
-                "an output on another disk."
+                f"The output {self.output} needs {_size(num_bytes)}{what and f', {what}'}, and its disk has {_size(free)} "
+                "left. Make room, or choose an output on another disk."
             )
 
     def publish(self) -> Path:

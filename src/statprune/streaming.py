@@ -9,14 +9,16 @@ Several ranks share the work as in memory. Each reads what it computes with; the
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from statprune.agreement import check_layers, check_streamed_start, device_of
-from statprune.clock import resident_memory, timed
+from statprune.clock import available_memory, resident_memory, timed
 from statprune.disk.journal import Journal, fingerprint
+from statprune.disk.scratch import offloaded, remove_leftovers
 from statprune.disk.shards import Shards
 from statprune.disk.skeleton import Skeleton
 from statprune.disk.streamed import Streamed
@@ -25,13 +27,16 @@ from statprune.errors import CheckpointError, SiteError, TracingError
 from statprune.methods.pruner import is_by_blocks
 from statprune.methods.statistics import Statistic
 from statprune.methods.workspace import workspace, workspace_by_blocks
-from statprune.model.accounting import Expected, expect
+from statprune.model.accounting import expect
+from statprune.model.expected import Expected, gigabytes
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
+from statprune.model.offload import Place
 from statprune.model.sites import LinearSite
 from statprune.output import JOURNAL, Reserved, seen_by_all
 from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup, all_well, together
+from statprune.ranks import place as place_among
 from statprune.recipe import Recipe
 from statprune.report import PruningReport
 from statprune.selection import select
@@ -62,7 +67,9 @@ def check_streamed(skeleton: Skeleton, layers: Layers, recipe: Recipe) -> None:
             )
 
 
-def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], recipe: Recipe) -> Expected:
+def expected_memory(
+    model: Any, layers: Layers, inputs: Sequence[ModelInputs], recipe: Recipe, values: Place = "device"
+) -> Expected:
     """What pruning it from its files will take of memory on the model's device, with what the process has now.
 
     Args:
@@ -70,6 +77,7 @@ def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], r
         layers: of the model, with a graph.
         inputs: of the shapes of the calibration data.
         recipe: how.
+        values: where those of the batches wait (`prune_streamed`).
 
     The perplexity before and after, and the backward pass of a loss-aware method, are not in it.
     """
@@ -91,8 +99,46 @@ def expected_memory(model: Any, layers: Layers, inputs: Sequence[ModelInputs], r
     return expect(
         layers.traced, select(layers.groups, layers.left_out, recipe).groups, inputs,
         dict(model.named_parameters(remove_duplicate=False)),
-        schedule=recipe.schedule, needs=needs, workspace=to_prune, base=base or 0,
+        schedule=recipe.schedule, needs=needs, workspace=to_prune, values=values, base=base or 0,
     )  # fmt: skip
+
+
+def choose_place(
+    model: Any,
+    layers: Layers,
+    inputs: Sequence[ModelInputs],
+    recipe: Recipe,
+    *,
+    memory: int | None = None,
+    available: Callable[[torch.device], int | None] = available_memory,
+) -> Expected:
+    """Where the values of the batches are to wait, and what a run so takes: on the device, where that fits into memory; in a
+    GPU's host memory, where they fit into that; else in files.
+
+    Args:
+        model: as `expected_memory`, and so are the next three.
+        memory: bytes that the run may take on the model's device, with what the process has; None: what is available.
+        available: bytes that a device has, None where it does not tell.
+    """
+    device = device_of(model)
+    expected = expected_memory(model, layers, inputs, recipe)
+    if memory is None and (free := available(device)) is not None:
+        memory = expected.base + free
+    if memory is None or expected.total <= memory or not expected.widest.values:
+        return expected
+    if device.type == "cuda" and expected.widest.values <= (available(torch.device("cpu")) or 0):
+        return expected_memory(model, layers, inputs, recipe, "host")
+    return expected_memory(model, layers, inputs, recipe, "disk")
+
+
+def check_room(skeleton: Skeleton, place: Reserved, max_shard_size: int | str, expected: Expected) -> None:
+    """Raise CheckpointError where the disk has no room for the output's weights with values that are to wait in files, of as
+    many processes as there are on this machine."""
+    if expected.place == "disk":
+        shards = lay_out(skeleton, place.folder, max_shard_size)
+        room = 0 if shards.are_there() else shards.num_bytes
+        size = expected.processes * expected.widest.values
+        place.check_room(room + size, f"{gigabytes(size)} of it for the values of the batches while it runs")
 
 
 def _kind(compensation: Mapping[str, Any]) -> str:
@@ -119,6 +165,7 @@ def prune_streamed(
     place: Reserved | None,
     *,
     max_shard_size: int | str,
+    values: Place = "device",
     settings: dict[str, Any] | None = None,
     process_group: ProcessGroup = None,
     progress: Progress = silent,
@@ -135,6 +182,8 @@ def prune_streamed(
         place: of the output; what another run has finished there is taken over, where it is of the same inputs. The first
             rank's, on a disk that all ranks see; None on the others.
         max_shard_size: of one file of weights.
+        values: where those of the batches wait between two groups, which changes no bit; on the disk, in files beside the
+            output.
         settings: what else two runs must have in common for one to go on with the other's work.
         process_group: of the ranks that prune together, each with its own inputs.
         progress: called after each input group.
@@ -145,17 +194,19 @@ def prune_streamed(
         The report, and in which file and under which name each pruned parameter is.
 
     Raises:
-        StatpruneError: as `prune` and `check_streamed`; the inputs of the run to go on with are others; the disk is full. What
-            is finished stays in the place's hidden folder.
+        StatpruneError: as `prune`, `check_streamed` and `check_room`; the inputs of the run to go on with are others; the disk
+            is full. What is finished stays in the place's hidden folder.
         RanksError: another rank failed, or does something else.
     """
     device = device_of(skeleton.model)
     with together(process_group, device, "statprune prune --stream"):
         check_streamed(skeleton, layers, recipe)
+        assert layers.traced is not None, "a model that is streamed has a graph"
         check_streamed_start(skeleton, recipe, inputs, process_group)
         check_layers(layers, process_group)
         if place is not None:
             place.check_held()
+            remove_leftovers(place.folder.parent)  # before the others go on, who wait for this rank next
         folder = seen_by_all(place.folder if place is not None else None, process_group)
         shards = lay_out(skeleton, folder, max_shard_size)
         identity = _identity(skeleton, inputs, recipe, shards, process_group, settings or {})
@@ -164,7 +215,15 @@ def prune_streamed(
             journal = Journal(folder.with_name(JOURNAL), identity, weights, process_group)
             if place is not None and not shards.are_there():
                 shards.create()
-            report = run(layers, inputs, recipe, weights, ledger=journal, process_group=process_group, progress=progress)
+            rank, ranks = place_among(process_group)
+            if place is not None and values == "disk":
+                told = expected_memory(skeleton.model, layers, inputs, recipe, values)
+                check_room(skeleton, place, max_shard_size, replace(told, processes=ranks))
+            with offloaded(values, layers.traced, folder.parent, rank) as offload:
+                report = run(
+                    replace(layers, offload=offload), inputs, recipe, weights,
+                    ledger=journal, process_group=process_group, progress=progress,
+                )  # fmt: skip
             pruned = {site.parameter: skeleton.stored_as[skeleton.canonical[site.parameter]] for site in report.sites}
             if place is not None:
                 with timed(report.seconds, "copy", report.memory):

@@ -3,15 +3,16 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from statprune.acceleration.candidates import Candidate, Kind, find_candidates
+from statprune.acceleration.float8 import float8_kernels
 from statprune.acceleration.forward import Passes, passes
 from statprune.acceleration.measuring import DeviceStopwatch, Stopwatch, Timings
-from statprune.acceleration.packing import KERNELS, Kernel, pack_exactly
+from statprune.acceleration.packing import KERNELS, Kernel, pack_undoably
 from statprune.acceleration.report import Accelerated, AccelerationReport, Measured, Whole
 from statprune.errors import AccelerationError
 from statprune.model.sites import LeftOut
@@ -22,6 +23,8 @@ from statprune.progress import Progress, silent
 TOLERANCES = {torch.float16: 0.01, torch.bfloat16: 0.05}
 """How far predictions may be off, relative to their norm, where nothing else is said: what is left of rounding in each layer,
 since packed kernels add up in another order. A wrong kernel is off by about 1."""
+
+QUANTIZED_TOLERANCE = 0.25
 
 SPEEDUP = 1.05
 """Less is within what measurements differ by."""
@@ -56,6 +59,7 @@ def accelerate(
     compiled: bool = False,
     speedup: float = SPEEDUP,
     tolerance: float | None = None,
+    quantize: Literal["float8"] | None = None,
     kernels: Sequence[Kernel] = KERNELS,
     stopwatch: Stopwatch | None = None,
     progress: Progress = silent,
@@ -78,8 +82,11 @@ def accelerate(
             compiled.
         speedup: how many times faster a layer has to be, at every number of tokens.
         tolerance: how far predictions may be off, relative to the norm of the dense model's. None: 0.01 in float16, 0.05 in
-            bfloat16.
-        kernels: ways to pack a weight.
+            bfloat16, 0.25 where it is rounded to float8.
+        quantize: "float8" rounds weights and inputs to float8 besides, by rows, with torchao 0.18 or later on a Hopper GPU. It
+            has to be faster than float8 without 2:4, too. The dense weights are kept in host memory. There is no int8: torch's
+            int8 kernels take int8 inputs, and torchao has 2:4 for float8 only.
+        kernels: ways to pack a weight, where nothing is quantized.
         stopwatch: measures; None: CUDA events, on the device that the model computes on.
         progress: called after each kind of layer that was measured.
 
@@ -87,19 +94,24 @@ def accelerate(
         With `.report`: what was measured, what runs packed, what stays dense and why. And `.undo()`.
 
     Raises:
-        AccelerationError: a number that cannot be; the model does not run on packed weights, or gives other predictions: it
-            is dense again.
+        AccelerationError: a number that cannot be; there is no torchao for float8; the model does not run on packed weights,
+            or gives other predictions: it is dense again.
         CalibrationError: the inputs do not fit.
         NonFiniteError: the dense model predicts NaN or infinity.
         SiteError: the weights are sharded.
     """
     counts = check(tokens, speedup, tolerance)
+    if quantize is not None:
+        kernels = quantized(quantize)
     refuse_sharded(model)
     candidates, left_out = find_candidates(model, kernels)
     device = compute_device(model)
     stopwatch = stopwatch or DeviceStopwatch(device, compiled)
-    allowed = tolerance or max((TOLERANCES.get(one.module.weight.dtype, 0.0) for one in candidates), default=0.0) or None
-    run = _Run(counts, speedup, allowed, compiled, _device_name(device), left_out)
+    usual = [QUANTIZED_TOLERANCE if quantize else TOLERANCES.get(one.kind.dtype, 0.01) for one in candidates]
+    allowed = tolerance or max(usual, default=None)
+    given = {"compiled": compiled, "speedup": speedup, "tolerance": tolerance, "quantize": quantize}
+    options = {key: value for key, value in given.items() if value != (accelerate.__kwdefaults__ or {})[key]}
+    run = _Run(counts, options, speedup, allowed, _device_name(device), left_out)
     timings = _measure(candidates, counts, stopwatch, progress)
     chosen = run.choose(candidates, timings)
     swapped = Swapped()
@@ -129,7 +141,7 @@ def choose(timings: Timings, speedup: float) -> tuple[Kernel | None, str]:
 
     On the whole is the geometric mean over the numbers of tokens.
     """
-    ratios = {kernel: timings.ratios(kernel) for kernel in timings.packed}
+    ratios = {kernel: timings.ratios(kernel) for kernel in timings.packed if not kernel.is_reference}
     if not ratios:
         return None, "no kernel runs here"
     fast = [kernel for kernel, found in ratios.items() if min(found.values()) >= speedup]
@@ -157,6 +169,20 @@ def check(tokens: Sequence[int], speedup: float, tolerance: float | None) -> tup
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
         raise AccelerationError(f"tolerance={tolerance!r}: expected a number above 0, relative to the norm of the predictions.")
     return tuple(dict.fromkeys(tokens))
+
+
+def quantized(quantize: str) -> tuple[Kernel, ...]:
+    """The kernels that round.
+
+    Raises:
+        AccelerationError: there are none, or none for what is installed.
+    """
+    if quantize != "float8":
+        raise AccelerationError(
+            f"quantize={quantize!r}: expected 'float8' or None. There is no int8: torch's int8 kernels take int8 inputs, and "
+            "torchao has 2:4 for float8 only."
+        )
+    return float8_kernels()
 
 
 def check_device(device: str) -> None:
@@ -191,10 +217,10 @@ class _Run:
     """What becomes the report."""
 
     def __init__(
-        self, tokens: tuple[int, ...], speedup: float, tolerance: float | None, compiled: bool, device: str,
+        self, tokens: tuple[int, ...], options: dict[str, Any], speedup: float, tolerance: float | None, device: str,
         left_out: list[LeftOut],
     ) -> None:  # fmt: skip
-        self.tokens, self.speedup, self.tolerance, self.compiled, self.device = tokens, speedup, tolerance, compiled, device
+        self.tokens, self.options, self.speedup, self.tolerance, self.device = tokens, options, speedup, tolerance, device
         self.left_out = list(left_out)
         self.measured: list[Measured] = []
         self.failed: dict[str, str] = {}
@@ -225,12 +251,12 @@ class _Run:
     def swap(self, chosen: Sequence[tuple[Candidate, Kernel]], swapped: Swapped) -> None:
         """Onto packed weights, one after another, so that memory holds one weight twice."""
         for one, kernel in chosen:
-            exact = pack_exactly(kernel, one.module.weight)
-            if exact is None:
-                self.left_out.append(LeftOut(one.name, one.kind.shape, f"{kernel.name} does not give its bits back"))
+            shape, undoable = one.kind.shape, pack_undoably(kernel, one.module.weight)
+            if undoable is None:
+                self.left_out.append(LeftOut(one.name, shape, f"{kernel.name} does not give its bits back"))
                 continue
-            self.accelerated.append(Accelerated(one.name, one.kind.shape, kernel.name))
-            swapped.put(one.module, *exact)
+            self.accelerated.append(Accelerated(one.name, shape, kernel.name))
+            swapped.put(one.module, *undoable)
 
     def check_errors(self, errors: Sequence[float]) -> None:
         """Raise AccelerationError for predictions that are off by more than the tolerance."""
@@ -253,6 +279,6 @@ class _Run:
     def report(self) -> AccelerationReport:
         """As it is now."""
         return AccelerationReport(
-            self.device, self.tokens, self.compiled, self.speedup, self.tolerance if self.whole else None, tuple(self.measured),
+            self.device, self.tokens, self.options, self.speedup, self.tolerance if self.whole else None, tuple(self.measured),
             dict(self.failed), tuple(self.whole), tuple(self.accelerated), tuple(self.left_out),
         )  # fmt: skip

@@ -25,6 +25,18 @@ class Kernel(Protocol):
     def name(self) -> str:
         """As tables have it."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the packed weight is the same weight, and not rounded."""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is measured only for others to be faster than, since it makes no use of zeros."""
+
+    @property
+    def tolerance(self) -> float:
+        """How far its output may be off, relative to the norm of the dense layer's."""
+
     def why_not(self, weight: Tensor) -> str | None:
         """Why it does not take a weight [out, in] of this size and dtype, where it lies; None where it does."""
 
@@ -59,6 +71,11 @@ class SemiStructured:
     device: str = "cuda"
     """The type of the device that it runs on."""
 
+    is_exact = True
+    is_reference = False
+    tolerance = 0.02
+    """Bfloat16 rounds to 0.4 %, and a sum that is added up in another order is rounded elsewhere."""
+
     @property
     def name(self) -> str:
         """`cusparselt`, `cusparselt:7` or `cutlass`."""
@@ -67,7 +84,7 @@ class SemiStructured:
     def why_not(self, weight: Tensor) -> str | None:
         """A dtype that is not in `DTYPES`, a size that is no multiple of the kernel's, or no GPU."""
         if weight.dtype not in DTYPES:
-            return f"{_name(weight.dtype)}: the kernels multiply {' and '.join(map(_name, DTYPES))}"
+            return f"{dtype_name(weight.dtype)}: the kernels multiply {' and '.join(map(dtype_name, DTYPES))}"
         limits = self.kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]
         rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
         if weight.shape[0] % rows or weight.shape[1] % columns:
@@ -100,7 +117,9 @@ class SemiStructured:
     @torch.no_grad()
     def unpack(self, packed: Tensor) -> Tensor:
         """What `to_dense` gives: of cuSPARSELt a product with the identity, in which each sum has one term that is not zero."""
-        return packed.to_dense()
+        own: Any = packed.detach()
+        own.alg_id_cusparselt = 0  # an algorithm that was found for other sizes may not take these
+        return own.to_dense()  # type: ignore[no-any-return]
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -110,8 +129,10 @@ KERNELS: tuple[Kernel, ...] = (
 """What torch has. Which of them a GPU can run shows when it is tried: CUTLASS's are for Ampere and Ada only."""
 
 
-def pack_exactly(kernel: Kernel, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """A packed weight, and the function that gives the weight back from it, bit for bit; None where that does not.
+def pack_undoably(kernel: Kernel, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """A packed weight, and the function that gives the weight back, bit for bit; None where that does not.
+
+    Of a kernel that is exact it unpacks the packed weight. Of another one it has a copy of the weight in host memory.
 
     Args:
         kernel: that takes it.
@@ -122,6 +143,9 @@ def pack_exactly(kernel: Kernel, weight: Tensor) -> tuple[Tensor, Callable[[Tens
     """
     weight = weight.detach()
     packed = kernel.pack(weight)
+    if not kernel.is_exact:
+        kept, device = weight.to("cpu", copy=True), weight.device
+        return packed, lambda _: kept.to(device, copy=True)
     # Small numbers that were rounded to zero may have left a minus, which packing forgets.
     minus_zeros = ((weight == 0) & torch.signbit(weight)).view(-1).nonzero().squeeze(1)
 
@@ -140,5 +164,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16` for `torch.float16`."""
     return str(dtype).removeprefix("torch.")

@@ -78,7 +78,10 @@ class AccelerationReport:
     """What it was measured on."""
 
     tokens: tuple[int, ...]
-    compiled: bool
+
+    options: dict[str, Any]
+    """What else was given to `accelerate`, where it is not the default."""
+
     speedup: float
     """What a layer had to reach at every number of tokens."""
 
@@ -112,6 +115,12 @@ class AccelerationReport:
             f"{number_of(len(self.accelerated), 'weight')} of {total} are packed now; "
             f"the predictions are off by {100 * worst:.2g} % of their norm at most."
         )
+
+    @property
+    def call(self) -> str:
+        """The line of Python that does the same again."""
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"statprune.accelerate(model, tokens={list(self.tokens)}{options})"
 
     def rows(self) -> list[list[str]]:
         """Of the table of what was measured: a kind of layer, a kernel and a number of tokens each."""

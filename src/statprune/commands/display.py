@@ -14,6 +14,7 @@ from statprune.errors import number_of
 
 if TYPE_CHECKING:
     from statprune.acceleration.report import AccelerationReport
+    from statprune.experiments.block_cost import BlockCosts
     from statprune.recipe import Recipe, Search
     from statprune.report import PruningReport
     from statprune.selection import Selection
@@ -355,11 +356,29 @@ def show_walk_cost(cost: Any, num_tokens: int) -> None:
     )
 
 
-def show_acceleration(model: str, report: "AccelerationReport") -> None:
+def show_block_costs(costs: "BlockCosts") -> None:
+    """The second half of it."""
+    table = Table(
+        title=f"the first block, {costs.num_weights:,} weights, {costs.num_tokens:,} tokens; copying them {costs.copy:.2f} ns",
+        title_justify="left", title_style="bold", header_style="bold",
+    )  # fmt: skip
+    table.add_column("method", overflow="fold", min_width=20)
+    for head in ("pattern", "statistics ns/w", "pruning ns/w", "x copy", "memory MB", "x theirs"):
+        table.add_column(head, justify="right")
+    for row in costs.rows:
+        memory, theirs = row.peak_memory, costs.beside_theirs(row)
+        table.add_row(
+            escape(row.label), row.pattern, f"{row.statistics:.1f}", f"{row.pruning:.1f}", f"{row.pruning / costs.copy:.0f}",
+            "" if memory is None else f"{memory / 1e6:,.0f}", "" if theirs is None else f"{theirs:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def show_acceleration(model: str, dtype: str, report: "AccelerationReport") -> None:
     """The end of `statprune accelerate`."""
     from statprune.acceleration.report import HEADS, WHOLE_HEADS
 
-    how = ", compiled" if report.compiled else ""
+    how = ", compiled" if report.options.get("compiled") else ""
     for title, heads, rows, num_left in (
         (f"{report.device}{how}; * chosen: {report.speedup:g} times faster at all of them", HEADS, report.rows(), 2),
         ("the whole model", WHOLE_HEADS, report.whole_rows(), 0),
@@ -377,10 +396,8 @@ def show_acceleration(model: str, report: "AccelerationReport") -> None:
         console.tell(f"[yellow]cannot be used here: {escape(name)}, {escape(why)}[/]")
     console.tell(f"[bold]{escape(report.conclusion)}[/]")
     if report.accelerated:
-        show_text(
-            f'To use it:\n  model = statprune.load({model!r}, device="cuda")\n'
-            f"  statprune.accelerate(model, tokens={list(report.tokens)})"
-        )
+        load = f'model = statprune.load({model!r}, dtype=torch.{dtype}, device="cuda")'
+        show_text(f"To use it:\n  {load}\n  {report.call}")
 
 
 def show_next_steps(output: str) -> None:

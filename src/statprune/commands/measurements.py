@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from typing import Any
+from typing import Any, Literal
 
 from statprune.commands import console, display
 from statprune.commands.options import (
@@ -104,26 +104,49 @@ def tune(
     return {"recipe": tuned.recipe.to_dict(), "trials": [trial.row() for trial in tuned.trials], **tuned.record()}
 
 
-def benchmark(model: ModelOptions, calibration: CalibrationOptions = RANDOM_TOKENS, rounds: int = 5) -> dict[str, Any]:
-    """What the walk costs beside a plain forward pass over the same batches, in turns on this machine.
+def benchmark(
+    model: ModelOptions,
+    calibration: CalibrationOptions = RANDOM_TOKENS,
+    rounds: int = 5,
+    methods: list[dict[str, Any] | str] | None = None,
+    patterns: list[str] | None = None,
+    sparsegpt: str | None = None,
+) -> dict[str, Any]:
+    """What the walk costs beside a plain forward pass over the same batches, and what pruning costs beside a copy.
 
-    Without --calibration the tokens are random, which costs the same.
+    All on this machine, in turns. Pruning is timed on the model's first block, in nanoseconds for each of its weights; the
+    floor is a copy of them. Without --calibration the tokens are random, which costs the same.
 
     Args:
-        rounds: How many times to measure both.
+        rounds: How many times to measure each.
+        methods: Presets, or criteria and compensations (several: --methods wanda paper), or mappings with label and method;
+            none that needs gradients. Default: wanda, paper, sparsegpt and default.
+        patterns: How sparse (several: --patterns 50% 2:4). Default: 50% and 2:4.
+        sparsegpt: A checkout of SparseGPT's own code (github.com/IST-DASLab/sparsegpt), to run it beside ours.
 
     Examples:
         statprune benchmark MODEL
         statprune benchmark MODEL --samples 24 --seqlen 512 --batch-size 4 --dtype float32
+        statprune benchmark MODEL --methods paper sparsegpt --patterns 2:4 --sparsegpt ../sparsegpt
     """
-    from statprune.experiments.walk_cost import measure_walk
+    from statprune.experiments import block_cost
+    from statprune.experiments.walk_cost import export, measure_walk
 
     opened = model.open(calibration, rounds=rounds)
-    windows = calibration.windows(opened)
-    with console.progress("measuring", each=True) as progress:
-        cost = measure_walk(opened.model, windows.split(calibration.batch_size), rounds=rounds, progress=progress)
-    display.show_walk_cost(cost, windows.numel())
-    return display.walk_cost_data(cost, windows.numel())
+    batches = list(calibration.windows(opened).split(calibration.batch_size))
+    num_tokens = sum(batch.numel() for batch in batches)
+    console.say("exporting the model to a graph")
+    layers, inputs, seconds = export(opened.model, batches)
+    with console.progress("walking", each=True) as progress:
+        walk = measure_walk(layers, inputs, seconds, rounds=rounds, progress=progress)
+    with console.progress("pruning", each=True) as progress:
+        blocks = block_cost.measure_blocks(
+            layers, inputs, methods=methods or block_cost.METHODS, patterns=patterns or block_cost.PATTERNS,
+            rounds=rounds, sparsegpt=sparsegpt, progress=progress,
+        )  # fmt: skip
+    display.show_walk_cost(walk, num_tokens)
+    display.show_block_costs(blocks)
+    return {**display.walk_cost_data(walk, num_tokens), "pruning": blocks.to_dict()}
 
 
 def accelerate(
@@ -132,6 +155,7 @@ def accelerate(
     compiled: bool = False,
     speedup: float = 1.05,
     tolerance: float | None = None,
+    quantize: Literal["float8"] | None = None,
 ) -> dict[str, Any]:
     """Whether the 2:4 layers of a model run faster on this GPU's sparse kernels, which of them, and how much.
 
@@ -151,7 +175,9 @@ def accelerate(
             call, which few tokens do not make up for.
         speedup: How many times faster than dense a layer has to be at every number of tokens.
         tolerance: How far predictions may be off, relative to the norm of the dense model's. Default: 0.01 in float16, 0.05 in
-            bfloat16.
+            bfloat16, 0.25 with --quantize.
+        quantize: Round weights and inputs to float8 besides, with torchao on a Hopper GPU. 2:4 has to be faster than float8
+            without it, too.
 
     Examples:
         statprune accelerate sparse --tokens 2048 --dtype bfloat16
@@ -162,12 +188,20 @@ def accelerate(
 
     acceleration.check(tokens, speedup, tolerance)
     acceleration.check_device(model.device)
+    if quantize is not None:
+        acceleration.quantized(quantize)
     opened = model.open(WindowOptions())
     with console.progress("measuring", each=True) as progress:
         report = acceleration.accelerate(
-            opened.model, tokens, compiled=compiled, speedup=speedup, tolerance=tolerance, progress=progress
+            opened.model,
+            tokens,
+            compiled=compiled,
+            speedup=speedup,
+            tolerance=tolerance,
+            quantize=quantize,
+            progress=progress,
         ).report
-    display.show_acceleration(model.model, report)
+    display.show_acceleration(model.model, opened.place["dtype"], report)
     return {**report.to_dict(), "model": model.model, **opened.place, "device": report.device, "versions": versions()}
 
 

@@ -60,7 +60,9 @@ def prune(
         max_shard_size: Of one file of weights, such as 5GB. Default: 50GB, as transformers has it.
         stream: Read the weights from their files while they are computed with, and write pruned ones into the output at once,
             so that no more than two segments of the model are in memory. By itself where the weights do not fit.
-        memory: How much memory the weights may take, such as 20GB, before they are streamed. Default: what is free.
+        memory: How much memory the weights may take, such as 20GB, before they are streamed; and how much a run that streams
+            may take, before the values of the calibration windows wait in a GPU's host memory or in files beside the output.
+            Default: what is free.
         restart: Begin anew where an earlier run of the same output ended early, and remove what it had done. Without it, the
             same command goes on where that one stopped, in as many processes.
 
@@ -96,7 +98,7 @@ def prune(
         memory_data = {}
         if stream and layers.traced is not None and isinstance(how, Recipe):
             inputs = bind_batches(empty, calibration.blank_batches(seqlen))
-            memory_data["memory"] = show_memory(empty, layers, inputs, how).to_dict()
+            memory_data["memory"] = show_memory(empty, layers, inputs, how, memory).to_dict()
         display.show_dry_run(how)
         return display.plan_data(empty, selection, how) | memory_data
     with contextlib.ExitStack() as held:
@@ -112,7 +114,7 @@ def prune(
         if wants_stream(model, calibration, stream, memory):
             if isinstance(how, Search):
                 raise RecipeError("--method auto tries methods out on the whole model, which is not streamed: name a method.")
-            return prune_streamed(model, place, how, calibration, text, max_shard_size or USUAL_SHARD_SIZE)
+            return prune_streamed(model, place, how, calibration, text, max_shard_size or USUAL_SHARD_SIZE, memory)
         return _prune(model, place, how, calibration, text, not no_compare, max_shard_size)
 
 

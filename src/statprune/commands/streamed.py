@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from statprune.disk.skeleton import Skeleton
     from statprune.disk.streamed import Streamed
-    from statprune.model.accounting import Expected
+    from statprune.model.expected import Expected
     from statprune.model.inputs import ModelInputs
     from statprune.model.layers import Layers
     from statprune.output import Reserved
@@ -114,12 +114,22 @@ _HELD = 1 << 30
 """Bytes of the residual streams that are held between two blocks while a perplexity is measured."""
 
 
-def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", how: "Recipe") -> "Expected":
-    """Shows what pruning it from its files will take of memory in this process; its parameters may be without values."""
-    from statprune.streaming import expected_memory
+def show_memory(model: Any, layers: "Layers", inputs: "Sequence[ModelInputs]", how: "Recipe", memory: str | None) -> "Expected":
+    """Decides where this process's values wait, and shows what pruning the model from its files will take of memory in it.
 
-    expected = replace(expected_memory(model, layers, inputs, how), processes=processes.place().on_machine)
-    for line in expected.lines():
+    The model's parameters may be without values.
+    """
+    from statprune.agreement import device_of
+    from statprune.streaming import choose_place
+
+    budget = read_size(memory) if memory is not None else None
+    chosen = choose_place(model, layers, inputs, how, memory=budget, available=processes.available_memory)
+    sharing = 1 if device_of(model).type == "cuda" else processes.place().on_machine  # each GPU is its process's own
+    expected = replace(chosen, processes=sharing)
+    lines = expected.lines()
+    if budget is not None and expected.total > budget:
+        lines[0] += f" That is more than --memory {memory}."
+    for line in lines:
         console.console.tell(escape(line))
     return expected
 
@@ -145,6 +155,7 @@ def prune_streamed(
     calibration: CalibrationOptions,
     text: list[str] | None,
     max_shard_size: str,
+    memory: str | None,
 ) -> dict[str, Any]:
     """`prune` with the model on disk; the place is the first process's, and None in the others."""
     import statprune.checkpoint as checkpoint
@@ -174,7 +185,9 @@ def prune_streamed(
         layers = find_layers(skeleton.model, blank)
     streaming.check_streamed(skeleton, layers, how)
     display.show_plan(skeleton.model, select(layers.groups, layers.left_out, how), how, layers.reason)
-    show_memory(skeleton.model, layers, blank, how)
+    expected = show_memory(skeleton.model, layers, blank, how, memory)
+    if place is not None:
+        streaming.check_room(skeleton, place, max_shard_size, expected)
     drawn = calibration.places(opened)
     inputs = bind_batches(skeleton.model, calibration.batches(opened))
     if place is not None and place.journal.exists():
@@ -201,7 +214,7 @@ def prune_streamed(
     with console.progress("pruning") as progress, console.progress("copying") as copied:
         report, stored_in = streaming.prune_streamed(
             skeleton, layers, inputs, how, place,
-            max_shard_size=max_shard_size, progress=progress, copied=copied, then=measure_pruned,
+            max_shard_size=max_shard_size, values=expected.place, progress=progress, copied=copied, then=measure_pruned,
         )  # fmt: skip
     if place is None:
         return {}

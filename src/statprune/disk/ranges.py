@@ -83,19 +83,16 @@ def read(place: Range, *, pinned: bool = False) -> Tensor:
         ModelError: the file cannot be read, or is shorter.
     """
     tensor = torch.empty(place.shape, dtype=place.dtype, pin_memory=pinned)
-    memory, done = _bytes(tensor), 0
     try:
         descriptor = os.open(place.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
-            while done < len(memory):
-                count = os.preadv(descriptor, [memory[done : done + _AT_ONCE]], place.start + done)
-                if not count:
-                    raise ModelError(f"The weights in {place.file} end too early. Was the file copied whole?")
-                done += count
+            is_whole = fill(descriptor, place.start, tensor)
         finally:
             os.close(descriptor)
     except OSError as e:
         raise ModelError(f"The weights in {place.file} cannot be read: {e.strerror}.") from e
+    if not is_whole:
+        raise ModelError(f"The weights in {place.file} end too early. Was the file copied whole?")
     return tensor
 
 
@@ -117,13 +114,29 @@ def write(place: Range, tensor: Tensor) -> None:
         OSError: the disk is full, or cannot be written.
     """
     assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), (place, tensor.dtype, tensor.shape)
-    memory, done = _bytes(tensor.detach().cpu().contiguous()), 0
     descriptor = os.open(place.file, os.O_WRONLY | getattr(os, "O_BINARY", 0))
     try:
-        while done < len(memory):
-            done += os.pwrite(descriptor, memory[done : done + _AT_ONCE], place.start + done)
+        pour(descriptor, place.start, tensor.detach().cpu().contiguous())
     finally:
         os.close(descriptor)
+
+
+def fill(descriptor: int, start: int, tensor: Tensor) -> bool:
+    """Read a contiguous tensor of main memory from an open file; whether the file was long enough. OSError as the system's."""
+    memory, done = _bytes(tensor), 0
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done : done + _AT_ONCE]], start + done)
+        if not count:
+            return False
+        done += count
+    return True
+
+
+def pour(descriptor: int, start: int, tensor: Tensor) -> None:
+    """Write a contiguous tensor of main memory into an open file. OSError as the system's."""
+    memory, done = _bytes(tensor), 0
+    while done < len(memory):
+        done += os.pwrite(descriptor, memory[done : done + _AT_ONCE], start + done)
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:

@@ -4,7 +4,7 @@ The forward pass is the same for every method and is not counted. Each time is t
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from statprune.errors import ExperimentError
 from statprune.experiments.cost import measured, peak_of_tensors
-from statprune.methods.statistics import InputMoments, Statistic
+from statprune.methods.statistics import InputMoments
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
 from statprune.model.schedule import blocks
-from statprune.model.sites import InputGroup
+from statprune.model.sites import InputGroup, LinearSite
 from statprune.model.undisturbed import undisturbed
 from statprune.recipe import Recipe
 from statprune.selection import select
@@ -43,23 +43,27 @@ def measure_block(
         SiteError: as `select`.
     """
     model, pruner = layers.model, recipe.pruner()
-    block = blocks(select(layers.groups, layers.left_out, recipe).groups)[0]
+    block = first_block(layers, recipe)
     device = next(model.parameters()).device
-    weights = {
-        site.parameter: site.view(model.get_parameter(site.parameter).detach()) for group in block for site in group.sites
-    }
+    weights = {site.parameter: weight for group in block for site, weight in weights_of(model, group)}
 
     def prune(moments: dict[str, InputMoments]) -> None:
         for group in block:
             for site in group.sites:
                 pruner(weights[site.parameter], moments.get(group.name))
 
-    moments, _ = _collect(model, block, inputs, pruner.needs, device)
+    def statistics_of_inputs() -> tuple[dict[str, InputMoments], float]:
+        if not pruner.needs:
+            return {}, 0.0
+        moments = {group.name: InputMoments.zeros(group.in_features, pruner.needs, device=device) for group in block}
+        return moments, show_inputs(model, block, inputs, {name: one.add for name, one in moments.items()})
+
+    moments, _ = statistics_of_inputs()
     size = sum(total.nbytes for one in moments.values() for total in one.totals())
     peak_memory = size + peak_of_tensors(lambda: prune(moments), device)
     times: list[tuple[float, float]] = []
     for _ in range(rounds):
-        moments, seconds = _collect(model, block, inputs, pruner.needs, device)
+        moments, seconds = statistics_of_inputs()
         with measured(device) as cost:
             prune(moments)
         times.append((seconds, cost.seconds))
@@ -67,21 +71,36 @@ def measure_block(
     return {"statistics": collected, "pruning": pruned, "total": collected + pruned}, peak_memory
 
 
-def _collect(
-    model: nn.Module, block: Sequence[InputGroup], batches: Sequence[ModelInputs], needs: Statistic, device: torch.device
-) -> tuple[dict[str, InputMoments], float]:
-    """The statistics of the block's groups, and the seconds that adding to them took."""
-    if not needs:
-        return {}, 0.0
-    moments = {group.name: InputMoments.zeros(group.in_features, needs, device=device) for group in block}
+def first_block(layers: Layers, recipe: Recipe) -> list[InputGroup]:
+    """Of what a recipe prunes; SiteError as `select`."""
+    return list(blocks(select(layers.groups, layers.left_out, recipe).groups)[0])
+
+
+def weights_of(model: nn.Module, group: InputGroup) -> list[tuple[LinearSite, Tensor]]:
+    """A group's sites, each with its weight [out, in]."""
+    return [(site, site.view(model.get_parameter(site.parameter).detach())) for site in group.sites]
+
+
+def show_inputs(
+    model: nn.Module,
+    block: Sequence[InputGroup],
+    batches: Sequence[ModelInputs],
+    show: Mapping[str, Callable[[Tensor], object]],
+) -> float:
+    """Run batches as far as the block, and show each group's inputs to what stands under its name: the seconds that it took.
+
+    Raises:
+        ExperimentError: a layer is no module of its own.
+    """
     seconds = 0.0
     missing: set[str] = set()
+    device = next(model.parameters()).device
 
     def hook_for(group: InputGroup) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal seconds
             with measured(device) as cost:
-                moments[group.name].add(args[0])
+                show[group.name](args[0])
             seconds += cost.seconds
             missing.discard(group.name)
             if not missing:
@@ -89,11 +108,11 @@ def _collect(
 
         return add
 
-    handles = [_module_of(model, group).register_forward_pre_hook(hook_for(group)) for group in block]
+    handles = [module_of(model, group.sites[0]).register_forward_pre_hook(hook_for(group)) for group in block]
     try:
         with undisturbed(model):
             for batch in batches:
-                missing |= moments.keys()
+                missing |= show.keys()
                 try:
                     model(*batch.args, **batch.kwargs)
                 except _BlockDone:
@@ -101,14 +120,14 @@ def _collect(
     finally:
         for handle in handles:
             handle.remove()
-    return moments, seconds
+    return seconds
 
 
-def _module_of(model: nn.Module, group: InputGroup) -> nn.Module:
-    site = group.sites[0]
+def module_of(model: nn.Module, site: LinearSite) -> nn.Module:
+    """The module whose weight it is; ExperimentError where there is none."""
     module = model.get_submodule(site.parameter.rpartition(".")[0])
     if getattr(module, "weight", None) is not model.get_parameter(site.parameter):
-        raise ExperimentError(f"The experiment 'runtime' times modules, and {site.name} is no linear module of its own.")
+        raise ExperimentError(f"Only modules are timed, and {site.name} is no linear module of its own.")
     return module
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from statprune.errors import TracingError
 from statprune.experiments.cost import measured
-from statprune.model.inputs import bind_batches
-from statprune.model.layers import find_layers
+from statprune.model.inputs import ModelInputs, bind_batches
+from statprune.model.layers import Layers, find_layers
 from statprune.model.undisturbed import undisturbed
 from statprune.progress import Progress, silent
 from statprune.recipe import Recipe
@@ -37,24 +37,33 @@ class WalkCost:
         return statistics.median(self.ratios)
 
 
-def measure_walk(model: nn.Module, batches: Sequence[Tensor], *, rounds: int = 5, progress: Progress = silent) -> WalkCost:
-    """Time the walk against a plain forward pass, after one round that does not count.
-
-    Args:
-        model: a causal language model.
-        batches: token tensors.
-        rounds: how many to count; a round times both, one after the other.
-        progress: called after each round.
+def export(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Layers, list[ModelInputs], float]:
+    """A model's layers, batches as its inputs, and the seconds that the export took.
 
     Raises:
         TracingError: the model cannot be exported.
     """
     inputs = bind_batches(model, batches)
-    device = next(model.parameters()).device
-    with measured(device) as export:
+    with measured(next(model.parameters()).device) as cost:
         layers = find_layers(model, inputs)
     if layers.traced is None:
         raise TracingError(f"The walk goes along the model's graph, and there is none: {layers.reason}")
+    return layers, inputs, cost.seconds
+
+
+def measure_walk(
+    layers: Layers, inputs: Sequence[ModelInputs], seconds: float, *, rounds: int = 5, progress: Progress = silent
+) -> WalkCost:
+    """Time the walk against a plain forward pass, after one round that does not count.
+
+    Args:
+        layers: from `export`, as well as
+        inputs: the batches, and
+        seconds: what that took.
+        rounds: how many to count; a round times both, one after the other.
+        progress: called after each round.
+    """
+    model, device = layers.model, next(layers.model.parameters()).device
     groups = select(layers.groups, layers.left_out, Recipe("magnitude", "0%")).groups
     times: list[tuple[float, float]] = []
     with undisturbed(model):
@@ -67,4 +76,4 @@ def measure_walk(model: nn.Module, batches: Sequence[Tensor], *, rounds: int = 5
                     pass
             times += [(forward.seconds, walked.seconds)] if index else []
             progress(index, rounds, "rounds")
-    return WalkCost(export.seconds, tuple(forward for forward, _ in times), tuple(walked for _, walked in times))
+    return WalkCost(seconds, tuple(forward for forward, _ in times), tuple(walked for _, walked in times))

@@ -20,99 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from statprune.methods.statistics import SAMPLE_SIZE, Statistic, bytes_to_add
+from statprune.model.expected import Expected, Moment
+from statprune.model.find import products
 from statprune.model.gradients import bytes_of_grams
 from statprune.model.inputs import ModelInputs
-from statprune.model.schedule import SEES_PRUNED, Schedule
-from statprune.model.segments import Segment, batch_independent, made_of_weights, plan_segments
+from statprune.model.nodes import storages_of
+from statprune.model.offload import Place, outside
+from statprune.model.recomputing import Recomputing
+from statprune.model.schedule import SEES_PRUNED, Schedule, block_of
+from statprune.model.segments import Segment, batch_independent, plan_segments
 from statprune.model.sites import InputGroup, LinearSite, TracedModel
 from statprune.model.streams import no_tokens
 
 _CHECKED = 1.75
 """Bytes that it takes to look for NaN and infinity in a float32 tensor, for each of its own: its magnitude, and three masks."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What is in memory at one point of a run, in bytes."""
-
-    where: str
-    """The group whose statistics are being completed, or the weight that is being pruned."""
-
-    weights: int = 0
-    values: int = 0
-    running: int = 0
-    statistics: int = 0
-    workspace: int = 0
-
-    @property
-    def total(self) -> int:
-        """All parts."""
-        return self.weights + self.values + self.running + self.statistics + self.workspace
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a run will take, in bytes."""
-
-    base: int
-    """What the process has before it."""
-
-    peak: Moment
-    """The highest one."""
-
-    widest: Moment
-    """Where most of the batches' values wait."""
-
-    narrowest: int
-    """Bytes of values at the cut where fewest wait: the residual stream, and what a model carries beside it."""
-
-    processes: int = 1
-    """How many on this machine take as much each."""
-
-    @property
-    def total(self) -> int:
-        """The highest that memory is expected to go."""
-        return self.base + self.peak.total
-
-    @property
-    def machine(self) -> int:
-        """Of all processes of this machine."""
-        return self.processes * self.total
-
-    def lines(self) -> list[str]:
-        """For the plan."""
-        parts = {
-            "before the run": self.base,
-            "weights of two segments": self.peak.weights,
-            "values at a cut": self.peak.values,
-            "one batch": self.peak.running,
-            "statistics": self.peak.statistics,
-            "pruning one weight": self.peak.workspace,
-        }
-        told = [f"{what} {_gigabytes(size)}" for what, size in parts.items() if size]
-        lines = [f"Memory to expect: {_gigabytes(self.total)}, at {self.peak.where}: {', '.join(told)}."]
-        if self.processes > 1:
-            lines.append(f"Each of {self.processes} processes of this machine takes that: {_gigabytes(self.machine)} in all.")
-        if self.widest.values:
-            times = f", {self.widest.values / self.narrowest:.1f} times the narrowest cut's" if self.narrowest else ""
-            lines.append(f"Most values of the batches wait at {self.widest.where}: {_gigabytes(self.widest.values)}{times}.")
-        return lines
-
-    def to_dict(self) -> dict[str, Any]:
-        """As data."""
-        peak = {key: value for key, value in vars(self.peak).items() if key != "where"}
-        return {
-            "total": self.total, "at": self.peak.where, "base": self.base, **peak,
-            "widest": self.widest.values, "widest_at": self.widest.where, "narrowest": self.narrowest,
-            "processes": self.processes, "machine": self.machine,
-        }  # fmt: skip
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size < 10e9 else f"{size / 1e9:,.1f} GB"
 
 
 def expect(
@@ -124,6 +47,7 @@ def expect(
     schedule: Schedule,
     needs: Statistic,
     workspace: Callable[[LinearSite], int],
+    values: Place = "device",
     base: int = 0,
 ) -> Expected:
     """What pruning a model takes whose weights are on disk.
@@ -136,6 +60,7 @@ def expect(
         schedule: which pruned weights statistics have seen.
         needs: what is collected. With none, nothing runs.
         workspace: bytes to prune one weight.
+        values: where those of the batches wait; elsewhere than on the device one batch's are in memory.
         base: bytes that the process has, with the batches.
     """
     goes_on_dense = schedule == "one-shot"
@@ -148,27 +73,28 @@ def expect(
     if needs:
         segments = plan_segments(traced, groups, schedule="walk" if goes_on_dense else schedule, has_dense=has_dense)
         shapes = Counter(tuple(tuple(tensor.shape) for tensor in batch.tensors()) for batch in batches)
-        values = [_Values(traced, shape, count) for shape, count in shapes.items()]
+        batches_of = [_Values(traced, shape, count, is_away=values != "device") for shape, count in shapes.items()]
     else:  # nothing runs
         segments = [Segment(prunes=[(group, group)], weights=[site.parameter for site in group.sites]) for group in groups]
-        values = []
+        batches_of = []
     moments: list[Moment] = []
     cuts: list[Moment] = []
     statistics: dict[str, int] = {}
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
     has_two = False
     for index, segment in enumerate(segments):
-        where, is_last = _name(segments[index:]), index + 1 == len(segments)
+        first, is_last = _first_pruned(segments[index:]), index + 1 == len(segments)
+        where = first.name
         weights.prepare(segment, segments[index + 1 : index + 2])
         statistics |= {group.name: _statistics(group, needs, has_dense=has_two) for group in segment.groups}
         now = Moment(where, weights.total, statistics=sum(statistics.values()))
-        passes = [one.run(segment, needs, has_two=has_two, is_last=is_last) for one in values]
+        block = block_of(first.sites[0].parameter)
+        passes = [one.run(segment, needs, block, has_two=has_two, is_last=is_last) for one in batches_of]
         held, running = sum(one.held for one in passes), max((one.running for one in passes), default=0)
         moments.append(replace(now, values=held, running=running))
-        waiting = Moment(where, values=sum(one.waiting for one in values))
         if not segment.is_rehearsal and not is_last:
-            cuts.append(waiting)
-        now = replace(now, values=waiting.values)
+            cuts.append(Moment(where, values=sum(one.waiting for one in batches_of)))
+        now = replace(now, values=sum(one.held for one in batches_of))
         if segment.groups:  # they are checked before a weight changes
             moments.append(replace(now, workspace=int(_CHECKED * max(statistics[group.name] for group in segment.groups))))
         for group, part in segment.prunes:
@@ -185,12 +111,14 @@ def expect(
     peak = max(moments, key=lambda one: one.total)
     widest = max(cuts, key=lambda one: one.values, default=Moment(peak.where))
     peak = replace(peak, statistics=peak.statistics + curvature)
-    return Expected(base, peak, widest, sum(one.narrowest * one.count for one in values))
+    done, again = (sum(one.count * getattr(one.recomputing, name) for one in batches_of) for name in ("done", "again"))
+    narrowest = sum(one.narrowest * one.count for one in batches_of)
+    return Expected(base, peak, widest, narrowest, values, again / done if done else 0.0)
 
 
-def _name(segments: Sequence[Segment]) -> str:
-    """Of the first group that is pruned from here on."""
-    return next(part.name for segment in segments for _, part in segment.prunes)
+def _first_pruned(segments: Sequence[Segment]) -> InputGroup:
+    """The first group that is pruned from here on."""
+    return next(part for segment in segments for _, part in segment.prunes)
 
 
 def _statistics(group: InputGroup, needs: Statistic, *, has_dense: bool) -> int:
@@ -252,7 +180,7 @@ class _Pass:
     """All batches of one shape through one segment, in bytes."""
 
     held: int
-    """What waits, before or behind the segment."""
+    """What waits in memory, before or behind the segment."""
     running: int
     """What one batch has besides at most, with what all batches have in common."""
 
@@ -264,19 +192,20 @@ class _Values:
         traced: the graph.
         shape: of each of a batch's tensors.
         count: of batches.
+        is_away: whether they wait elsewhere than in memory.
     """
 
-    def __init__(self, traced: TracedModel, shape: tuple[tuple[int, ...], ...], count: int) -> None:
+    def __init__(self, traced: TracedModel, shape: tuple[tuple[int, ...], ...], count: int, *, is_away: bool) -> None:
         self.count, self.narrowest = count, 0
         """`narrowest`: the least that a batch has anywhere behind the first cut."""
+        self.recomputing = Recomputing()
+        self._is_away = is_away
+        self._products = products(traced.graph_module, [site for group in traced.groups for site in group.sites])
         nodes = list(traced.graph_module.graph.nodes)
         self._sizes = _Sizes(nodes, shape)
-        self._storages = {node: _storages(node) for node in nodes}
+        self._storages = {node: storages_of(node) for node in nodes}
         self._common = batch_independent(traced)
-        self._outside = {key for node in nodes if node.op in ("placeholder", "get_attr") for key in self._storages[node]} | {
-            key for node in made_of_weights(traced) for key in self._storages[node]
-        }
-        """What is there without any batch's running: weights, buffers, and the batches themselves."""
+        self._outside = outside(traced)
         self._alive: dict[Node, list[int]] = {}
         self._readers: Counter[int] = Counter()
         self._bytes: dict[int, int] = {}
@@ -286,28 +215,38 @@ class _Values:
 
     @property
     def waiting(self) -> int:
-        """Of all batches."""
+        """Of all batches, with what they have in common."""
         return self.count * sum(self._bytes.values()) + sum(self._shared.values())
 
-    def run(self, segment: Segment, needs: Statistic, *, has_two: bool, is_last: bool) -> _Pass:
-        """Take all batches through a segment."""
+    @property
+    def held(self) -> int:
+        """Of it, in memory."""
+        return sum(self._shared.values()) if self._is_away else self.waiting
+
+    def run(self, segment: Segment, needs: Statistic, block: str, *, has_two: bool, is_last: bool) -> _Pass:
+        """Take all batches through a segment, up to a cut of this block."""
         is_first = not self._alive
         kept = dict(self._alive), Counter(self._readers), dict(self._bytes)
         before = total = peak = sum(self._bytes.values())
         narrow: list[int] = []
+        self.recomputing.enter(block)
         dropped: list[Node] = []  # with the segment
         for index, step in enumerate(segment.steps):
+            multiplications = 0
             if isinstance(step, InputGroup):
                 peak = max(peak, total + self._observing(step, needs, has_two=has_two))
             else:
                 total += self._add(step, 2 if has_two else 1)
                 peak = max(peak, total)
+                multiplications += self._multiplications(step) * (2 if has_two else 1)
             for dead in segment.dies_after.get(index, ()):
                 if dead not in self._common and not (segment.is_rehearsal and dead in kept[0]):
                     total -= self._drop(dead)
                 elif not segment.is_rehearsal:
                     dropped.append(dead)
             narrow.append(total)
+            if not segment.is_rehearsal:
+                self.recomputing.step(total, multiplications)
         common = sum(self._shared.values())
         if segment.is_rehearsal:
             self._alive, self._readers, self._bytes = kept
@@ -315,8 +254,18 @@ class _Values:
             self._drop(dead)
         if narrow and not is_first and not is_last:
             self.narrowest = min([*narrow, *([self.narrowest] if self.narrowest else [])])
-        high = max(before, sum(self._bytes.values()))
+        after = sum(self._bytes.values())
+        if not segment.is_rehearsal and not is_last:
+            self.recomputing.cut(after)
+        if self._is_away:
+            return _Pass(0, peak + common)
+        high = max(before, after)
         return _Pass(self.count * high, max(0, peak - high) + common)
+
+    def _multiplications(self, node: Node) -> int:
+        """With weights."""
+        site = self._products.get(node)
+        return 0 if site is None else self._sizes.of(node.meta["val"].numel()) * site.shape[1]
 
     def _add(self, node: Node, streams: int) -> int:
         """The bytes that a node's value takes anew."""
@@ -379,9 +328,3 @@ class _Sizes:
             found = expression.xreplace(self._symbols)
             self._known[expression] = int(found.xreplace(dict.fromkeys(found.free_symbols, self._tokens)))
         return self._known[expression]
-
-
-def _storages(node: Node) -> dict[int, Any]:
-    """The memory that a node's value lies in: its size, by what tells one from the other."""
-    tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -14,6 +14,7 @@ from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
 from statprune.model.kinds import adapter_parameters
 from statprune.model.nodes import attribute
 from statprune.model.observe import ForwardContext
+from statprune.model.offload import ON_DEVICE, Offload
 from statprune.model.schedule import Schedule
 from statprune.model.sites import InputGroup, LeftOut, TracedModel
 from statprune.model.storage import compute_device, is_dispatched, is_sharded
@@ -43,6 +44,9 @@ class Layers:
 
     reason: str | None = None
     """Why there is no graph."""
+
+    offload: Offload = ON_DEVICE
+    """Where the values of batches wait between two groups, along a graph."""
 
     def schedule(self, wanted: Schedule, needs: Statistic) -> str:
         """What a report calls the schedule that `observe` follows where this one is wanted."""
@@ -90,6 +94,7 @@ class Layers:
             yield from walk(
                 self.traced, groups, inputs, weights or InPlace(self.model),
                 schedule=schedule, needs=needs, finished=finished, process_group=process_group, forward_context=forward_context,
+                offload=self.offload,
             )  # fmt: skip
 
     def graph_module(self, pruned: Mapping[str, Tensor]) -> GraphModule:

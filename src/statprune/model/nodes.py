@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -64,6 +65,12 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     """The shape of a node's value; empty where that is no tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def storages_of(node: Node) -> dict[int, Any]:
+    """The memory that a node's value lies in: its size in bytes, by what tells one from the other in the graph."""
+    tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def is_number(node: Node) -> bool:

@@ -76,17 +76,9 @@ class Executor:
 class Stream:
     """The values of all batches, computed with one set of weights."""
 
-    def __init__(self, executor: Executor, values: Sequence[Environment]) -> None:
+    def __init__(self, executor: Executor, values: list[Environment]) -> None:
         self.executor = executor
         self.values = values
-
-    def begin(self, number: int, *, is_rehearsal: bool) -> Environment:
-        """A batch's values to run a segment with; those of a rehearsal are thrown away."""
-        return self.executor.copy_of(self.values[number]) if is_rehearsal else self.values[number]
-
-    def fork(self, executor: Executor) -> "Stream":
-        """Another stream from here on, with an executor of its own. What nobody writes to, both share."""
-        return Stream(executor, [executor.copy_of(environment) for environment in self.values])
 
 
 def no_tokens(group: InputGroup, needs: Statistic, device: torch.device, *, has_dense: bool) -> InputMoments:

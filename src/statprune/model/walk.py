@@ -28,11 +28,12 @@ import torch
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.observe import ForwardContext, Observations, complete
+from statprune.model.offload import ON_DEVICE, Offload
 from statprune.model.schedule import SEES_PRUNED, Schedule
 from statprune.model.segments import Segment, plan_segments
 from statprune.model.sites import InputGroup, TracedModel
 from statprune.model.steps import Common, told
-from statprune.model.streams import Executor, Stream, no_tokens, observe
+from statprune.model.streams import Environment, Executor, Stream, no_tokens, observe
 from statprune.model.weights import Dense, Weights
 from statprune.ranks import ProcessGroup
 
@@ -49,6 +50,7 @@ def walk(
     finished: Container[str] = (),
     process_group: ProcessGroup = None,
     forward_context: ForwardContext = contextlib.nullcontext,
+    offload: Offload = ON_DEVICE,
 ) -> Observations:
     """Run all batches through the graph, and yield every group with its statistics where they are complete.
 
@@ -63,6 +65,7 @@ def walk(
             cut is among them, it is not observed again, and its statistics are None.
         process_group: of the ranks whose sums are added up.
         forward_context: entered around model code.
+        offload: where the batches' values wait at a cut.
 
     Yields:
         (group, moments), in execution order; with schedule "block", a group's sites of another block come with that block.
@@ -94,9 +97,9 @@ def walk(
         moments |= {group.name: no_tokens(group, needs, device, has_dense=has_two) for group in observed}
         has_purpose = not segment.is_rehearsal or bool(observed)
         with forward_context():
-            for number, batch in enumerate(batches if has_purpose else ()):
+            for number, batch in enumerate(batches if segment.steps and has_purpose else ()):
                 known = common.of(batch)
-                current = [stream.begin(number, is_rehearsal=segment.is_rehearsal) for stream in streams]
+                current = _begin(streams, number, offload, is_rehearsal=segment.is_rehearsal)
                 for index, step in enumerate(segment.steps):
                     with told(f"Calibration batch {number}", step):
                         if isinstance(step, InputGroup):
@@ -106,6 +109,7 @@ def walk(
                             common.take(step, known, [stream.executor for stream in streams], current)
                     for dead, environment in itertools.product(segment.dies_after.get(index, ()), current):
                         environment.pop(dead, None)
+                _end(streams, number, offload, current, is_rehearsal=segment.is_rehearsal)
         for dead, stream, number in itertools.product(segment.releases, streams, range(len(batches))):
             stream.values[number].pop(dead, None)
         common.drop(segment.releases if segment.is_rehearsal else itertools.chain.from_iterable(segment.dies_after.values()))
@@ -128,7 +132,38 @@ def walk(
         weights.release(name for name in released if name not in ran)
         dense_weights.release(released)
         if has_dense and segment.prunes and not has_two:  # until now the two were the same
-            streams.append(streams[0].fork(Executor(traced, dense_weights)))
+            _fork(streams, Executor(traced, dense_weights), offload)
+
+
+def _begin(streams: Sequence[Stream], number: int, offload: Offload, *, is_rehearsal: bool) -> list[Environment]:
+    """A batch's values in each stream to run a segment with; a rehearsal throws them away."""
+    values = offload.back(number, [stream.values[number] for stream in streams])
+    return [
+        stream.executor.copy_of(environment) if is_rehearsal else environment
+        for stream, environment in zip(streams, values, strict=True)
+    ]
+
+
+def _end(
+    streams: Sequence[Stream], number: int, offload: Offload, current: Sequence[Environment], *, is_rehearsal: bool
+) -> None:
+    """A segment has run: nothing here refers to the values of a batch whose turn is over."""
+    if is_rehearsal:
+        for environment in current:
+            environment.clear()
+        return
+    for stream, environment in zip(streams, offload.away(number, current), strict=True):
+        stream.values[number] = environment
+
+
+def _fork(streams: list[Stream], executor: Executor, offload: Offload) -> None:
+    """Add a stream that goes on from where the first one is. What nobody writes to, both share."""
+    first, values = streams[0], []
+    for number, waiting in enumerate(first.values):
+        (environment,) = offload.back(number, [waiting])
+        first.values[number], copied = offload.away(number, [environment, executor.copy_of(environment)])
+        values.append(copied)
+    streams.append(Stream(executor, values))
 
 
 def _is_finished(segment: Segment, finished: Container[str]) -> bool:
