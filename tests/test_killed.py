@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
+from transformers.utils import logging
 
 import statprune
 from statprune import checkpoint
@@ -38,6 +39,21 @@ def batches_of(folder, rank, ranks):
     return load_file(folder / "tokens.safetensors")["tokens"].split(2)[rank::ranks]
 
 
+def ended(children, seconds):
+    """How processes ended; those that have not by then are killed."""
+    deadline = time.monotonic() + seconds
+    codes = dict.fromkeys(children)
+    while None in codes.values():
+        is_late = time.monotonic() >= deadline
+        for child in [child for child, code in codes.items() if code is None]:
+            if is_late:
+                os.kill(child, signal.SIGKILL)
+            if (found := os.waitpid(child, 0 if is_late else os.WNOHANG))[0]:
+                codes[child] = os.waitstatus_to_exitcode(found[1])
+        time.sleep(0 if is_late else 0.002)
+    return list(codes.values())
+
+
 class Runs:
     """Runs in processes of their own, one for each rank, and what an undisturbed one makes, in how many seconds."""
 
@@ -56,6 +72,7 @@ class Runs:
     def _run(self, output, rank, store):
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            logging.disable_progress_bar()  # all forks share its lock, which one that is killed would hold for ever
             batches = batches_of(self.folder, rank, self.ranks)
             if store is None:
                 stream(self.folder / "model", batches, RECIPE, output)
@@ -74,15 +91,12 @@ class Runs:
     def finish(self, output):
         """A run that nobody disturbs."""
         children, _ = self.start(output)
-        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * self.ranks
+        assert ended(children, 300) == [0] * self.ranks
 
     def kill(self, output, seconds):
         """Whether a run was killed so long after its start; one that ends before has succeeded."""
         children, _ = self.start(output)
-        time.sleep(seconds)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        codes = ended(children, seconds)
         assert set(codes) <= {0, 3, 4, -signal.SIGKILL}
         return codes != [0] * self.ranks
 
