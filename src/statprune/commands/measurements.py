@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from typing import Any, Literal
 
-from statprune.commands import console, display
+from statprune.commands import console, display_measured
 from statprune.commands.options import (
     RANDOM_TOKENS,
     CalibrationOptions,
@@ -100,7 +100,9 @@ def tune(
             **dataclasses.asdict(search),
         )  # fmt: skip
     following = ["--recipe", f"{output}/recipe.yaml", "--output", "sparse"]
-    display.show_tuned(tuned, shlex.join(["statprune", "prune", model.model, *following, *words(calibration), *words(model)]))
+    display_measured.show_tuned(
+        tuned, shlex.join(["statprune", "prune", model.model, *following, *words(calibration), *words(model)])
+    )
     return {"recipe": tuned.recipe.to_dict(), "trials": [trial.row() for trial in tuned.trials], **tuned.record()}
 
 
@@ -144,9 +146,9 @@ def benchmark(
             layers, inputs, methods=methods or block_cost.METHODS, patterns=patterns or block_cost.PATTERNS,
             rounds=rounds, sparsegpt=sparsegpt, progress=progress,
         )  # fmt: skip
-    display.show_walk_cost(walk, num_tokens)
-    display.show_block_costs(blocks)
-    return {**display.walk_cost_data(walk, num_tokens), "pruning": blocks.to_dict()}
+    display_measured.show_walk_cost(walk, num_tokens)
+    display_measured.show_block_costs(blocks)
+    return {**display_measured.walk_cost_data(walk, num_tokens), "pruning": blocks.to_dict()}
 
 
 def accelerate(
@@ -201,7 +203,7 @@ def accelerate(
             quantize=quantize,
             progress=progress,
         ).report
-    display.show_acceleration(model.model, opened.place["dtype"], report)
+    display_measured.show_acceleration(model.model, opened.place["dtype"], report)
     return {**report.to_dict(), "model": model.model, **opened.place, "device": report.device, "versions": versions()}
 
 
@@ -294,5 +296,5 @@ def quickstart(output: str = "statprune-quickstart", steps: int = 400, seed: int
     with console.progress("training and comparing") as progress:
         cells = run(output, steps=steps, seed=seed, progress=progress, say=console.say)
     console.show_text(markdown_table(cells))
-    display.show_next_steps(output)
+    display_measured.show_next_steps(output)
     return {"output": output, "cells": [dataclasses.asdict(cell) for cell in cells]}

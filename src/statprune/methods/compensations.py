@@ -7,7 +7,6 @@ settings that is called as one. All weights are [..., out, in]; `pruned` is what
 One that may reach the mask itself is a function `(pruner, *, settings) -> pruner` instead, such as `gradual.least_squares`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -33,20 +32,8 @@ def none(original: Tensor, pruned: Tensor, keep: Tensor, moments: InputMoments |
     return pruned.float()
 
 
-def _energy(
-    columns: Columns,
-    columns_pruned: Columns,
-    moments: InputMoments | None,
-    *,
-    column: bool,
-    row: bool,
-    eps: float,
-    clamp: tuple[float, float],
-    strength: float,
-) -> Step:
-    _check("energy", energy, eps, clamp, strength)
-    scaling = functools.partial(_scale, eps=eps, clamp=clamp, strength=strength)
-    return _steps(scaling, (columns(), columns_pruned()) if column else None, row, None)
+def _energy(columns: Columns, columns_pruned: Columns, moments: InputMoments | None, **settings: Any) -> Step:
+    return _steps(energy, columns, columns_pruned, None, **settings)
 
 
 @by_columns(_energy)
@@ -85,28 +72,14 @@ def energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    step = _energy(
-        lambda: columns_of(original), lambda: columns_of(pruned), moments,
-        column=column, row=row, eps=eps, clamp=clamp, strength=strength,
-    )  # fmt: skip
+    settings = {"column": column, "row": row, "eps": eps, "clamp": clamp, "strength": strength}
+    step = _energy(lambda: columns_of(original), lambda: columns_of(pruned), moments, **settings)
     return step(original.float(), pruned.float(), keep.float())
 
 
-def _activation_energy(
-    columns: Columns,
-    columns_pruned: Columns,
-    moments: InputMoments,
-    *,
-    column: bool,
-    row: bool,
-    eps: float,
-    clamp: tuple[float, float],
-    strength: float,
-) -> Step:
-    _check("activation-energy", activation_energy, eps, clamp, strength)
+def _activation_energy(columns: Columns, columns_pruned: Columns, moments: InputMoments, **settings: Any) -> Step:
     share_I = moments.second_moment / moments.second_moment.mean(dim=-1, keepdim=True).clamp_min(_TINY)
-    scaling = functools.partial(_scale, eps=eps, clamp=clamp, strength=strength)
-    return _steps(scaling, (columns(), columns_pruned()) if column else None, row, share_I.float()[..., None, :])
+    return _steps(activation_energy, columns, columns_pruned, share_I.float()[..., None, :], **settings)
 
 
 @by_columns(_activation_energy)
@@ -144,21 +117,13 @@ def activation_energy(
     Returns:
         [..., out, in], float32, exactly 0 where `keep` is False.
     """
-    step = _activation_energy(
-        lambda: columns_of(original), lambda: columns_of(pruned), moments,
-        column=column, row=row, eps=eps, clamp=clamp, strength=strength,
-    )  # fmt: skip
+    settings = {"column": column, "row": row, "eps": eps, "clamp": clamp, "strength": strength}
+    step = _activation_energy(lambda: columns_of(original), lambda: columns_of(pruned), moments, **settings)
     return step(original.float(), pruned.float(), keep.float())
 
 
 _TINY = 1e-300
 """Where every channel was always 0, 0 divided by this is 0."""
-
-
-def _check(name: str, function: Callable[..., Tensor], eps: float, clamp: tuple[float, float], strength: float) -> None:
-    check(name, function, eps=eps, clamp=clamp, strength=strength)
-    if len(clamp) != 2 or clamp[0] > clamp[1]:
-        raise ValueError(f"{name}(clamp={list(clamp)}): expected [low, high] with low <= high.")
 
 
 def _scale(original: Spread, pruned: Spread, eps: float, clamp: tuple[float, float], strength: float) -> Tensor:
@@ -167,17 +132,39 @@ def _scale(original: Spread, pruned: Spread, eps: float, clamp: tuple[float, flo
 
 
 def _steps(
-    scaling: Callable[[Spread, Spread], Tensor], columns: tuple[Spread, Spread] | None, row: bool, share: Tensor | None
+    function: Callable[..., Tensor],
+    columns: Columns,
+    columns_pruned: Columns,
+    share: Tensor | None,
+    *,
+    column: bool,
+    row: bool,
+    **settings: Any,
 ) -> Step:
-    """Energy compensation of any rows: first the columns, whose spreads over all rows are known, then the rows."""
-    if columns is not None:
-        column_scale, column_mean = scaling(*columns), columns[0].mean
+    """Energy compensation of any rows: first the columns, whose spreads over all rows are asked for, then the rows.
+
+    Args:
+        function: whose settings these are, for what is wrong with them.
+        columns: of the original weight.
+        columns_pruned: of the pruned one.
+        share: what each input counts for in a row, [..., 1, in]; None: all the same.
+        column: whether to rescale columns.
+        row: whether to rescale rows.
+        settings: `eps`, `clamp` and `strength`.
+    """
+    name, clamp = function.__name__.replace("_", "-"), settings["clamp"]
+    check(name, function, **settings)
+    if len(clamp) != 2 or clamp[0] > clamp[1]:
+        raise ValueError(f"{name}(clamp={list(clamp)}): expected [low, high] with low <= high.")
+    if column:
+        dense = columns()
+        column_mean, column_scale = dense.mean, _scale(dense, columns_pruned(), **settings)
 
     def step(original: Tensor, pruned: Tensor, kept: Tensor) -> Tensor:
-        corrected = pruned if columns is None else _around(pruned, kept, column_mean, column_scale)
+        corrected = _around(pruned, kept, column_mean, column_scale) if column else pruned
         if row:
             own, left = (Spread.of(values, -1, share) for values in (original, corrected))
-            corrected = _around(corrected, kept, own.mean, scaling(own, left))
+            corrected = _around(corrected, kept, own.mean, _scale(own, left, **settings))
         return corrected
 
     return step

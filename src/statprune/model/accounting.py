@@ -34,9 +34,6 @@ from statprune.model.segments import Segment, batch_independent, plan_segments
 from statprune.model.sites import InputGroup, LinearSite, TracedModel
 from statprune.model.streams import no_tokens
 
-_CHECKED = 1.75
-"""Bytes that it takes to look for NaN and infinity in a float32 tensor, for each of its own: its magnitude, and three masks."""
-
 
 def expect(
     traced: TracedModel,
@@ -95,8 +92,6 @@ def expect(
         if not segment.is_rehearsal and not is_last:
             cuts.append(Moment(where, values=sum(one.waiting for one in batches_of)))
         now = replace(now, values=sum(one.held for one in batches_of))
-        if segment.groups:  # they are checked before a weight changes
-            moments.append(replace(now, workspace=int(_CHECKED * max(statistics[group.name] for group in segment.groups))))
         for group, part in segment.prunes:
             for site in part.sites:
                 now = replace(now, where=site.name, weights=weights.total, statistics=sum(statistics.values()))
