@@ -241,11 +241,15 @@ def finish(
         CheckpointError: as `save`. What was done stays in the place's hidden folder, and the same run goes on with it.
     """
     record = {**report.to_dict(), **finite({"protocol": protocol or {}, "perplexity": report.perplexity})}
+
+    def place_of(parameter: str, _: str) -> dict[str, str]:
+        return dict(zip(("file", "tensor"), stored_in[parameter], strict=True))
+
     with place:
         try:
             place.check_held()
             write_configuration(model, place.folder)
-            complete(model, "", record, place.folder, None, source, lambda parameter, _: stored_in[parameter])
+            complete(model, "", record, place.folder, None, source, place_of)
             verify(place.folder)
             return place.publish()
         except OSError as e:

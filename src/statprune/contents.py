@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from statprune import card
 from statprune.companions import copy_companions, source_folder
 from statprune.disk.finding import Saved
+from statprune.errors import CheckpointError
 from statprune.model.kinds import is_transformers_model
 from statprune.page import PAGE, render_folder
 from statprune.record import FORMAT, file_digest, write_record
@@ -55,8 +56,15 @@ def write(
     write_weights(inner, folder, max_shard_size)
     with Saved(folder) as saved:
 
-        def place_of(parameter: str, own: str) -> tuple[str, str]:
-            return saved.find(own, inner.get_parameter(parameter))
+        def place_of(parameter: str, own: str) -> dict[str, Any]:
+            weight = inner.get_parameter(parameter)
+            try:
+                file, tensor = saved.find(own, weight)
+            except CheckpointError:
+                if weight.ndim != 3:
+                    raise
+                return {"parts": saved.find_parts(own, weight)}
+            return {"file": file, "tensor": tensor}
 
         complete(inner, prefix, record, folder, tokenizer, source, place_of)
 
@@ -68,12 +76,13 @@ def complete(
     folder: Path,
     tokenizer: Any,
     source: str | Path | None,
-    place_of: Callable[[str, str], tuple[str, str]],
+    place_of: Callable[[str, str], Mapping[str, Any]],
 ) -> None:
     """Everything beside the weights and the configuration, the record last.
 
     Args:
-        place_of: (file, tensor) that hold a parameter, from its name in `inner` and that without what `torch.compile` put in.
+        place_of: what the record says of where a parameter lies (`file` and `tensor`, or `parts`), from its name in `inner` and
+            that without what `torch.compile` put in.
     """
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -85,7 +94,7 @@ def complete(
         parameter = site["parameter"].removeprefix(prefix)
         for key in ("name", "parameter"):
             site[key] = site[key].removeprefix(prefix).replace(_COMPILED, "")
-        site["file"], site["tensor"] = place_of(parameter, site["parameter"])
+        site |= place_of(parameter, site["parameter"])
     for name, render in PAGES.items():
         (folder / name).write_text(render(record, folder), encoding="utf-8")
     write_record(folder, {**record, "files": {name: file_digest(folder / name) for name in names(folder)}})

@@ -17,14 +17,15 @@ from torch import Tensor
 from statprune.allocation import Allocation, allocate
 from statprune.clock import timed
 from statprune.errors import adding, number_of
-from statprune.methods.pruner import PrunedWeight, output_energies
-from statprune.methods.statistics import InputMoments, Statistic
+from statprune.methods.pruner import PrunedWeight
+from statprune.methods.stacks import StackMoments, sample_energies
+from statprune.methods.statistics import Statistic
 from statprune.model.backward import output_grams_streamed
 from statprune.model.gradients import Loss, output_grams
 from statprune.model.inputs import ModelInputs
 from statprune.model.kinds import has_values
 from statprune.model.layers import Layers
-from statprune.model.observe import ForwardContext
+from statprune.model.observe import ForwardContext, Moments
 from statprune.model.schedule import SEES_PRUNED
 from statprune.model.sites import LinearSite
 from statprune.model.storage import is_sharded
@@ -34,7 +35,7 @@ from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup, all_well, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.report import FinishedSite, Ledger, PruningReport, SiteReport
-from statprune.selection import select
+from statprune.selection import refuse_stacks, select
 from statprune.sharing import Task, prune_shared
 
 
@@ -78,6 +79,7 @@ def run(
     running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
     with undisturbed(layers.model), adding(lambda: _what_landed(report, weights)):
         selection = select(layers.groups, layers.left_out, recipe)
+        refuse_stacks(selection, recipe)
         curvature = None
         if is_loss_aware:
             with timed(report.seconds, "gradients", report.memory, device):
@@ -145,15 +147,15 @@ def _prune_group(
 
 
 def _finished(
-    site: LinearSite, weight: Tensor, pruned: PrunedWeight, moments: InputMoments | None, allocation: Allocation
+    site: LinearSite, weight: Tensor, pruned: PrunedWeight, moments: Moments | None, allocation: Allocation
 ) -> FinishedSite:
     """What is known of a pruned weight; its energies are zeros where no token came."""
-    report = SiteReport.of(site, weight, pruned, allocation.record(site))
+    tokens = tuple(moments.num_tokens.tolist()) if isinstance(moments, StackMoments) else None
+    report = SiteReport.of(site, weight, pruned, allocation.record(site), tokens)
     if moments is None:
         return FinishedSite(report, None, 0)
-    rows = moments.sample.rows if moments.sample is not None else None
-    energies = output_energies(weight, pruned.weight, rows).tolist() if rows is not None else (0.0, 0.0)
-    return FinishedSite(report, tuple(energies), int(moments.num_tokens))
+    energies = sample_energies(weight, pruned.weight, moments)
+    return FinishedSite(report, (0.0, 0.0) if energies is None else tuple(energies.tolist()), int(moments.num_tokens.sum()))
 
 
 def _with_output_errors(

@@ -4,7 +4,8 @@ Whoever reads one does not trust it: every number is finite, every name stays in
 computed from other parts of the record is.
 
     recipe, schedule, protocol, versions ...    how it was done
-    sites     for each pruned weight: layer, parameter, shape, pattern, zeros, energy, and the file and tensor that hold it
+    sites     for each pruned weight: layer, parameter, shape, pattern, zeros, energy, and the file and tensor that hold it;
+              `parts` in their place where a stack of experts lies in several tensors, as transformers saves most of them
     sparsity, energy_ratio                      over all of them
     files     the SHA-256 digest of every other file of the folder
     digest    of all that: published elsewhere, it tells whether this record is the one that was published
@@ -15,9 +16,12 @@ import json
 import math
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from statprune.errors import CheckpointError
 from statprune.methods.patterns import PATTERNS, SITE_PATTERNS, Pattern, Unstructured
@@ -147,12 +151,12 @@ def check_record(record: Mapping[str, Any]) -> None:
             raise ValueError(f"files: {name!r} has no SHA-256 digest")
     if not sites and getattr(usual, "sparsity", 1.0) != 0:
         raise _contradiction("sites", "weights that were pruned", f"at least one, with the pattern {usual}", "none")
-    for names in ([site["name"] for site in sites], [(site["file"], site["tensor"]) for site in sites]):
+    for names in ([site["name"] for site in sites], [place for site in sites for place in places_of(site)]):
         if len(set(names)) != len(names):
             raise ValueError("a weight is named twice")
     for site in sites:
         _check_site(site, usual, files)
-    weights = sum(site["shape"][0] * site["shape"][1] for site in sites)
+    weights = sum(math.prod(site["shape"]) for site in sites)
     energies = [_sum(site[key] for site in sites) for key in ("energy_before", "energy_after")]
     for name, found in (
         ("sparsity", sum(site["num_zeros"] for site in sites) / max(1, weights)),
@@ -164,25 +168,36 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 def _check_site(site: Mapping[str, Any], usual: Pattern, files: Mapping[str, str]) -> None:
     name = site["name"]
-    for key in ("name", "parameter", "tensor", "file"):
-        if not (isinstance(site[key], str) and site[key].isprintable()):
-            raise ValueError(f"{key} of a weight: {site[key]!r}")
-    if site["file"] not in files or not site["file"].endswith(".safetensors"):
-        raise _contradiction(name, "file", "a *.safetensors with a digest", site["file"])
+    places = places_of(site)
+    for text in (name, site["parameter"], *(one for place in places for one in place)):
+        if not (isinstance(text, str) and text.isprintable()):
+            raise ValueError(f"{name}: expected a name, found {text!r}")
+    for file, _ in places:
+        if file not in files or not file.endswith(".safetensors"):
+            raise _contradiction(name, "file", "a *.safetensors with a digest", file)
     if site["stored"] not in ("out_in", "in_out"):
         raise ValueError(f"{name}: stored {site['stored']!r}")
-    rows, columns = (_count(size, f"{name}: shape") for size in site["shape"])
-    if not rows * columns:
+    *stack, rows, columns = (_count(size, f"{name}: shape") for size in site["shape"])
+    if len(stack) > 1:
+        raise ValueError(f"{name}: a weight of {len(stack) + 2} dimensions")
+    matrices = math.prod(stack)
+    weights = matrices * rows * columns
+    if not weights:
         raise ValueError(f"{name}: a weight of no numbers")
     pattern = pattern_of(site, usual)
     if not pattern.fits(columns):
         raise _contradiction(name, "pattern", str(pattern), f"rows of {columns} inputs, which it does not fit")
-    if _count(site["num_pruned"], f"{name}: num_pruned") != (expected := pattern.pruned_of(rows, columns)):
+    if _count(site["num_pruned"], f"{name}: num_pruned") != (expected := matrices * pattern.pruned_of(rows, columns)):
         raise _contradiction(name, f"number of pruned weights with {pattern}", expected, site["num_pruned"])
-    if not site["num_pruned"] <= _count(site["num_zeros"], f"{name}: num_zeros") <= rows * columns:
-        raise _contradiction(name, "number of zeros", f"{site['num_pruned']} to {rows * columns}", site["num_zeros"])
-    if not close(site["num_zeros"] / (rows * columns), _number(site["sparsity"], f"{name}: sparsity")):
-        raise _contradiction(name, "sparsity", site["sparsity"], site["num_zeros"] / (rows * columns))
+    if not site["num_pruned"] <= _count(site["num_zeros"], f"{name}: num_zeros") <= weights:
+        raise _contradiction(name, "number of zeros", f"{site['num_pruned']} to {weights}", site["num_zeros"])
+    if not close(site["num_zeros"] / weights, _number(site["sparsity"], f"{name}: sparsity")):
+        raise _contradiction(name, "sparsity", site["sparsity"], site["num_zeros"] / weights)
+    if "parts" in site and (not stack or len(site["parts"]) != matrices):
+        raise _contradiction(name, "parts", f"those of {matrices} experts", len(site["parts"]))
+    tokens = site.get("tokens")  # earlier versions knew no stacks
+    if tokens is not None and (not stack or len([_count(one, f"{name}: tokens") for one in tokens]) != matrices):
+        raise _contradiction(name, "tokens of each expert", f"{matrices} numbers", tokens)
     for key in ("energy_before", "energy_after"):
         if _number(site[key], f"{name}: {key}") < 0:
             raise _contradiction(name, key, "0 or more", site[key])
@@ -221,6 +236,26 @@ def read_pattern(data: Mapping[str, Any]) -> Pattern:
     return known[settings.pop("name")](**settings)
 
 
+def places_of(site: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(file, tensor) of everything that holds a weight."""
+    if "parts" not in site:
+        return [(site["file"], site["tensor"])]
+    return [(file, tensor) for expert in site["parts"] for file, tensor in expert]
+
+
+def stored_matrices(site: Mapping[str, Any], read: Callable[[str, str], Tensor]) -> Iterator[Tensor]:
+    """A weight as its files hold it, [..., out, in]: all of it, or one expert after the other where it lies in parts.
+
+    Args:
+        site: of the record.
+        read: gives the tensor of a file.
+    """
+    experts = site.get("parts", [[(site.get("file"), site.get("tensor"))]])
+    for parts in experts:
+        whole = torch.cat([read(*part) for part in parts]) if len(parts) > 1 else read(*parts[0])
+        yield whole.mT if site["stored"] == "in_out" and whole.ndim >= 2 else whole
+
+
 def pattern_of(site: Mapping[str, Any], usual: Pattern) -> Pattern:
     """A weight's own pattern, where an allocation gave it one; else the recipe's, or what that was in earlier versions.
 
@@ -230,7 +265,7 @@ def pattern_of(site: Mapping[str, Any], usual: Pattern) -> Pattern:
     if site.get("pattern"):
         return read_pattern(site["pattern"])
     if isinstance(usual, Unstructured) and usual.rank_over == "row":
-        rows, columns = site["shape"]
+        rows, columns = site["shape"][-2:]
         rounded_in_rows = usual.counted(rows * usual.pruned_of(1, columns), columns)
         if site["num_pruned"] == rounded_in_rows.num_pruned:
             return rounded_in_rows

@@ -1,5 +1,6 @@
 """What a run did, as data: the record that goes into `pruning.json`, and a text of it for people."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -10,6 +11,7 @@ from torch import Tensor
 from statprune.errors import number_of
 from statprune.methods.counting import energy_sq, num_zeros
 from statprune.methods.pruner import PrunedWeight
+from statprune.methods.stacks import LEAST_TOKENS
 from statprune.model.sites import LeftOut, LinearSite
 from statprune.versions import versions
 
@@ -20,10 +22,10 @@ class SiteReport:
 
     name: str
     parameter: str
-    shape: tuple[int, int]
-    """(out, in)."""
+    shape: tuple[int, ...]
+    """(out, in), or (experts, out, in)."""
     stored: str
-    """`out_in` or `in_out`: which of the two the parameter's first dimension is."""
+    """`out_in` or `in_out`: which of the two comes first in the parameter, behind a stack's experts."""
     num_pruned: int
     """Weights that the mask took away."""
     num_zeros: int
@@ -39,16 +41,27 @@ class SiteReport:
     (dense x)**2, over a sample of the calibration tokens x that entered it (at most `SAMPLE_SIZE` on each rank). Measured when
     it was pruned: nobody can recompute it from the files. None where no inputs were observed (magnitude), or where the weight
     was trained afterwards."""
+    tokens: tuple[int, ...] | None = None
+    """Calibration tokens that came to each expert of a stack. One that saw fewer than `LEAST_TOKENS` is pruned by statistics
+    that are filled up with average tokens of its layer. None of a single matrix, and where no inputs were observed."""
 
     @classmethod
-    def of(cls, site: LinearSite, dense: Tensor, pruned: PrunedWeight, pattern: dict[str, Any] | None = None) -> "SiteReport":
+    def of(
+        cls,
+        site: LinearSite,
+        dense: Tensor,
+        pruned: PrunedWeight,
+        pattern: dict[str, Any] | None = None,
+        tokens: tuple[int, ...] | None = None,
+    ) -> "SiteReport":
         """Count what pruning did to a weight.
 
         Args:
             site: whose weight it is.
-            dense: [out, in], before.
+            dense: [..., out, in], before.
             pruned: the same, after.
             pattern: its own, where an allocation gave it one.
+            tokens: of each expert of a stack.
         """
         return cls(
             name=site.name,
@@ -60,12 +73,13 @@ class SiteReport:
             energy_before=energy_sq(dense),
             energy_after=energy_sq(pruned.weight),
             pattern=pattern,
+            tokens=tokens,
         )
 
     @property
     def num_weights(self) -> int:
-        """How many weights the matrix has."""
-        return self.shape[0] * self.shape[1]
+        """How many weights there are, in all matrices of a stack."""
+        return math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
@@ -169,6 +183,14 @@ class PruningReport:
             "versions": versions(),
         }
 
+    def _few_tokens(self) -> str:
+        """How many experts saw few tokens or none."""
+        counts = [count for site in self.sites for count in site.tokens or ()]
+        few, none = (sum(count < least for count in counts) for least in (LEAST_TOKENS, 1))
+        if not few:
+            return ""
+        return f"of {len(counts)} expert matrices {few} saw fewer than {LEAST_TOKENS} of them, {none} saw none; "
+
     def __str__(self) -> str:
         took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         shares = [100 * site.sparsity for site in self.sites if site.pattern]
@@ -179,7 +201,7 @@ class PruningReport:
             f"{number_of(len(self.sites), 'weight')}, {number_of(self.num_weights, 'parameter')}: "
             f"{100 * self.sparsity:.2f} % are zero now, {by_layer}"
             f"energy {100 * self.energy_ratio:.1f} % of dense; {outputs}schedule {self.schedule}, "
-            f"{number_of(self.num_tokens, 'calibration token')}; {took}"
+            f"{number_of(self.num_tokens, 'calibration token')}; {self._few_tokens()}{took}"
             + (f"; {number_of(self.finetuning_steps, 'step')} of fine-tuning" if self.finetuning_steps else "")
         )
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from statprune.errors import SiteError, nearest
+from statprune.methods.budget import Uniform
 from statprune.methods.patterns import ModelPattern
+from statprune.methods.statistics import Statistic
 from statprune.model.sites import InputGroup, LeftOut, LinearSite
 from statprune.recipe import Recipe, Search
 
@@ -54,6 +56,23 @@ def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Re
     return Selection(tuple(kept_groups), tuple(excluded))
 
 
+def refuse_stacks(selection: Selection, recipe: Recipe) -> None:
+    """Raise SiteError where a recipe asks for what is not done with a stack of matrices (experts)."""
+    stack = next((site for site in selection.sites if site.num_matrices > 1 or len(site.shape) > 2), None)
+    if stack is None:
+        return
+    wants = []
+    if Statistic.CURVATURE in recipe.needs:
+        wants.append(f"the method {recipe.method}, which needs gradients of single layers' outputs")
+    if not isinstance(recipe.build_allocation(), Uniform):
+        wants.append(f"the allocation {recipe.allocation}")
+    if wants:
+        raise SiteError(
+            f"{stack.name} is a stack of {stack.num_matrices} matrices (experts), and {' and '.join(wants)} cannot be had for "
+            "such. Take another method or the allocation uniform, or leave experts dense with `ignore`. Nothing was changed."
+        )
+
+
 def _exclusion(site: LinearSite, recipe: Recipe | Search, pattern: ModelPattern) -> str | None:
     if any(_matches(pattern, name) for pattern in recipe.ignore for name in _all_names(site)):
         return "ignored by the recipe"
@@ -61,8 +80,8 @@ def _exclusion(site: LinearSite, recipe: Recipe | Search, pattern: ModelPattern)
         return "not among the recipe's targets"
     if recipe.targets is None and site.default_exclusion:
         return site.default_exclusion
-    if not pattern.fits(site.shape[1]):
-        reason = f"{pattern} does not divide its width of {site.shape[1]}"
+    if not pattern.fits(site.shape[-1]):
+        reason = f"{pattern} does not divide its width of {site.shape[-1]}"
         if recipe.on_indivisible == "error":
             raise SiteError(
                 f"{site.name}: {reason}. Leave such layers dense with on_indivisible: skip, name them in `ignore`, "

@@ -24,9 +24,11 @@ from statprune.errors import NonFiniteError, SiteError
 from statprune.methods.finite import is_finite
 from statprune.methods.pruner import PrunedWeight, WeightPruner
 from statprune.methods.rows import Piece, Rows, Team, of_rows
+from statprune.methods.stacks import StackMoments, by_matrix
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.methods.target import Target
 from statprune.model.gradients import Curvature
+from statprune.model.observe import Moments
 from statprune.model.sites import LinearSite
 from statprune.ranks import ProcessGroup, place, send_around, sum_over_ranks
 
@@ -37,22 +39,22 @@ class Task:
 
     site: LinearSite
     weight: Tensor
-    """[out, in], dense."""
+    """[..., out, in], dense."""
     pruner: WeightPruner
     target: Target
-    moments: InputMoments | None
+    moments: Moments | None
     """Of its inputs, over all ranks."""
     curvature: Curvature | None
 
     def cost(self) -> int:
         """About how much work it is beside others of its group."""
-        out, width = self.weight.shape
-        return out * width * (out + width if Statistic.CURVATURE in self.pruner.needs else width)
+        out, width = self.site.matrix
+        return self.weight.numel() * (out + width if Statistic.CURVATURE in self.pruner.needs else width)
 
     def of_rows(self, rows: Rows, team: Team) -> "Task | None":
-        """The same for a stretch of rows; None where a row needs the others."""
+        """The same for a stretch of rows; None where a row needs the others, and of a stack."""
         pruner = of_rows(self.pruner, rows)
-        if pruner is None:
+        if pruner is None or isinstance(self.moments, StackMoments):
             return None
         moments = None if self.moments is None else self.moments.of_rows(self.site.parameter, rows, team)
         return replace(self, weight=self.weight[rows.first : rows.end], pruner=pruner, moments=moments)
@@ -64,11 +66,8 @@ class Task:
             SiteError: the method cannot prune it.
             NonFiniteError: the method makes NaN or infinity of it.
         """
-        moments = self.moments
-        if moments is not None and self.curvature is not None:
-            moments = moments.with_output_gram(self.curvature.gram(self.site.parameter))
         try:
-            pruned = self.pruner(self.target(self.weight, moments, self.site.parameter), moments)
+            pruned = by_matrix(self._prune, self.weight, self.moments)
         except ValueError as e:
             raise SiteError(f"{self.site.name}: {e}") from e
         if not is_finite(pruned.weight):
@@ -76,7 +75,14 @@ class Task:
                 f"{self.site.name}: the method makes NaN or infinity of its finite weights, which are {self.weight.dtype}. "
                 "Take smaller settings, a wider dtype, or leave the layer dense with `ignore`."
             )
-        return PrunedWeight(pruned.weight.to(self.weight.dtype), pruned.keep)  # a dense target is float32
+        return pruned
+
+    def _prune(self, weight: Tensor, moments: InputMoments | None) -> PrunedWeight:
+        """Of one matrix."""
+        if moments is not None and self.curvature is not None:
+            moments = moments.with_output_gram(self.curvature.gram(self.site.parameter))
+        pruned = self.pruner(self.target(weight, moments, self.site.parameter), moments)
+        return PrunedWeight(pruned.weight.to(weight.dtype), pruned.keep)  # a dense target is float32
 
 
 def prune_shared(tasks: Sequence[Task], process_group: ProcessGroup = None) -> Iterator[tuple[Task, PrunedWeight]]:
@@ -166,7 +172,7 @@ def _numel(piece: Piece) -> int:
 
 
 def _of_rank(task: Task, rank: int, size: int, process_group: ProcessGroup) -> Task | None:
-    out, width = task.weight.shape
+    out, width = task.site.matrix
     team = _Ranks(task.site.name, task.weight.device, process_group)
     return None if out < size else task.of_rows(Rows(*stretch_of(rank, size, out), (out, width)), team)
 
@@ -183,7 +189,7 @@ def _joined(task: Task, mine: PrunedWeight, size: int, process_group: ProcessGro
 
 
 def _room(task: Task, pruned: PrunedWeight | None) -> tuple[Tensor, Tensor]:
-    """Weight and mask [out, in], contiguous: those that are there, or room for them."""
+    """Weight and mask [..., out, in], contiguous: those that are there, or room for them."""
     if pruned is not None:
         return pruned.weight.contiguous(), pruned.keep.contiguous()
     weight = torch.empty(task.weight.shape, dtype=task.weight.dtype, device=task.weight.device)

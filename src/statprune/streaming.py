@@ -91,8 +91,8 @@ def expected_memory(
 
     def to_prune(site: LinearSite) -> int:
         if is_plain:
-            return workspace_by_blocks(*site.shape, model.get_parameter(site.parameter).element_size())
-        return workspace(*names, *site.shape, needs)
+            return workspace_by_blocks(*site.matrix, model.get_parameter(site.parameter).element_size())
+        return workspace(*names, *site.matrix, needs)
 
     device = device_of(model)
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory("RssAnon")

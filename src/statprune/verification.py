@@ -24,9 +24,11 @@ from statprune.record import (
     file_digest,
     is_loaded_unasked,
     pattern_of,
+    places_of,
     read_json,
     read_pattern,
     read_record,
+    stored_matrices,
 )
 
 IGNORED = {".git", ".gitattributes", ".cache"}
@@ -65,9 +67,10 @@ def verify(folder: str | Path, progress: Progress = silent, *, digest: str | Non
         with contextlib.ExitStack() as stack:
             opened: dict[str, Any] = {}
             for index, site in enumerate(record["sites"]):
-                if site["file"] not in opened:
-                    opened[site["file"]] = stack.enter_context(_tensors(folder, site["file"]))
-                _check_weight(folder, site, pattern_of(site, usual), opened[site["file"]])
+                for file, _ in places_of(site):
+                    if file not in opened:
+                        opened[file] = stack.enter_context(_tensors(folder, file))
+                _check_weight(folder, site, pattern_of(site, usual), opened)
                 progress(index + 1, len(record["sites"]), site["name"])
     except OSError as e:
         raise CheckpointError(f"{folder} cannot be read: {e}.") from e
@@ -77,19 +80,25 @@ def verify(folder: str | Path, progress: Progress = silent, *, digest: str | Non
     return record
 
 
-def _check_weight(folder: Path, site: Mapping[str, Any], pattern: Pattern, file: Any) -> None:
+def _check_weight(folder: Path, site: Mapping[str, Any], pattern: Pattern, files: Mapping[str, Any]) -> None:
     name = site["name"]
-    try:
-        stored: Tensor = file.get_tensor(site["tensor"])
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: {name}: promised in {site['file']} as {site['tensor']}, but: {e}.") from e
-    weight = stored.t() if site["stored"] == "in_out" and stored.ndim == 2 else stored
-    if list(weight.shape) != list(site["shape"]):
-        raise _broken(folder, name, "shape [out, in]", site["shape"], list(weight.shape))
-    try:
-        zeros, holds, energy = num_zeros(weight), pattern.holds(weight), energy_sq(weight)
-    except (TypeError, ValueError, RuntimeError) as e:  # no floating-point numbers, or a setting of another type
-        raise CheckpointError(f"{folder}: {name}: {weight.dtype} with {pattern} cannot be checked: {first_line(e)}.") from e
+
+    def read(file: str, tensor: str) -> Tensor:
+        try:
+            found: Tensor = files[file].get_tensor(tensor)
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"{folder}: {name}: promised in {file} as {tensor}, but: {e}.") from e
+        return found
+
+    shape = list(site["shape"][1:] if "parts" in site else site["shape"])
+    zeros, holds, energy = 0, True, 0.0
+    for weight in stored_matrices(site, read):
+        if list(weight.shape) != shape:
+            raise _broken(folder, name, "shape [..., out, in]", shape, list(weight.shape))
+        try:
+            zeros, holds, energy = zeros + num_zeros(weight), holds and pattern.holds(weight), energy + energy_sq(weight)
+        except (TypeError, ValueError, RuntimeError) as e:  # no floating-point numbers, or a setting of another type
+            raise CheckpointError(f"{folder}: {name}: {weight.dtype} with {pattern} cannot be checked: {first_line(e)}.") from e
     if zeros != site["num_zeros"]:
         raise _broken(folder, name, "number of zeros", site["num_zeros"], zeros)
     if not holds:

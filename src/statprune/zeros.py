@@ -1,7 +1,9 @@
 """The zeros in a folder's weights, counted from its files: no model is built, and one weight is in memory at a time."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from statprune.errors import ModelError
+from statprune.errors import ModelError, first_line
 from statprune.methods.counting import num_zeros
 from statprune.methods.patterns import NM
 from statprune.model.sites import LinearSite
 from statprune.progress import Progress, silent
+from statprune.record import places_of, stored_matrices
 
 USUAL = (NM(2, 4), NM(4, 8), NM(6, 8))
 """What hardware and papers use, and what an allocation mixes with 2:4; from the stricter one on."""
@@ -27,8 +30,8 @@ class Zeros:
     """Of one weight."""
 
     name: str
-    shape: tuple[int, int]
-    """(out, in)."""
+    shape: tuple[int, ...]
+    """(out, in), or (experts, out, in)."""
 
     zeros: int | None
     """How many; None where no file has the weight under its name."""
@@ -39,7 +42,7 @@ class Zeros:
     @property
     def sparsity(self) -> float | None:
         """The share of zeros."""
-        return None if self.zeros is None else self.zeros / (self.shape[0] * self.shape[1])
+        return None if self.zeros is None else self.zeros / math.prod(self.shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -57,7 +60,10 @@ class Recorded:
     """The recipe's, where that is an N:M."""
 
     tensors: dict[str, str]
-    """The tensor's name in the files by the parameter's in the model."""
+    """The tensor's name in the files by the parameter's in the model, where one holds it."""
+
+    stacks: dict[str, dict[str, Any]]
+    """What it says of a stack that lies in several tensors, by the parameter's name."""
 
 
 def read_recorded(folder: str | Path) -> Recorded | None:
@@ -71,7 +77,8 @@ def read_recorded(folder: str | Path) -> Recorded | None:
         return Recorded(
             f"{recipe['method']} at {shown}, schedule {recipe['schedule']}, allocation {recipe['allocation']['name']}",
             keeps,
-            {str(site["parameter"]): str(site["tensor"]) for site in record["sites"]},
+            {str(site["parameter"]): str(site["tensor"]) for site in record["sites"] if "parts" not in site},
+            {str(site["parameter"]): site for site in record["sites"] if "parts" in site},
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -119,12 +126,31 @@ def count_zeros(
                         progress(len(found), len(sites), site.name)
         except (OSError, SafetensorError) as e:
             raise ModelError(f"{file} cannot be read: {e}.") from e
+    stacks = {} if recorded is None else recorded.stacks
+    for site in sites:
+        if site.name not in found and site.parameter in stacks:
+            found[site.name] = _zeros_of_parts(Path(folder), site, stacks[site.parameter], patterns)
+            progress(len(found), len(sites), site.name)
     return [found.get(site.name, Zeros(site.name, site.shape, None, None)) for site in sites]
 
 
+def _zeros_of_parts(folder: Path, site: LinearSite, record: Mapping[str, Any], patterns: Sequence[NM]) -> Zeros:
+    try:
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(safe_open(folder / name, framework="pt")) for name, _ in places_of(record)}
+            matrices = list(stored_matrices(record, lambda file, tensor: files[file].get_tensor(tensor)))
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as e:
+        raise ModelError(f"{folder}: {site.name} cannot be read as its pruning.json says: {first_line(e)}.") from e
+    if any(tuple(matrix.shape) != site.matrix for matrix in matrices):
+        return Zeros(site.name, site.shape, None, None)
+    kept = next((str(pattern) for pattern in patterns if pattern.sparsity > 0 and all(map(pattern.holds, matrices))), None)
+    return Zeros(site.name, site.shape, sum(map(num_zeros, matrices)), kept)
+
+
 def _zeros(site: LinearSite, stored: Tensor, patterns: Sequence[NM]) -> Zeros:
-    shape = tuple(reversed(site.shape)) if site.layout == "in_out" else tuple(site.shape)
-    if tuple(stored.shape) != shape:
+    *stack, rows, columns = site.shape
+    shape = (*stack, columns, rows) if site.layout == "in_out" else site.shape
+    if tuple(stored.shape) != tuple(shape):
         return Zeros(site.name, site.shape, None, None)
     weight = site.view(stored)
     kept = next((str(pattern) for pattern in patterns if pattern.sparsity > 0 and pattern.holds(weight)), None)

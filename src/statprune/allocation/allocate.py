@@ -91,7 +91,7 @@ def allocate(
             sparsities = curve_sparsities(dense, rule, pattern, curvature)
         else:
             _, sparsities = sensitivities(dense, rule, recipe)
-        counts = whole_counts(sparsities, [site.shape for site in dense.sites], target, rule.spread)
+        counts = whole_counts(sparsities, [site.matrix for site in dense.sites], target, rule.spread)
         pairs = zip(dense.sites, counts, strict=True)
         return Allocation(selection, {site.parameter: pattern.counted(count, site.shape[1]) for site, count in pairs})
     assert rule.sparsity is not None, "a recipe with an N:M pattern and an allocation has a sparsity"

@@ -67,7 +67,7 @@ class DenseModel:
             process_group=self.process_group,
             forward_context=self.forward_context,
         ):
-            assert moments is not None
+            assert isinstance(moments, InputMoments), "stacks are refused before (`selection.refuse_stacks`)"
             for site in group.sites:
                 yield site, moments
 

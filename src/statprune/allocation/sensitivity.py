@@ -27,7 +27,7 @@ def sensitivities(dense: DenseModel, rule: Sensitivity, recipe: Recipe) -> tuple
     errors: list[list[float]] = []
     for number, (site, moments) in enumerate(dense.observe(Statistic.MOMENTS | recipe.pruner().needs), start=1):
         weight = dense.weight(site)
-        own = [counted_at(point, site.shape, pattern) for point in points] if points else [None]
+        own = [counted_at(point, site.matrix, pattern) for point in points] if points else [None]
         trials = [_prune(recipe, one, site, weight, moments) for one in own]
         errors.append([error_energy(weight, pruned, moments) for pruned in trials] if points else [])
         probes.measure(site, trials[points.index(pattern.sparsity) if points else 0].weight)

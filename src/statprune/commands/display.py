@@ -1,5 +1,6 @@
 """What each command shows of what it did: tables and words for people, and the same as plain data."""
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,8 @@ def expected(model: Any, selection: "Selection", how: "Recipe | Search") -> dict
 
     pattern = how.build_pattern()
     allocated = getattr(how.build_allocation(), "sparsity", None) if isinstance(how, Recipe) else None
-    to_prune = sum(site.shape[0] * site.shape[1] for site in selection.sites)
-    zeros = sum(pattern.pruned_of(*site.shape) for site in selection.sites)
+    to_prune = sum(site.num_weights for site in selection.sites)
+    zeros = sum(site.num_matrices * pattern.pruned_of(*site.matrix) for site in selection.sites)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_to_prune": to_prune,
@@ -123,7 +124,7 @@ def _share_and_pattern(one: "Zeros") -> tuple[str, str]:
 def zeros_data(zeros: "Sequence[Zeros]", recorded: "Recorded | None") -> dict[str, Any]:
     """`show_zeros` as data."""
     counted = [one for one in zeros if one.zeros is not None]
-    num_zeros, num_weights = sum(one.zeros or 0 for one in counted), sum(one.shape[0] * one.shape[1] for one in counted)
+    num_zeros, num_weights = sum(one.zeros or 0 for one in counted), sum(math.prod(one.shape) for one in counted)
     return {
         "zeros": num_zeros, "weights": num_weights, "sparsity": num_zeros / max(1, num_weights),
         "layers": [one.to_dict() for one in zeros], "recorded": None if recorded is None else recorded.recipe,

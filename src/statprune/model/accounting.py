@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from statprune.methods.statistics import SAMPLE_SIZE, Statistic, bytes_to_add
+from statprune.methods.stacks import StackMoments
+from statprune.methods.statistics import Statistic, bytes_to_add
 from statprune.model.expected import Expected, Moment
 from statprune.model.find import products
 from statprune.model.gradients import bytes_of_grams
@@ -119,8 +120,10 @@ def _first_pruned(segments: Sequence[Segment]) -> InputGroup:
 def _statistics(group: InputGroup, needs: Statistic, *, has_dense: bool) -> int:
     """Bytes of a group's statistics, with their sample."""
     none_yet = no_tokens(group, needs, torch.device("meta"), has_dense=has_dense)
-    sample = SAMPLE_SIZE * group.in_features * _dtype(group).itemsize if none_yet.sample is not None else 0
-    return sum(total.numel() * total.element_size() for total in none_yet.totals()) + sample
+    parts = none_yet.parts if isinstance(none_yet, StackMoments) else [none_yet]
+    tokens = sum(part.sample.size for part in parts if part.sample is not None)
+    sums = sum(total.numel() * total.element_size() for total in none_yet.totals())
+    return sums + tokens * group.in_features * _dtype(group).itemsize
 
 
 def _dtype(group: InputGroup) -> torch.dtype:
@@ -260,7 +263,7 @@ class _Values:
     def _multiplications(self, node: Node) -> int:
         """With weights."""
         site = self._products.get(node)
-        return 0 if site is None else self._sizes.of(node.meta["val"].numel()) * site.shape[1]
+        return 0 if site is None else self._sizes.of(node.meta["val"].numel()) * site.shape[-1]
 
     def _add(self, node: Node, streams: int) -> int:
         """The bytes that a node's value takes anew."""

@@ -1,5 +1,7 @@
 """Linear layers of an exported graph: sites, input groups, and what is left out and why.
 
+A site is a matrix, or a stack of matrices in a product that gives each its own tokens (the experts of a mixture).
+
 No knowledge of any model family: a site is a parameter that a node multiplies by, an input group is the node that its
 sites read, and names of modules matter to people only.
 
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from statprune.errors import TracingError
-from statprune.model.nodes import CASTS, SAME_TOKENS, aten, attribute, is_mutable, is_number, shape_of, written_to
+from statprune.model.nodes import CASTS, SAME_TOKENS, aten, attribute, is_mutable, is_number, op_name, shape_of, written_to
 from statprune.model.residuals import residuals
-from statprune.model.sites import InputGroup, Layout, LeftOut, LinearSite
+from statprune.model.routing import grouped, routes, rows_of
+from statprune.model.sites import InputGroup, Layout, LeftOut, LinearSite, Routing
 from statprune.model.token_masks import TokenMasks
 
 
@@ -48,38 +51,52 @@ def find_linear_layers(model: nn.Module, graph_module: GraphModule) -> tuple[tup
         if node.op == "get_attr" and id(attribute(graph_module, node.target)) in names_of:
             raise TracingError(f"{type(model).__name__}.forward writes to its parameter {node.target}")
     writers = [node for node in nodes if is_mutable(node)]
-    members: dict[tuple[Node, int], list[tuple[Node, LinearSite]]] = defaultdict(list)
+    members: dict[tuple[Node, int, bool], list[tuple[Node, LinearSite]]] = defaultdict(list)
+    ends_of: dict[Node, Node | None] = {}
     site_ids = set()
     for parameter_id, reads in reads_of.items():
         products = [(read.reader, product) for read in reads if (product := _product(read)) is not None]
         if not products:
             continue
         # A weight that several linears read is pruned at the first of them, with that one's statistics.
-        reader, (tensor, layout) = min(products, key=lambda product: position[product[0]])
+        reader, product = min(products, key=lambda product: position[product[0]])
         names = names_of[parameter_id]
         chosen = _parameter_name(reader, names)
-        rows, columns = model.get_parameter(chosen).shape
+        *stack, rows, columns = model.get_parameter(chosen).shape
         site = LinearSite(
             name=chosen.removesuffix(".weight"),
             parameter=chosen,
-            layout=layout,
-            shape=(rows, columns) if layout == "out_in" else (columns, rows),
+            layout=product.layout,
+            shape=(*stack, rows, columns) if product.layout == "out_in" else (*stack, columns, rows),
             aliases=tuple(name for name in names if name != chosen),
             num_reads=len(reads),
             feeds_output=any(_feeds_output(linear, constants) for linear, _ in products),
+            routes=any(routes(linear, constants) for linear, _ in products),
         )
-        source = _same_tokens(tensor, site.shape[1], written)
+        source = _same_tokens(product.tokens, site.shape[-1], len(shape_of(product.tokens)) if stack else None, written)
         version = sum(position[node] < position[reader] for node in writers) if source in written else 0
-        members[source, version].append((reader, site))
+        members[source, version, bool(stack)].append((reader, site))
+        ends_of[reader] = product.ends
         site_ids.add(parameter_id)
 
     masks = TokenMasks(nodes)
     groups = []
-    for (tensor, _), sites in members.items():
+    tokens_of: dict[Node, tuple[Node, Node] | None] = {}
+    for (tensor, _, is_stack), sites in sorted(members.items(), key=lambda one: min(position[reader] for reader, _ in one[1])):
         sites.sort(key=lambda member: position[member[0]])
         first = sites[0][0]
-        added = [replace(site, residuals=residuals(reader, site.shape[0], first, position, written)) for reader, site in sites]
-        groups.append((first, InputGroup(tuple(added), tensor, first, masks.of(tensor))))
+        if not is_stack:
+            linears = [
+                replace(site, residuals=residuals(reader, site.shape[0], first, position, written)) for reader, site in sites
+            ]
+            groups.append((first, InputGroup(tuple(linears), tensor, first, masks.of(tensor))))
+            continue
+        ends = ends_of[first]
+        # Products with the same ends have the same rows: only the first reads them from the tokens.
+        gathered = rows_of(tensor) if ends is None else tokens_of.setdefault(ends, rows_of(tensor))
+        mask = masks.of(tensor if gathered is None else gathered[0])
+        routing = Routing(ends, None if gathered is None else gathered[1])
+        groups.append((first, InputGroup(tuple(site for _, site in sites), tensor, first, mask, routing)))
     groups.sort(key=lambda group: position[group[0]])
     left_out = tuple(
         LeftOut(name.removesuffix(".weight"), tuple(parameter.shape), _why_no_site(parameter, reads_of[id(parameter)]))
@@ -104,6 +121,15 @@ _LINEARS: dict[Any, tuple[int, int]] = {
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default}
 
 
+class _Product(NamedTuple):
+    """What a node multiplies by a weight, and how."""
+
+    tokens: Node
+    layout: Layout
+    ends: Node | None = None
+    """Of a stack, where each matrix's rows end."""
+
+
 class _Read(NamedTuple):
     """A node that reads a parameter, perhaps through transposes and casts of it."""
 
@@ -114,7 +140,7 @@ class _Read(NamedTuple):
 
 def _reads(node: Node, is_transposed: bool = False) -> Iterator[_Read]:
     for user in node.users:
-        if user.target in _TRANSPOSES:
+        if user.target in _TRANSPOSES and _is_swap(user):
             yield from _reads(user, not is_transposed)
         elif user.target in CASTS:
             yield from _reads(user, is_transposed)
@@ -122,9 +148,12 @@ def _reads(node: Node, is_transposed: bool = False) -> Iterator[_Read]:
             yield _Read(user, node, is_transposed)
 
 
-def _product(read: _Read) -> tuple[Node, Layout] | None:
-    """The tokens that the reader multiplies by this 2-D weight, and how the parameter lies; None where there are none."""
+def _product(read: _Read) -> _Product | None:
+    """What the reader multiplies by this weight, and how the parameter lies; None where it does not."""
     reader = read.reader
+    if len(shape_of(read.weight)) == 3:
+        found = grouped(reader, read.weight)
+        return None if found is None else _Product(found.tokens, "out_in" if read.is_transposed else "in_out", found.ends)
     if reader.target not in _LINEARS or len(shape_of(read.weight)) != 2:
         return None
     tokens_at, weight_at = _LINEARS[reader.target]
@@ -135,28 +164,35 @@ def _product(read: _Read) -> tuple[Node, Layout] | None:
         tokens, is_out_in = _transposed(reader.args[weight_at]), True  # weight @ tokens^T
     if not isinstance(tokens, Node):
         return None
-    return tokens, "out_in" if is_out_in != read.is_transposed else "in_out"
+    return _Product(tokens, "out_in" if is_out_in != read.is_transposed else "in_out")
 
 
 def _transposed(node: Any) -> Node | None:
     """What the node is the transpose of, last two dimensions swapped."""
-    if not isinstance(node, Node):
-        return None
-    is_swap = node.target in (aten.t.default, aten.mT.default)
-    if node.target is aten.transpose.int:
-        ndim = len(shape_of(node))
-        is_swap = {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}  # type: ignore[operator]
-    source = node.args[0] if is_swap else None
+    source = node.args[0] if isinstance(node, Node) and _is_swap(node) else None
     return source if isinstance(source, Node) else None
 
 
-def _same_tokens(tensor: Node, in_features: int, written: set[Node]) -> Node:
-    """The earliest node with the same tokens and the same channels."""
+def _is_swap(node: Node) -> bool:
+    """Whether it swaps the last two dimensions, and no others."""
+    ndim = len(shape_of(node))
+    if node.target is aten.transpose.int:
+        return {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}  # type: ignore[operator]
+    if node.target is aten.permute.default:
+        order = [dim % ndim for dim in node.args[1]]  # type: ignore[operator,union-attr]
+        return order == [*range(ndim - 2), ndim - 1, ndim - 2]
+    return node.target is aten.mT.default or (node.target in (aten.t.default, aten.numpy_T.default) and ndim == 2)
+
+
+def _same_tokens(tensor: Node, in_features: int, ndim: int | None, written: set[Node]) -> Node:
+    """The earliest node with the same tokens and the same channels; of a stack's tokens, in as many dimensions."""
     while tensor.target in SAME_TOKENS:
         source = tensor.args[0]
         assert isinstance(source, Node)
         # What was copied before somebody wrote to the source is no longer what the source holds.
         if shape_of(source)[-1:] != (in_features,) or source in written:
+            break
+        if ndim is not None and len(shape_of(source)) != ndim:
             break
         tensor = source
     return tensor
@@ -195,15 +231,7 @@ def _why_no_site(parameter: Tensor, reads: Sequence[_Read]) -> str:
     regions = [read.reader for read in reads if isinstance(read.reader.target, torch._ops.HigherOrderOperator)]
     if regions:
         return f"read inside a region of its own ({regions[0].target}), which is not looked into"
-    ops = sorted({_op_name(read.reader) for read in reads})
+    ops = sorted({op_name(read.reader) for read in reads})
     if "embedding" in ops:
         return "embedding"
-    if parameter.ndim == 3 and any("mm" in op for op in ops):
-        return f"a stack of {parameter.shape[0]} expert matrices, each with tokens of its own: not supported yet"
     return f"read by {', '.join(ops)}, not by a linear layer"
-
-
-def _op_name(node: Node) -> str:
-    """`linear` for `aten.linear.default`, `grouped_mm` for `transformers.grouped_mm.default`."""
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name).rpartition("::")[2] if schema else str(getattr(node.target, "__name__", node.target))

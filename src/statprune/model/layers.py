@@ -1,19 +1,19 @@
 """A model's linear layers: found by its graph, or by module hooks where it has none. That is decided here, and nowhere else."""
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from statprune.errors import TracingError
-from statprune.methods.statistics import InputMoments, Statistic
+from statprune.methods.statistics import Statistic
 from statprune.model.hooks import find_linear_modules, observe_modules
 from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
 from statprune.model.kinds import adapter_parameters
 from statprune.model.nodes import attribute
-from statprune.model.observe import ForwardContext
+from statprune.model.observe import ForwardContext, Observations
 from statprune.model.offload import ON_DEVICE, Offload
 from statprune.model.schedule import Schedule
 from statprune.model.sites import InputGroup, LeftOut, TracedModel
@@ -65,7 +65,7 @@ class Layers:
         finished: Container[str] = (),
         process_group: ProcessGroup = None,
         forward_context: ForwardContext = contextlib.nullcontext,
-    ) -> Iterator[tuple[InputGroup, InputMoments | None]]:
+    ) -> Observations:
         """Yield each group, in execution order, with the statistics of its inputs over all batches and ranks.
 
         Args:

@@ -67,6 +67,12 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+def op_name(node: Node) -> str:
+    """`linear` for `aten.linear.default`, `grouped_mm` for `transformers.grouped_mm.default`."""
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name).rpartition("::")[2] if schema else str(getattr(node.target, "__name__", node.target))
+
+
 def storages_of(node: Node) -> dict[int, Any]:
     """The memory that a node's value lies in: its size in bytes, by what tells one from the other in the graph."""
     tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]

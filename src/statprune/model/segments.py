@@ -104,7 +104,7 @@ def _reads(step: "Node | InputGroup", *, has_dense: bool) -> list[Node]:
     if isinstance(step, Node):
         return step.all_input_nodes
     assert step.input_node is not None, "a group of a traced graph has a node"
-    return [step.input_node, *(node for site in step.sites for node in site.residuals if has_dense)]
+    return [*step.reads, *(node for site in step.sites for node in site.residuals if has_dense)]
 
 
 def mark_last_reads(segments: Sequence[Segment], *, has_dense: bool = False) -> None:

@@ -17,10 +17,11 @@ from torch.fx import Node, map_arg
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from statprune.methods.precision import full_precision
+from statprune.methods.stacks import StackMoments
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.nodes import attribute, shape_of, written_to
-from statprune.model.observe import fit_mask
+from statprune.model.observe import Moments, fit_mask, fit_routed_mask
 from statprune.model.segments import made_of_weights
 from statprune.model.sites import InputGroup, LinearSite, TracedModel
 from statprune.model.weights import Readable
@@ -81,8 +82,10 @@ class Stream:
         self.values = values
 
 
-def no_tokens(group: InputGroup, needs: Statistic, device: torch.device, *, has_dense: bool) -> InputMoments:
+def no_tokens(group: InputGroup, needs: Statistic, device: torch.device, *, has_dense: bool) -> Moments:
     """What a group's statistics begin with, for one stream or two."""
+    if group.routing is not None:
+        return StackMoments(group.sites[0].num_matrices, group.in_features, needs, device=device)
     # Tokens that a model chooses by their values, such as those of an expert, are others in the dense stream.
     is_paired = has_dense and not any(free_unbacked_symbols(size) for size in _shape(group))
     return InputMoments.zeros(
@@ -99,7 +102,7 @@ def observe(
     batch: ModelInputs,
     streams: Sequence[Stream],
     values: Sequence[Environment],
-    moments: InputMoments,
+    moments: Moments,
 ) -> None:
     """Add a batch's tokens to a group's statistics.
 
@@ -113,6 +116,9 @@ def observe(
     inputs, *others = (
         stream.executor.load(group.input_node, environment) for stream, environment in zip(streams, values, strict=True)
     )
+    if isinstance(moments, StackMoments):
+        _observe_routed(group, inputs, batch, streams[0], values[0], moments)
+        return
     keep_token = fit_mask(batch.kwargs.get(group.token_mask or ""), inputs)
     moments.add(inputs, keep_token)
     if moments.cross is None and not moments.targets:
@@ -130,6 +136,20 @@ def observe(
 
     targets = {site.parameter: target(site) for site in group.sites if site.parameter in moments.targets}
     moments.add_dense(inputs, dense, targets, keep_token)
+
+
+def _observe_routed(
+    group: InputGroup, inputs: Tensor, batch: ModelInputs, stream: Stream, values: Environment, moments: StackMoments
+) -> None:
+    """Each matrix's tokens, of the stream with pruned weights: those of the dense one may have gone to other experts."""
+    assert group.routing is not None, "a stack's tokens are routed"
+    rows = None if group.routing.rows is None else stream.executor.load(group.routing.rows, values)
+    keep_row = fit_routed_mask(batch.kwargs.get(group.token_mask or ""), inputs, rows, group.name)
+    if group.routing.ends is None:
+        moments.add_batched(inputs, keep_row)
+    else:
+        # How many rows each expert has decides what is multiplied, so that the host has to know.
+        moments.add(inputs, stream.executor.load(group.routing.ends, values).tolist(), keep_row)
 
 
 def _shape(group: InputGroup) -> tuple[Any, ...]:

@@ -25,9 +25,9 @@ from collections.abc import Container, Sequence
 
 import torch
 
-from statprune.methods.statistics import InputMoments, Statistic
+from statprune.methods.statistics import Statistic
 from statprune.model.inputs import ModelInputs
-from statprune.model.observe import ForwardContext, Observations, complete
+from statprune.model.observe import ForwardContext, Moments, Observations, complete
 from statprune.model.offload import ON_DEVICE, Offload
 from statprune.model.schedule import SEES_PRUNED, Schedule
 from statprune.model.segments import Segment, plan_segments
@@ -85,7 +85,7 @@ def walk(
     streams = [Stream(executor, [executor.bind(batch) for batch in batches])]  # pruned, and later dense
     device = next((tensor.device for tensor in batches[0].tensors()), torch.device("cpu"))
     common = Common(traced)
-    moments: dict[str, InputMoments] = {}
+    moments: dict[str, Moments] = {}
     still_needed = Counter(group.name for segment in segments for group, _ in segment.prunes)
     done = [_is_finished(segment, finished) for segment in segments]
     wanted = {group.name for segment, is_done in zip(segments, done, strict=True) for group, _ in segment.prunes if not is_done}

@@ -330,7 +330,7 @@ def _energy(site: Site) -> float:
 
 
 def _weights(sites: Sequence[Site]) -> str:
-    count = sum(site["shape"][0] * site["shape"][1] for site in sites)
+    count = sum(math.prod(site["shape"]) for site in sites)
     for size, unit in ((1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.1f} {unit} weights"

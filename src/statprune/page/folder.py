@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from statprune.errors import CheckpointError, first_line
 from statprune.page.document import pictured, render
+from statprune.record import stored_matrices
 
 PAGE = "report.html"
 
@@ -18,7 +20,7 @@ def render_folder(record: Mapping[str, Any], folder: str | Path) -> str:
     """The page of a record, with the mask of one of its layers read from the folder's weights.
 
     Args:
-        record: what is in `pruning.json`, or will be; each site with its `file` and `tensor`.
+        record: what is in `pruning.json`, or will be; each site with its `file` and `tensor`, or `parts`.
         folder: holds the files that the record names.
 
     Raises:
@@ -66,11 +68,14 @@ def write_page(record: Mapping[str, Any], folder: str | Path, output: str | Path
 
 
 def _mask(folder: Path, site: Mapping[str, Any]) -> Tensor:
-    """[out, in], bool, True = kept: where a weight is not zero."""
-    try:
-        with safe_open(folder / site["file"], framework="pt") as file:
-            stored: Tensor = file.get_tensor(site["tensor"])
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{folder}: {site['name']} cannot be read from {site['file']}: {first_line(e)}.") from e
-    keep = stored != 0
-    return keep.t() if site["stored"] == "in_out" else keep
+    """[out, in], bool, True = kept: where a weight is not zero; the matrices of a stack one below the other."""
+
+    def read(name: str, tensor: str) -> Tensor:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                stored: Tensor = file.get_tensor(tensor)
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"{folder}: {site['name']} cannot be read from {name}: {first_line(e)}.") from e
+        return stored != 0
+
+    return torch.cat([keep.reshape(-1, keep.shape[-1]) for keep in stored_matrices(site, read)])

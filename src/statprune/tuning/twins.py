@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from statprune.clock import timed
 from statprune.errors import SiteError
+from statprune.methods.stacks import by_matrix
 from statprune.methods.statistics import Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers
@@ -77,7 +78,7 @@ def plan_together(
                         weight = site.view(candidate.weights.get(site.parameter).detach())
                         with timed(candidate.seconds, "prune"):
                             try:
-                                candidate.weights.put(site, pruner(weight, moments))
+                                candidate.weights.put(site, by_matrix(pruner, weight, moments))
                             except ValueError as e:
                                 raise SiteError(f"{site.name}, with {candidate.recipe.method}: {e}") from e
                 done += _num_weights(group)
@@ -88,12 +89,12 @@ def plan_together(
 def twins_at_once(layers: Layers, recipe: Recipe) -> int:
     """How many twins `MAX_TWIN_BYTES` hold: at least one."""
     sites, model = select(layers.groups, layers.left_out, recipe).sites, layers.model
-    num_bytes = sum(site.shape[0] * site.shape[1] * model.get_parameter(site.parameter).element_size() for site in sites)
+    num_bytes = sum(site.num_weights * model.get_parameter(site.parameter).element_size() for site in sites)
     return max(1, MAX_TWIN_BYTES // num_bytes)
 
 
 def _num_weights(group: InputGroup) -> int:
-    return sum(site.shape[0] * site.shape[1] for site in group.sites)
+    return sum(site.num_weights for site in group.sites)
 
 
 def _parts(groups: Sequence[InputGroup], max_bytes: int | None) -> Iterator[list[InputGroup]]:
@@ -101,7 +102,7 @@ def _parts(groups: Sequence[InputGroup], max_bytes: int | None) -> Iterator[list
     part: list[InputGroup] = []
     held = 0
     for group in groups:
-        num_bytes = 4 * group.in_features**2
+        num_bytes = 4 * group.sites[0].num_matrices * group.in_features**2
         if part and max_bytes is not None and held + num_bytes > max_bytes:
             yield part
             part, held = [], 0
