@@ -60,6 +60,35 @@ FAMILIES = {
         {**DECODER, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
         text,
     ),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**DECODER, "head_dim": 8, "num_local_experts": 4}, text),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**DECODER, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 24},
+        text,
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            **DECODER, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+            "moe_intermediate_size": 8, "first_k_dense_replace": 0, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4, "v_head_dim": 4, "num_key_value_heads": 2,
+        },
+        text,
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            **DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+        text,
+    ),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**DECODER, "num_experts": 4, "num_experts_per_tok": 2}, text),
+    "granitemoe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {**DECODER, "num_local_experts": 4}, text),
+    "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", {**DECODER, "num_local_experts": 4}, text),
     "bert": ("BertModel", "BertConfig", ENCODER, text),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", ENCODER, text),
     "vit": ("ViTForImageClassification", "ViTConfig", VISION, images),
@@ -122,12 +151,10 @@ def assert_accounted_for(model, before, report):
 
 
 def rows_of(model, site):
-    """The site's weight as [out, in]."""
+    """The site's weight as [..., out, in]."""
     parameter = model.get_parameter(site.parameter)
-    return parameter.t() if site.stored == "in_out" else parameter
+    return parameter.mT if site.stored == "in_out" else parameter
 
-
-EXPERTS = "a stack of 4 expert matrices, each with tokens of its own: not supported yet"
 
 EXPECTED_LEFT_OUT = {
     "llama": {"model.embed_tokens": "embedding", "lm_head": "feeds the output"},
@@ -148,8 +175,7 @@ EXPECTED_LEFT_OUT = {
     },
     "mixtral": {
         "model.embed_tokens": "embedding",
-        "model.layers.0.mlp.experts.gate_up_proj": EXPERTS,
-        "model.layers.0.mlp.experts.down_proj": EXPERTS,
+        "model.layers.0.mlp.gate": "routes tokens to experts",
         "lm_head": "feeds the output",
     },
     "mamba": {
@@ -199,16 +225,22 @@ def test_half_of_each_row_is_pruned_where_half_is_asked_for(family):
     assert report.schedule == "one-shot"
     for site in report.sites:
         rows = rows_of(model, site)
-        assert ((rows == 0).sum(-1) == rows.shape[1] // 2).all(), site.name
+        assert ((rows == 0).sum(-1) == rows.shape[-1] // 2).all(), site.name
     assert_accounted_for(model, before, report)
 
 
-def test_of_a_mixture_of_experts_the_dense_layers_and_the_router_are_pruned():
+def test_of_a_mixture_of_experts_the_router_is_pruned_only_where_it_is_named():
     model, batches = build("mixtral")
     # Magnitude needs no forward pass: the names come from the graph alone.
-    report = statprune.plan(model, batches[:1], statprune.Recipe("magnitude")).report
-    assert [site.name.removeprefix("model.layers.0.") for site in report.sites] == [
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate",
+    own, named = (statprune.Recipe("magnitude", targets=targets) for targets in (None, ("*.mlp.*",)))
+    layers = statprune.prune(model, batches[:1], own).sites
+    assert [site.name.removeprefix("model.layers.0.") for site in layers] == [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+    ]  # fmt: skip
+    layers = statprune.prune(model, batches[:1], named).sites
+    assert [site.name.removeprefix("model.layers.0.mlp.") for site in layers] == [
+        "gate", "experts.gate_up_proj", "experts.down_proj",
     ]  # fmt: skip
 
 

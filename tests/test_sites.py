@@ -73,7 +73,7 @@ def test_a_product_with_a_bare_parameter_is_a_site(multiply, shape, layout):
         pytest.param(lambda x, w: torch.einsum("bti,io->bto", x, w), (6, 4), "read by einsum", id="einsum"),
         pytest.param(lambda x, w: x[..., :4] * w, (5, 4), "read by mul, not by a linear layer", id="elementwise"),
         pytest.param(lambda x, w: F.linear(x, w * 2), (4, 6), "read by mul, not by a linear layer", id="scaled weight"),
-        pytest.param(lambda x, w: torch.bmm(x, w), (3, 6, 4), "a stack of 3 expert matrices", id="3-D"),
+        pytest.param(lambda x, w: torch.bmm(x, w.transpose(0, 1)), (6, 3, 4), "read by transpose", id="another transpose"),
         pytest.param(lambda x, _: x[..., :4], (4, 6), "not read in this forward pass", id="unused"),
     ],
 )

@@ -183,25 +183,27 @@ class PruningReport:
             "versions": versions(),
         }
 
-    def _few_tokens(self) -> str:
-        """How many experts saw few tokens or none."""
+    @property
+    def few_tokens(self) -> str:
+        """How many experts saw few tokens or none, in words; empty where all saw enough."""
         counts = [count for site in self.sites for count in site.tokens or ()]
         few, none = (sum(count < least for count in counts) for least in (LEAST_TOKENS, 1))
         if not few:
             return ""
-        return f"of {len(counts)} expert matrices {few} saw fewer than {LEAST_TOKENS} of them, {none} saw none; "
+        return f"of {len(counts)} expert matrices {few} saw fewer than {LEAST_TOKENS} calibration tokens, {none} saw none"
 
     def __str__(self) -> str:
         took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         shares = [100 * site.sparsity for site in self.sites if site.pattern]
         by_layer = f"{min(shares):.1f} to {max(shares):.1f} % of a layer, " if shares else ""
         errors = [100 * error for error in self.output_errors]
+        few = f"{self.few_tokens}; " if self.few_tokens else ""
         outputs = f"outputs off by {statistics.median(errors):.1f} %, at most {max(errors):.1f} %; " if errors else ""
         return (
             f"{number_of(len(self.sites), 'weight')}, {number_of(self.num_weights, 'parameter')}: "
             f"{100 * self.sparsity:.2f} % are zero now, {by_layer}"
             f"energy {100 * self.energy_ratio:.1f} % of dense; {outputs}schedule {self.schedule}, "
-            f"{number_of(self.num_tokens, 'calibration token')}; {self._few_tokens()}{took}"
+            f"{number_of(self.num_tokens, 'calibration token')}; {few}{took}"
             + (f"; {number_of(self.finetuning_steps, 'step')} of fine-tuning" if self.finetuning_steps else "")
         )
 

@@ -139,8 +139,8 @@ def _show_sites(title: str, selection: "Selection") -> None:
     for names, shapes in _distinct(groups):
         table.add_section()
         count = groups.count((names, shapes))
-        for name, (rows, columns) in zip(names, shapes, strict=True):
-            table.add_row(escape(name), f"{rows} x {columns}", str(count))
+        for name, shape in zip(names, shapes, strict=True):
+            table.add_row(escape(name), " x ".join(map(str, shape)), str(count))
     console.print(table)
     if selection.left_out:
         table = Table(header_style="bold")
@@ -177,7 +177,8 @@ def show_report(report: "PruningReport", output: str) -> None:
     console.tell(
         f"\n{report.num_weights:,} weights, {100 * report.sparsity:.2f} % of them zero; "
         f"energy {100 * report.energy_ratio:.1f} % of dense; {report.num_tokens:,} calibration tokens\n"
-        f"{_perplexities(report.perplexity)}"
+        + (f"{report.few_tokens}\n" if report.few_tokens else "")
+        + f"{_perplexities(report.perplexity)}"
         f"[bold green]saved and verified:[/] {escape(output)}; report.html there is to look at"
     )
 
