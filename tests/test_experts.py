@@ -19,6 +19,7 @@ from statprune.methods.stacks import LEAST_TOKENS, StackMoments, by_matrix
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
+from statprune.record import RECORD, write_record
 from statprune.training.masks import HeldMasks
 from test_families import build, rows_of
 from tiny_models import VOCABULARY, snapshot, tokens
@@ -273,6 +274,25 @@ class TestSaving:
         tensor[tensor == 0] = 1.0
         save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj: number of zeros promised"):
+            statprune.verify(broken)
+
+    @pytest.mark.parametrize(
+        ("change", "what"),
+        [
+            pytest.param(lambda site: site["parts"].pop(), "parts: expected those of 4 experts, found 3", id="an expert less"),
+            pytest.param(lambda site: site["parts"][1].pop(), r"shape \[\.\.\., out, in\] promised", id="a part less"),
+            pytest.param(lambda site: site["parts"][0].__setitem__(1, site["parts"][1][1]), "named twice", id="a part twice"),
+            pytest.param(lambda site: site.update(tokens=[1, 2]), "tokens of each expert: expected 4", id="tokens"),
+            pytest.param(lambda site: site.update(shape=[2, 2, 48, 16]), "4 dimensions", id="dimensions"),
+            pytest.param(lambda site: site.update(num_pruned=site["num_pruned"] - 1), "number of pruned weights", id="count"),
+        ],
+    )
+    def test_a_record_that_contradicts_itself_is_refused(self, folder, tmp_path, change, what):
+        broken = copied(folder[0], tmp_path)
+        record = json.loads((broken / RECORD).read_text())
+        change(next(site for site in record["sites"] if site["name"] == STACKS[0]))
+        write_record(broken, record)
+        with pytest.raises(CheckpointError, match=what):
             statprune.verify(broken)
 
     def test_inspect_counts_its_zeros(self, folder, capsys):
