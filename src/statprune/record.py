@@ -169,9 +169,10 @@ def check_record(record: Mapping[str, Any]) -> None:
 def _check_site(site: Mapping[str, Any], usual: Pattern, files: Mapping[str, str]) -> None:
     name = site["name"]
     places = places_of(site)
-    for text in (name, site["parameter"], *(one for place in places for one in place)):
+    named = [("name", name), ("parameter", site["parameter"])]
+    for key, text in named + [pair for place in places for pair in zip(("file", "tensor"), place, strict=True)]:
         if not (isinstance(text, str) and text.isprintable()):
-            raise ValueError(f"{name}: expected a name, found {text!r}")
+            raise ValueError(f"{key} of a weight: {text!r}")
     for file, _ in places:
         if file not in files or not file.endswith(".safetensors"):
             raise _contradiction(name, "file", "a *.safetensors with a digest", file)
