@@ -104,7 +104,8 @@ class PruningReport:
 
     recipe: dict[str, Any]
     schedule: str
-    """The recipe's; `one-shot (module hooks)` where the model cannot be exported, or `no statistics` where none are needed."""
+    """The recipe's; without a graph `block (module hooks)`, or `one-shot (module hooks)` if its blocks cannot
+    be run by themselves or the recipe asks for it; `no statistics` where none are needed."""
     sites: list[SiteReport] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     num_batches: int = 0
