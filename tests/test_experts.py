@@ -14,8 +14,8 @@ from torch import nn
 import statprune
 from statprune.commands.cli import main
 from statprune.errors import CalibrationError, CheckpointError, SiteError
+from statprune.methods.experts import LEAST_TOKENS, ExpertMoments, by_matrix
 from statprune.methods.pruner import PrunedWeight
-from statprune.methods.stacks import LEAST_TOKENS, StackMoments, by_matrix
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import bind_batches
 from statprune.model.layers import find_layers
@@ -32,7 +32,7 @@ def observed(model, batches, needs=Statistic.MOMENTS):
     inputs = bind_batches(model, batches)
     layers = find_layers(model, inputs)
     found = layers.observe(layers.groups, inputs, schedule="one-shot", needs=needs)
-    return {group.name: moments for group, moments in found if isinstance(moments, StackMoments)}
+    return {group.name: moments for group, moments in found if isinstance(moments, ExpertMoments)}
 
 
 class TestStatistics:
@@ -41,7 +41,7 @@ class TestStatistics:
         rows = torch.randn(sum(counts), width)
         ends = torch.tensor(counts).cumsum(0).tolist()
         keep = torch.rand(len(rows)) < 0.5 if has_padding else None
-        moments = StackMoments(len(counts), width, Statistic.GRAM).add(rows, ends, keep)
+        moments = ExpertMoments(len(counts), width, Statistic.GRAM).add(rows, ends, keep)
         for index, (end, count) in enumerate(zip(ends, counts, strict=True)):
             own = InputMoments.zeros(width, Statistic.GRAM)
             if count:
@@ -52,7 +52,7 @@ class TestStatistics:
             assert torch.equal(total, torch.stack(parts))  # what ranks add up is what is read
 
     def test_a_matrix_that_saw_few_tokens_is_lent_average_ones(self):
-        moments = StackMoments(3, 1, Statistic.GRAM).add(torch.tensor([[1.0], [3.0], [5.0], [7.0]]), [1, 1, 4])
+        moments = ExpertMoments(3, 1, Statistic.GRAM).add(torch.tensor([[1.0], [3.0], [5.0], [7.0]]), [1, 1, 4])
         own, none, many = (moments.of(index, least=3) for index in range(3))
         # Of 4 tokens the average is 4, and the average square 21.
         assert (int(own.num_tokens), float(own.sum), float(own.sum_sq)) == (3, 1 + 2 * 4, 1 + 2 * 21)
@@ -64,9 +64,9 @@ class TestStatistics:
 
     def test_a_row_of_zeros_is_a_token_that_went_to_another_matrix(self):
         inputs = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [2.0, 3.0]], [[4.0, 4.0], [5.0, 5.0]]])
-        moments = StackMoments(3, 2).add_batched(inputs, torch.tensor([1, 1]))
+        moments = ExpertMoments(3, 2).add_batched(inputs, torch.tensor([1, 1]))
         assert moments.num_tokens.tolist() == [1, 1, 2]
-        moments = StackMoments(3, 2).add_batched(inputs, torch.tensor([1, 0]))
+        moments = ExpertMoments(3, 2).add_batched(inputs, torch.tensor([1, 0]))
         assert moments.num_tokens.tolist() == [1, 0, 1]
         assert moments.parts[2].sum.tolist() == [4.0, 4.0]
 
@@ -161,7 +161,7 @@ class TestFinding:
 
 class TestPruning:
     def test_each_matrix_is_pruned_as_it_would_be_alone(self):
-        weight, moments = torch.randn(3, 8, 8), StackMoments(3, 8)
+        weight, moments = torch.randn(3, 8, 8), ExpertMoments(3, 8)
         for part in moments.parts:
             part.add(torch.randn(LEAST_TOKENS, 8))
         pruner = statprune.Recipe("cvr+energy", "2:4").pruner()

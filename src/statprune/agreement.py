@@ -128,7 +128,9 @@ def check_layers(layers: Layers, process_group: ProcessGroup) -> None:
         RanksError: one runs the model along its graph and another cannot, or not all batches reach the same layers.
     """
     if is_distributed(process_group):
-        runs = "by module hooks" if layers.traced is None else "along the graph"
+        runs = "along the graph"
+        if layers.traced is None:
+            runs = "by module hooks" + (f", by {layers.stacks}" if layers.stacks is not None else "")
         found = [
             f"{site.name} {list(site.shape)}, in the group of {group.name}" for group in layers.groups for site in group.sites
         ]

@@ -17,8 +17,8 @@ from torch import Tensor
 from statprune.allocation import Allocation, allocate
 from statprune.clock import timed
 from statprune.errors import adding, number_of
+from statprune.methods.experts import ExpertMoments, sample_energies
 from statprune.methods.pruner import PrunedWeight
-from statprune.methods.stacks import StackMoments, sample_energies
 from statprune.methods.statistics import Statistic
 from statprune.model.backward import output_grams_streamed
 from statprune.model.gradients import Loss, output_grams
@@ -150,7 +150,7 @@ def _finished(
     site: LinearSite, weight: Tensor, pruned: PrunedWeight, moments: Moments | None, allocation: Allocation
 ) -> FinishedSite:
     """What is known of a pruned weight; its energies are zeros where no token came."""
-    tokens = tuple(moments.num_tokens.tolist()) if isinstance(moments, StackMoments) else None
+    tokens = tuple(moments.num_tokens.tolist()) if isinstance(moments, ExpertMoments) else None
     report = SiteReport.of(site, weight, pruned, allocation.record(site), tokens)
     if moments is None:
         return FinishedSite(report, None, 0)

@@ -78,7 +78,8 @@ class Recipe:
     schedule: Schedule = _OPEN
     """`"walk"`: each layer's statistics already see all pruned layers before it. `"block"`: those in the blocks before its own,
     as Wanda's and SparseGPT's code has it. `"one-shot"`: all see the dense model. `"block"` takes two forward passes over
-    the calibration batches, the others one."""
+    the calibration batches, the others one. A model that cannot be exported has `"block"` for `"walk"`, or one-shot, with a
+    warning."""
 
     targets: tuple[str, ...] | None = None
     """Globs on names, such as `"model.layers.*.mlp.*"`; `*` also crosses dots. None: every linear layer except the

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from statprune.errors import number_of
 from statprune.methods.counting import energy_sq, num_zeros
+from statprune.methods.experts import LEAST_TOKENS
 from statprune.methods.pruner import PrunedWeight
-from statprune.methods.stacks import LEAST_TOKENS
 from statprune.model.sites import LeftOut, LinearSite
 from statprune.versions import versions
 
@@ -118,7 +118,8 @@ class PruningReport:
 
     recipe: dict[str, Any]
     schedule: str
-    """The recipe's; `one-shot (module hooks)` where the model cannot be exported, or `no statistics` where none are needed."""
+    """The recipe's; without a graph `block (module hooks)`, or `one-shot (module hooks)` if its blocks cannot
+    be run by themselves or the recipe asks for it; `no statistics` where none are needed."""
     sites: list[SiteReport] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     num_batches: int = 0

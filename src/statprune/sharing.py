@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from statprune.errors import NonFiniteError, SiteError
+from statprune.methods.experts import ExpertMoments, by_matrix
 from statprune.methods.finite import is_finite
 from statprune.methods.pruner import PrunedWeight, WeightPruner
 from statprune.methods.rows import Piece, Rows, Team, of_rows
-from statprune.methods.stacks import StackMoments, by_matrix
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.methods.target import Target
 from statprune.model.gradients import Curvature
@@ -54,7 +54,7 @@ class Task:
     def of_rows(self, rows: Rows, team: Team) -> "Task | None":
         """The same for a stretch of rows; None where a row needs the others, and of a stack."""
         pruner = of_rows(self.pruner, rows)
-        if pruner is None or isinstance(self.moments, StackMoments):
+        if pruner is None or isinstance(self.moments, ExpertMoments):
             return None
         moments = None if self.moments is None else self.moments.of_rows(self.site.parameter, rows, team)
         return replace(self, weight=self.weight[rows.first : rows.end], pruner=pruner, moments=moments)

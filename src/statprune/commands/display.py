@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from statprune.commands.console import console, show_text
+from statprune.model.schedule import BLOCK_BY_HOOKS
 
 if TYPE_CHECKING:
     from statprune.recipe import Recipe, Search
@@ -209,8 +210,10 @@ def _beside_wanda(measured: Mapping[str, Any]) -> str:
 def _steps(report: "PruningReport") -> dict[str, str]:
     """What took time, in order, by the name that the report has for it."""
     allocation = report.recipe["allocation"]["name"]
-    times = "twice, block by block" if report.schedule == "block" else "once"
+    times = {"block": "twice, block by block", BLOCK_BY_HOOKS: "block by block"}.get(report.schedule, "once")
     runner = "dense model with hooks" if report.fallback_reason else "graph"
+    if report.schedule == BLOCK_BY_HOOKS:
+        runner = "model with hooks"
     return {
         "tune": "candidates tried out on the calibration windows",
         "trace": "export to a graph, in vain" if report.fallback_reason else "export to a graph",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from statprune.methods.stacks import StackMoments
+from statprune.methods.experts import ExpertMoments
 from statprune.methods.statistics import Statistic, bytes_to_add
 from statprune.model.expected import Expected, Moment
 from statprune.model.find import products
@@ -120,7 +120,7 @@ def _first_pruned(segments: Sequence[Segment]) -> InputGroup:
 def _statistics(group: InputGroup, needs: Statistic, *, has_dense: bool) -> int:
     """Bytes of a group's statistics, with their sample."""
     none_yet = no_tokens(group, needs, torch.device("meta"), has_dense=has_dense)
-    parts = none_yet.parts if isinstance(none_yet, StackMoments) else [none_yet]
+    parts = none_yet.parts if isinstance(none_yet, ExpertMoments) else [none_yet]
     tokens = sum(part.sample.size for part in parts if part.sample is not None)
     sums = sum(total.numel() * total.element_size() for total in none_yet.totals())
     return sums + tokens * group.in_features * _dtype(group).itemsize

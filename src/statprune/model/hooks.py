@@ -1,4 +1,4 @@
-"""The fallback where a model cannot be exported: module hooks, and the statistics of the dense model.
+"""The fallback where a model cannot be exported: module hooks, here with the statistics of the dense model (else `blocks`).
 
 Sees the modules `nn.Linear` and `transformers.Conv1D` only. Whoever uses it says so, and why.
 """
@@ -30,10 +30,10 @@ def find_linear_modules(
     Raises:
         CalibrationError: the model cannot run the batch.
     """
-    names_of_module = {module: name for name, module in _linear_modules(model).items()}
+    names_of_module = {module: name for name, module in linear_modules(model).items()}
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    with _hooked(names_of_module, lambda *call: calls.append(call)), forward_context():
-        result = _run(model, example, 0)
+    with hooked(names_of_module, lambda *call: calls.append(call)), forward_context():
+        result = run_model(model, example, 0)
     # An output model of transformers is a mapping; a cache in it is an object that tree_leaves leaves whole.
     outputs = [leaf for leaf in tree_leaves(dict(result) if hasattr(result, "items") else result) if isinstance(leaf, Tensor)]
     transformers_models: list[Any] = [module for module in model.modules() if is_transformers_model(module)]
@@ -96,27 +96,37 @@ def observe_modules(
     device = next(model.parameters()).device
     moments = {group.name: InputMoments.zeros(group.in_features, needs, device=device) for group in groups}
     for number, batch in enumerate(batches):
-        mask = _padding_mask(batch, number)
+        mask = padding_mask(batch, number)
 
         def add(module: nn.Module, tensor: Tensor, _: Tensor, mask: Tensor | None = mask) -> None:
             moments[leaders[module].name].add(tensor, fit_mask(mask, tensor))
 
-        with _hooked(leaders, add), forward_context():
-            _run(model, batch, number)
+        with hooked(leaders, add), forward_context():
+            run_model(model, batch, number)
     for group in groups:
         complete(group, moments[group.name], process_group)
     for group in groups:
         yield group, moments.pop(group.name)
 
 
-def _run(model: nn.Module, batch: ModelInputs, number: int) -> Any:
+def run_model(model: nn.Module, batch: ModelInputs, number: int) -> Any:
+    """The model's output for a batch.
+
+    Raises:
+        CalibrationError: it cannot run it; names the batch's number.
+    """
     try:
         return model(*batch.args, **batch.kwargs)
     except Exception as e:
         raise CalibrationError(f"{type(model).__name__} cannot run calibration batch {number}: {e}.") from e
 
 
-def _padding_mask(batch: ModelInputs, number: int) -> Tensor | None:
+def padding_mask(batch: ModelInputs, number: int) -> Tensor | None:
+    """[batch, length], 0 where there is padding; None where nothing says so.
+
+    Raises:
+        CalibrationError: padding in the batches of an encoder-decoder.
+    """
     mask = batch.kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
@@ -135,7 +145,8 @@ def _hands_on(output: Tensor, leaf: Tensor) -> bool:
     return leaf.shape == output.shape and torch.equal(leaf, output.to(leaf.dtype))
 
 
-def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and `transformers.Conv1D`, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -145,7 +156,9 @@ def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def _hooked(modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], Any]) -> Iterator[None]:
+def hooked(modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], Any]) -> Iterator[None]:
+    """Inside, `see` is called with (module, input, output) whenever one of these linear modules has run."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         see(module, next(iter([*args, *kwargs.values()])), output)
 

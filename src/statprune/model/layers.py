@@ -9,14 +9,16 @@ from torch.fx import GraphModule
 
 from statprune.errors import TracingError
 from statprune.methods.statistics import Statistic
+from statprune.model.blocks import observe_blocks
 from statprune.model.hooks import find_linear_modules, observe_modules
 from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
-from statprune.model.kinds import adapter_parameters
+from statprune.model.kinds import adapter_parameters, has_values
 from statprune.model.nodes import attribute
 from statprune.model.observe import ForwardContext, Observations
 from statprune.model.offload import ON_DEVICE, Offload
-from statprune.model.schedule import Schedule
+from statprune.model.schedule import BLOCK_BY_HOOKS, ONE_SHOT_BY_HOOKS, Schedule
 from statprune.model.sites import InputGroup, LeftOut, TracedModel
+from statprune.model.stacks import Stacks, find_stacks
 from statprune.model.storage import compute_device, is_dispatched, is_sharded
 from statprune.model.trace import check_traced, trace
 from statprune.model.transform import PruneLinears
@@ -40,7 +42,7 @@ class Layers:
     """Every other weight with two or more dimensions, and why."""
 
     traced: TracedModel | None = None
-    """The graph; None where the model cannot be exported, and module hooks observe the dense model."""
+    """The graph; None where the model cannot be exported, and module hooks observe it."""
 
     reason: str | None = None
     """Why there is no graph."""
@@ -48,11 +50,20 @@ class Layers:
     offload: Offload = ON_DEVICE
     """Where the values of batches wait between two groups, along a graph."""
 
+    stacks: Stacks | None = None
+    """The blocks of a model without a graph, where they can be run by themselves."""
+
     def schedule(self, wanted: Schedule, needs: Statistic) -> str:
         """What a report calls the schedule that `observe` follows where this one is wanted."""
         if not needs:
             return "no statistics"
-        return wanted if self.traced is not None else "one-shot (module hooks)"
+        if self.traced is not None:
+            return wanted
+        return ONE_SHOT_BY_HOOKS if self._stacks_for(wanted) is None else BLOCK_BY_HOOKS
+
+    def _stacks_for(self, schedule: Schedule) -> Stacks | None:
+        """The blocks to go by without a graph; None where the dense model is observed at once."""
+        return None if schedule == "one-shot" else self.stacks
 
     def observe(
         self,
@@ -71,21 +82,27 @@ class Layers:
         Args:
             groups: of this model, perhaps with some of their sites only.
             inputs: calibration data, on the model's device (`bind_batches`).
-            schedule: which pruned weights the statistics have seen (see `walk`); without a graph, none.
+            schedule: which pruned weights the statistics have seen (see `walk`). Without a graph "walk" is "block", and both
+                are "one-shot" where the model's blocks cannot be run by themselves.
             needs: what to collect; with `Statistic.NONE` nothing is run, and the statistics are None. `Statistic.CROSS` runs
                 the dense model beside the pruned one, where there is a graph and the schedule prunes on the way.
-            weights: what the graph computes with; by default the model's own. What is put there between two groups counts.
-            finished: parameters that are pruned already (see `walk`); only along a graph.
+            weights: what is computed with; by default the model's own. What is put there between two groups counts.
+            finished: parameters that are pruned already (see `walk`); in one-shot without a graph all are observed again.
             process_group: of the ranks whose sums are added up.
             forward_context: entered around model code.
 
         Raises:
             NonFiniteError: a group's input holds NaN or infinity; names the first such layer.
-            CalibrationError: the model cannot run a batch.
+            CalibrationError: the model cannot run a batch, or calls its blocks otherwise than for the first one.
             TracingError: schedule "block" or `Statistic.CROSS`, and a model that writes to its buffers.
         """
         if not needs:
             yield from ((group, None) for group in groups)
+        elif self.traced is None and (stacks := self._stacks_for(schedule)) is not None:
+            yield from observe_blocks(
+                self.model, stacks, groups, inputs,
+                weights=weights, needs=needs, finished=finished, process_group=process_group, forward_context=forward_context,
+            )  # fmt: skip
         elif self.traced is None:
             yield from observe_modules(
                 self.model, groups, inputs, needs=needs, process_group=process_group, forward_context=forward_context
@@ -124,7 +141,7 @@ def find_layers(
     traced: Layers | TracedModel | None = None,
     forward_context: ForwardContext = contextlib.nullcontext,
 ) -> Layers:
-    """Find a model's linear layers: by its graph, or where it cannot be exported by running one batch with module hooks.
+    """Find a model's linear layers: by its graph, or where it cannot be exported by running a batch or two with module hooks.
 
     The parameters of adapters (peft) are left out.
 
@@ -159,10 +176,23 @@ def find_layers(
                     "device."
                 ) from e
             groups, left_out = find_linear_modules(model, inputs[0], forward_context=forward_context)
+            stacks, way = _way_by_hooks(model, inputs, forward_context)
             hint = " Batches of one shape may do." if any(dynamic_dims(inputs)) else ""
-            reason = f"{e}. Falling back to module hooks with one-shot statistics.{hint}"
-            return _without_adapters(Layers(model, tuple(groups), tuple(left_out), None, reason))
+            reason = f"{e}. Falling back to module hooks{way}.{hint}"
+            return _without_adapters(Layers(model, tuple(groups), tuple(left_out), None, reason, stacks=stacks))
         return _without_adapters(Layers(model, found.groups, found.left_out, found))
+
+
+def _way_by_hooks(
+    model: nn.Module, inputs: Sequence[ModelInputs], forward_context: ForwardContext
+) -> tuple[Stacks | None, str]:
+    """The blocks of a model without a graph, where it can go by them, and what is said of it."""
+    if not has_values(model):
+        return None, ", block by block where the blocks can be run by themselves, which shows with its weights only"
+    stacks = find_stacks(model, inputs, forward_context=forward_context)
+    if isinstance(stacks, str):
+        return None, f" with one-shot statistics, for its blocks cannot be run by themselves: {stacks}"
+    return stacks, f", where schedules walk and block go by {stacks}"
 
 
 def _without_adapters(layers: Layers) -> Layers:

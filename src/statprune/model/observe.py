@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from statprune.errors import CalibrationError, NonFiniteError
-from statprune.methods.stacks import StackMoments
+from statprune.methods.experts import ExpertMoments
 from statprune.methods.statistics import InputMoments
 from statprune.model.sites import InputGroup
 from statprune.ranks import ProcessGroup, sum_over_ranks
@@ -15,7 +15,7 @@ from statprune.ranks import ProcessGroup, sum_over_ranks
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Entered around every stretch of model code: Lightning's precision plugin, or nothing."""
 
-Moments = InputMoments | StackMoments
+Moments = InputMoments | ExpertMoments
 """The statistics of a group's inputs: of one matrix, or of each matrix of a stack."""
 
 Observations = Iterator[tuple[InputGroup, Moments | None]]

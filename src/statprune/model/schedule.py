@@ -15,8 +15,12 @@ if TYPE_CHECKING:  # the command line asks for the names of schedules, and does 
 Schedule = Literal["walk", "block", "one-shot"]
 SCHEDULES = ("walk", "block", "one-shot")
 
-SEES_PRUNED = ("walk", "block")
-"""The schedules in which weights change before the last batch has run."""
+BLOCK_BY_HOOKS = "block (module hooks)"
+ONE_SHOT_BY_HOOKS = "one-shot (module hooks)"
+"""What a report calls the schedules of a model without a graph."""
+
+SEES_PRUNED = ("walk", "block", BLOCK_BY_HOOKS)
+"""The schedules, as a report calls them, in which weights change before the last batch has run."""
 
 
 def block_of(parameter: str) -> str:

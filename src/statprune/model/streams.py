@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import Node, map_arg
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from statprune.methods.experts import ExpertMoments
 from statprune.methods.precision import full_precision
-from statprune.methods.stacks import StackMoments
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.nodes import attribute, shape_of, written_to
@@ -85,7 +85,7 @@ class Stream:
 def no_tokens(group: InputGroup, needs: Statistic, device: torch.device, *, has_dense: bool) -> Moments:
     """What a group's statistics begin with, for one stream or two."""
     if group.routing is not None:
-        return StackMoments(group.sites[0].num_matrices, group.in_features, needs, device=device)
+        return ExpertMoments(group.sites[0].num_matrices, group.in_features, needs, device=device)
     # Tokens that a model chooses by their values, such as those of an expert, are others in the dense stream.
     is_paired = has_dense and not any(free_unbacked_symbols(size) for size in _shape(group))
     return InputMoments.zeros(
@@ -116,7 +116,7 @@ def observe(
     inputs, *others = (
         stream.executor.load(group.input_node, environment) for stream, environment in zip(streams, values, strict=True)
     )
-    if isinstance(moments, StackMoments):
+    if isinstance(moments, ExpertMoments):
         _observe_routed(group, inputs, batch, streams[0], values[0], moments)
         return
     keep_token = fit_mask(batch.kwargs.get(group.token_mask or ""), inputs)
@@ -139,7 +139,7 @@ def observe(
 
 
 def _observe_routed(
-    group: InputGroup, inputs: Tensor, batch: ModelInputs, stream: Stream, values: Environment, moments: StackMoments
+    group: InputGroup, inputs: Tensor, batch: ModelInputs, stream: Stream, values: Environment, moments: ExpertMoments
 ) -> None:
     """Each matrix's tokens, of the stream with pruned weights: those of the dense one may have gone to other experts."""
     assert group.routing is not None, "a stack's tokens are routed"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from statprune.clock import timed
 from statprune.errors import SiteError
-from statprune.methods.stacks import by_matrix
+from statprune.methods.experts import by_matrix
 from statprune.methods.statistics import Statistic
 from statprune.model.inputs import ModelInputs
 from statprune.model.layers import Layers

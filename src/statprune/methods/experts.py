@@ -20,7 +20,7 @@ LEAST_TOKENS = 64
 """Tokens that an expert's statistics stand for at least, with those that its layer lends it."""
 
 
-class StackMoments:
+class ExpertMoments:
     """The statistics of each matrix of a stack.
 
     Args:
@@ -41,7 +41,7 @@ class StackMoments:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def add(self, inputs: Tensor, ends: Sequence[int], keep_token: Tensor | None = None) -> "StackMoments":
+    def add(self, inputs: Tensor, ends: Sequence[int], keep_token: Tensor | None = None) -> "ExpertMoments":
         """Add tokens in place and return self.
 
         Args:
@@ -56,7 +56,7 @@ class StackMoments:
             first = end
         return self
 
-    def add_batched(self, inputs: Tensor, keep_token: Tensor | None = None) -> "StackMoments":
+    def add_batched(self, inputs: Tensor, keep_token: Tensor | None = None) -> "ExpertMoments":
         """Add as many rows for each matrix, in place, and return self.
 
         Args:
@@ -122,7 +122,7 @@ class StackMoments:
 
 
 def by_matrix(
-    prune: Callable[[Tensor, InputMoments | None], PrunedWeight], weight: Tensor, moments: InputMoments | StackMoments | None
+    prune: Callable[[Tensor, InputMoments | None], PrunedWeight], weight: Tensor, moments: InputMoments | ExpertMoments | None
 ) -> PrunedWeight:
     """Prune a weight, or one matrix of a stack after the other: so that each has the pattern, and temporaries stay small.
 
@@ -135,11 +135,11 @@ def by_matrix(
         ValueError: as `prune`; of a stack, it names the expert.
     """
     if weight.ndim == 2:
-        assert not isinstance(moments, StackMoments), "a matrix has one set of tokens"
+        assert not isinstance(moments, ExpertMoments), "a matrix has one set of tokens"
         return prune(weight, moments)
     pruned = PrunedWeight(torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool))
     for index, matrix in enumerate(weight):
-        own = moments.of(index) if isinstance(moments, StackMoments) else moments
+        own = moments.of(index) if isinstance(moments, ExpertMoments) else moments
         try:
             one = prune(matrix, own)
         except ValueError as e:
@@ -148,13 +148,13 @@ def by_matrix(
     return pruned
 
 
-def sample_energies(weight: Tensor, pruned: Tensor, moments: InputMoments | StackMoments) -> Tensor | None:
+def sample_energies(weight: Tensor, pruned: Tensor, moments: InputMoments | ExpertMoments) -> Tensor | None:
     """What pruning changes in the output, and the dense output, over the sampled tokens of all matrices (`output_energies`).
 
     Returns:
         [2], float64; None where no token was kept.
     """
-    parts = moments.parts if isinstance(moments, StackMoments) else [moments]
+    parts = moments.parts if isinstance(moments, ExpertMoments) else [moments]
     matrices = zip(weight.view(-1, *weight.shape[-2:]), pruned.view(-1, *pruned.shape[-2:]), parts, strict=True)
     energies = [
         output_energies(dense, sparse, part.sample.rows)
