@@ -23,6 +23,7 @@ as left out ("not read in this forward pass").
 import argparse
 import collections
 import contextlib
+import inspect
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -49,46 +50,53 @@ OUTCOMES = ("graph", "blocks", "one-shot", "not pruned", "not built", "wrong")
 
 Record = dict[str, Any]
 
-# Sizes of the small models. Widths are multiples of 4, so that 2:4 fits, and heads times the width of a head is the hidden size.
+# Sizes of the small models. Widths are multiples of 4, so that 2:4 fits; heads times the width of a head is the hidden size.
 HIDDEN, INSIDE, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, VOCABULARY = 64, 256, 4, 2, 16, 4, 128
 ROWS, LENGTH, BATCHES = 2, 16, 2
 IMAGE, PATCH, FRAMES, SAMPLES = 64, 16, 32, 4000
 """Side of an image and of its patches, if they are larger; frames of a spectrogram, samples of a sound wave."""
 
-RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
-    (r"(decoder_)?sparse_step|moe_layer_(freq|frequency|interval)|expert_layer_period|attn_layer_period", lambda n: min(n, 2)),
-    (r"(expert|attn)_layer_offset|first_k_dense_replace|moe_layer_start_index|.*nextn_predict_layers", lambda n: min(n, 1)),
-    (r"num_kv_shared_layers|num_mem_blocks|num_hash_layers|max_window_layers", lambda n: min(n, 1)),
-    (r".*(num|n)_(hidden_|encoder_|decoder_|block_)?layers?|(en|de)coder_layers|depth|.*_depth|.*num_layers(_per_stack)?"
-     r"|(text_|vision_|speech_)?(en|de)coder_layers|t2u_(en|de)coder_layers|num_global_layers|.*num_blocks", lambda n: min(n, 2)),
-    (r".*(num_(key_value|kv)_heads|num_query_groups|multi_query_group_num)|linear_num_key_heads", lambda n: min(n, KV_HEADS)),
-    (r"(mamba_|n_mamba_|linear_)(n_heads|num_heads|heads)|n_mamba_heads", lambda n: min(n, 2 * HEADS)),  # they expand by 2
-    (r".*(heads|n_head|num_head)", lambda n: min(n, HEADS)),
-    (r"qk_head_dim", lambda n: 2 * HEAD_DIM),
-    (r".*(head_dim|head_size|d_head|headdim|dim_head)|d_kv|kv_channels|mamba_d_head|attention_key_size", lambda n: min(n, HEAD_DIM)),
-    (r"rotary_dim|.*rope_dim|d_rel", lambda n: min(n, 8)),
-    (r"mm_tokens_per_image", lambda n: min(n, 4)),
-    (r"upsample_groups", lambda n: min(n, HIDDEN)),
-    (r"num_groups", lambda n: min(n, 8)),
-    (r"topk_group", lambda n: 1),
-    (r"n_group|num_expert_group", lambda n: min(n, 2)),
-    (r".*(experts_per_tok|topk|top_k|experts_per_token|num_selected_experts|moe_k)", lambda n: min(n, 2)),
-    (r"(?!.*shared).*(num|n)_(local_|routed_)?experts|zero_expert_num", lambda n: min(n, EXPERTS)),
-    (r".*(moe|expert|shared).*(intermediate_size|ffn_hidden_size|hidden_size|dim)", lambda n: min(n, 32)),
-    (r".*(intermediate_size|ffn_dim|feed_forward_size|ffn_hidden_size|mlp_dim|hidden_dim|ffn_size|n_inner|inner_dim)|d_ff"
-     r"|.*_mlp_size|.*dim_feedforward", lambda n: min(n, INSIDE)),
-    (r"(?!type_).*vocab(ulary)?(_size)?(_per_layer_input)?|num_embeddings|.*codebook_size", lambda n: min(n, VOCABULARY)),
-    (r".*lora_rank|.*_rank|.*lowrank.*|.*low_rank_dim", lambda n: min(n, 32)),
-    (r".*(state_size|d_state|ssm_state)|state_dim|time_step_rank|.*dt_rank|num_landmarks|num_hash", lambda n: min(n, 16)),
-    (r"sliding_window(_size)?|attention_chunk_size|.*local_radius|attention_window(_size)?|global_block_size", lambda n: min(n, 8)),
-    (r"max_source_positions|.*chunk_length|max_target_positions", lambda n: min(n, FRAMES)),
-    (r".*image_size|.*crop_size|input_size", lambda n: min(n, IMAGE)),
-    (r"patch_size", lambda n: min(n, PATCH) if n != 14 else PATCH),
-    (r".*(hidden_size(_global)?|projection_dim|embed_dim|embd|emb_dim|d_model|embedding_size|embedding_dim|_width|lru_width|output_dim"
-     r"|hidden_size_per_layer_input|out_channels?|latent_dim|proj_dim|input_dim|dim_out|codevector_dim|hidden_channels|emb_size"
-     r"|size_per_head|entity_emb_size|.*bottleneck_size|classifier_proj_size|out_features|_dim)", lambda n: min(n, HIDDEN)),
-)  # fmt: skip
-"""Whole numbers of a configuration by the names of their fields, and what becomes of them; the first that fits counts."""
+LIMITS: tuple[tuple[int, str], ...] = (
+    # Layers, and how often they are of another kind.
+    (2, r"(decoder_)?sparse_step|moe_layer_(freq|frequency|interval)|(expert|attn)_layer_period"),
+    (1, r"(expert|attn)_layer_offset|first_k_dense_replace|moe_layer_start_index|.*nextn_predict_layers"),
+    (1, r"num_kv_shared_layers|num_mem_blocks|num_hash_layers|max_window_layers"),
+    (2, r".*(num|n)_(hidden_|encoder_|decoder_|block_)?layers?|.*(en|de)coder_layers|.*num_layers(_per_stack)?"),
+    (2, r"depth|.*_depth|num_global_layers|.*num_blocks|num_self_attends_per_block|.*sinkhorn_iters"),
+    # Heads and their widths.
+    (KV_HEADS, r".*(num_(key_value|kv)_heads|num_query_groups|multi_query_group_num)|linear_num_key_heads"),
+    (2 * HEADS, r"(mamba_|n_mamba_|linear_)(n_heads|num_heads|heads)|n_mamba_heads"),  # their layers expand by 2
+    (HEADS, r".*(heads|n_head|num_head)"),
+    (HEAD_DIM, r"(?!qk_head_dim).*(head_dim|head_size|d_head|headdim|dim_head)|d_kv|kv_channels|attention_key_size"),
+    (8, r"rotary_dim|.*rope_dim|d_rel"),
+    # Experts.
+    (1, r"topk_group"),
+    (2, r"n_group|num_expert_group|.*(experts_per_tok(en)?|topk|top_k|num_selected_experts|moe_k)"),
+    (EXPERTS, r"(?!.*shared).*(num|n)_(local_|routed_)?experts|zero_expert_num"),
+    (32, r".*(moe|expert|shared).*(intermediate_size|ffn_hidden_size|hidden_size|dim)"),
+    # Feed-forward parts, vocabularies, ranks, states, windows.
+    (
+        INSIDE,
+        r".*(intermediate_size(_mlp)?|ffn_dim|feed_forward_size|ffn_hidden_size|mlp_dim|hidden_dim|ffn_size|n_inner|inner_dim)",
+    ),
+    (INSIDE, r"d_ff|dim_ff|dff|.*_mlp_size|.*dim_feedforward"),
+    (VOCABULARY, r"(?!type_).*vocab(ulary)?(_size)?(_per_layer_input)?|num_embeddings|.*codebook_size"),
+    (32, r".*_rank|.*lowrank.*|.*low_rank_dim"),
+    (16, r".*(state_size|d_state|ssm_state)|state_dim|num_landmarks|num_hash"),
+    (8, r"sliding_window(_size)?|attention_chunk_size|.*local_radius|attention_window(_size)?|global_block_size|num_groups"),
+    # Images and sounds.
+    (FRAMES, r"max_source_positions|.*chunk_length|max_target_positions"),
+    (IMAGE, r".*image_size|.*crop_size|input_size"),
+    (PATCH, r"patch_size"),
+    (4, r"mm_tokens_per_image"),
+    # All other widths.
+    (
+        HIDDEN,
+        r".*(hidden_size(_global|_per_layer_input)?|embd|d_model|dim_model|embedding_size|emb_size|_width|size_per_head|bottleneck_size)",
+    ),
+    (HIDDEN, r".*(_dim|dim_out|d_latents|out_channels?|hidden_channels|classifier_proj_size|out_features|upsample_groups)"),
+)
+"""The largest that a whole number of a configuration may be, by the name of its field; the first that fits counts."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
@@ -141,7 +149,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32, "hybrid_layer_ids": [1, 3],
     },
 }  # fmt: skip
-"""By type of model: fields that are set after the rules, for what no rule of names can know."""
+"""By type of model: fields that are set after the limits, for what no name can tell."""
 
 EQUAL = (
     ("encoder_num_key_value_heads", "encoder_num_attention_heads"),
@@ -208,10 +216,10 @@ def _shrink(config: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]], t
 
 
 def small_number(name: str, value: int) -> int:
-    """What the first rule that fits the name makes of a number; numbers without a rule, and those below 1, stay."""
-    if value < 1:
-        return value
-    return next((rule(value) for pattern, rule in RULES if re.fullmatch(pattern, name)), value)
+    """A number no larger than the limit for its name; where there is none, as it is."""
+    if name == "patch_size" and value == 14:
+        return PATCH  # which divides the side of the images
+    return min(value, next((limit for limit, pattern in LIMITS if re.fullmatch(pattern, name)), value))
 
 
 def kept_layers(config: Mapping[str, Any]) -> list[int]:
@@ -325,8 +333,6 @@ def _is_causal(class_name: str) -> bool:
 
 def feeds(model: Any) -> Iterator[dict[str, Any]]:
     """Inputs that may fit the model, the fullest first: a batch of each way to give images, sounds and text."""
-    import inspect
-
     import torch
 
     config = model.config
@@ -415,7 +421,11 @@ def _sounds(config: Any, takes: set[str]) -> Iterator[dict[str, Any]]:
         frames = 2 * _first_number([audio, config], ("max_source_positions",), FRAMES)
         features = torch.randn(ROWS, bins, frames)
         mask = {"attention_mask": torch.ones(ROWS, frames, dtype=torch.long)}
-        masks = {name: torch.ones(ROWS, frames, dtype=torch.long) for name in takes if re.fullmatch(r"(input_)?features?_(attention_)?mask", name)}
+        masks = {
+            name: torch.ones(ROWS, frames, dtype=torch.long)
+            for name in takes
+            if re.fullmatch(r"(input_)?features?_(attention_)?mask", name)
+        }
         yield {"input_features": features, **masks}
         yield {"input_features": features.mT.contiguous(), **masks}
         yield {"input_features": features.mT.contiguous(), **mask}
@@ -477,7 +487,7 @@ def fitting(model: Any) -> list[dict[str, Any]]:
 
 
 def _like(batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Another batch of the same shapes: other images and sounds, and the words in another order, special tokens where they are."""
+    """Another batch of the same shapes: other images and sounds, and the words in another order."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -571,7 +581,7 @@ def violations(model: Any, before: Mapping[str, Any], report: Any, pattern: str)
 
 
 def has_asked_zeros(rows: Any, pattern: str) -> bool:
-    """Whether the zeros of a weight [..., out, in] are those of a pattern `N:M`, or `P%` of each row; kept weights may be zero."""
+    """Whether a weight [..., out, in] has the zeros of a pattern, `N:M` or `P%` of each row; what is kept may be zero too."""
     if pattern.endswith("%"):
         width = rows.shape[-1]
         return bool(((rows == 0).sum(-1) >= int(width * float(pattern[:-1]) / 100)).all())
@@ -687,6 +697,10 @@ def table(records: Sequence[Record], named: Sequence[str] = ()) -> str:
         if own:
             counts = collections.Counter(record["outcome"] for record in own)
             rows.append(f"| {kind} | " + " | ".join(str(counts[one]) for one in OUTCOMES) + f" | {len(own)} |")
+    fed = [record for record in records if kind_of(record["class"]) == "conditional" and record.get("inputs")]
+    blind = [record for record in fed if all(name.endswith(("input_ids", "mask")) for name in record["inputs"])]
+    if fed:
+        rows += ["", f"Of the {len(fed)} conditional ones that ran, {len(blind)} were fed with text alone."]
     reasons: collections.Counter[str] = collections.Counter()
     models: collections.Counter[str] = collections.Counter()
     for record in records:
@@ -723,8 +737,9 @@ def write_records(folder: Path, records: Sequence[Record], command: str) -> None
     lines = ",\n".join(json.dumps(record) for record in ordered)
     _replace(folder / "results.json", f"[\n{lines}\n]\n")
     head = (
-        "# Architectures\n\nWhich architectures of transformers the code takes, each built small and random and pruned with the "
-        "default recipe;\nwhat the outcomes mean is said in [the script](../architectures.py). No quality is measured here.\n\n"
+        "# Architectures\n\n"
+        "Which architectures of transformers can be pruned: each is built small and random, and pruned with the default\n"
+        "recipe. What the outcomes mean is said in [the script](../architectures.py). No quality is measured here.\n\n"
         f"```\n{command}\n```\n\n"
         f"torch {torch.__version__}, transformers {transformers.__version__}, {datetime.now(UTC):%Y-%m-%d}. "
         "Records: [results.json](results.json).\n\n"
