@@ -75,10 +75,7 @@ LIMITS: tuple[tuple[int, str], ...] = (
     (EXPERTS, r"(?!.*shared).*(num|n)_(local_|routed_)?experts|zero_expert_num"),
     (32, r".*(moe|expert|shared).*(intermediate_size|ffn_hidden_size|hidden_size|dim)"),
     # Feed-forward parts, vocabularies, ranks, states, windows.
-    (
-        INSIDE,
-        r".*(intermediate_size(_mlp)?|ffn_dim|feed_forward_size|ffn_hidden_size|mlp_dim|hidden_dim|ffn_size|n_inner|inner_dim)",
-    ),
+    (INSIDE, r".*(intermediate_size(_mlp)?|ffn_(hidden_)?(dim|size)|feed_forward_size|mlp_dim|hidden_dim|n_inner|inner_dim)"),
     (INSIDE, r"d_ff|dim_ff|dff|.*_mlp_size|.*dim_feedforward"),
     (VOCABULARY, r"(?!type_).*vocab(ulary)?(_size)?(_per_layer_input)?|num_embeddings|.*codebook_size"),
     (32, r".*_rank|.*lowrank.*|.*low_rank_dim"),
@@ -90,10 +87,8 @@ LIMITS: tuple[tuple[int, str], ...] = (
     (PATCH, r"patch_size"),
     (4, r"mm_tokens_per_image"),
     # All other widths.
-    (
-        HIDDEN,
-        r".*(hidden_size(_global|_per_layer_input)?|embd|d_model|dim_model|embedding_size|emb_size|_width|size_per_head|bottleneck_size)",
-    ),
+    (HIDDEN, r".*(hidden_size(_global|_per_layer_input)?|embd|d_model|dim_model|embedding_size|emb_size|bottleneck_size)"),
+    (HIDDEN, r".*(_width|size_per_head)"),
     (HIDDEN, r".*(_dim|dim_out|d_latents|out_channels?|hidden_channels|classifier_proj_size|out_features|upsample_groups)"),
 )
 """The largest that a whole number of a configuration may be, by the name of its field; the first that fits counts."""
@@ -113,7 +108,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"head_dim": 32},
-    "donut-swin": {"window_size": 2},
+    "donut-swin": {"embed_dim": 16, "window_size": 2},
     "efficientnet": {"hidden_dim": 2560},
     "emu3": {"vocabulary_map": {"<image>": 10}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
@@ -136,7 +131,8 @@ TABLE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32]},
     "shieldgemma2": {"yes_token_index": 20, "no_token_index": 21},
-    "swin": {"window_size": 2},
+    "swin": {"embed_dim": 16, "window_size": 2},
+    "swinv2": {"embed_dim": 16},
     "textnet": {"stem_out_channels": 16},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},

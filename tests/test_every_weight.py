@@ -169,3 +169,36 @@ def test_a_weight_that_is_computed_of_others_is_left_out_with_them(kind, branchi
     model, before, report = prune(inner, branching)
     assert_whole_or_named(model, before, report)
     assert [site.parameter for site in report.sites] == ["before.weight"]
+
+
+class Heads(nn.Module):
+    """An output layer for each of several codebooks, side by side."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.body, self.heads = nn.Linear(WIDTH, WIDTH), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.join = join
+
+    def forward(self, x):
+        hidden = self.body(x)
+        return self.join([head(hidden).tanh() for head in self.heads])
+
+
+@pytest.mark.parametrize("join", [torch.stack, torch.cat])
+def test_output_layers_side_by_side_stay_dense(join):
+    report = statprune.prune(Heads(join), [torch.randn(4, WIDTH)], statprune.Recipe("magnitude"))
+    assert [site.name for site in report.sites] == ["body"]
+    assert {one.name: one.reason for one in report.left_out} == {f"heads.{index}": "feeds the output" for index in range(3)}
+
+
+def test_what_is_laid_beside_the_input_is_no_output_layer():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return torch.cat([self.body(x), x], -1)
+
+    report = statprune.prune(Beside(), [torch.randn(4, WIDTH)], statprune.Recipe("magnitude"))
+    assert [site.name for site in report.sites] == ["body"]
