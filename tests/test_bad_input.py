@@ -6,6 +6,7 @@ from torch import nn
 
 import statprune
 from statprune.errors import CalibrationError, NonFiniteError, SiteError, StatpruneError
+from statprune.model.kinds import vocabulary_and_context
 from tiny_models import VOCABULARY, classifier, gpt2, llama, refused, tokens
 
 
@@ -126,6 +127,15 @@ class TestBatches:
         model = Wrapper()
         with refused(model, CalibrationError, "vocabulary has 48"):
             statprune.prune(model, [torch.full((2, 5), VOCABULARY)])
+
+    def test_of_a_model_with_two_vocabularies_neither_is_taken_for_the_other(self, monkeypatch):
+        model = small_llama()
+
+        def get_text_config(self, **_):
+            raise ValueError("Multiple valid text configs were found in the model config: ['text_encoder', 'decoder'].")
+
+        monkeypatch.setattr(type(model.config), "get_text_config", get_text_config)
+        assert vocabulary_and_context(model) == (None, None)
 
     def test_an_index_beyond_a_table_of_a_model_without_a_config(self):
         model = nn.Sequential(nn.Embedding(10, 8), classifier())

@@ -118,6 +118,8 @@ _LINEARS: dict[Any, tuple[int, int]] = {
 }  # fmt: skip
 """Ops that multiply tokens by a weight, and where the tokens and the weight stand among the arguments."""
 
+_SIDE_BY_SIDE = {aten.stack.default, aten.cat.default}
+
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default}
 
 
@@ -206,16 +208,30 @@ def _parameter_name(reader: Node, names: Sequence[str]) -> str:
 
 
 def _feeds_output(linear: Node, constants: set[Node]) -> bool:
-    """Whether the result reaches the output through operations on nothing else: slices, casts, a soft cap, a tanh."""
+    """Whether the result reaches the output through operations on nothing else: slices, casts, a soft cap, a tanh.
+
+    Or laid beside the results of other linears, as a model does that has an output layer for each codebook of a sound.
+    """
     derived, frontier = {linear}, [linear]
     while frontier:
         for user in frontier.pop().users:
             if user.op == "output":
                 return True
-            if user not in derived and all(source in derived or source in constants for source in user.all_input_nodes):
+            others = [source for source in user.all_input_nodes if source not in derived and source not in constants]
+            if user not in derived and all(user.target in _SIDE_BY_SIDE and _is_of_one(other, constants) for other in others):
                 derived.add(user)
                 frontier.append(user)
     return False
+
+
+def _is_of_one(node: Node, constants: set[Node]) -> bool:
+    """Whether it is the result of one linear, or of operations on nothing else."""
+    while node.target not in _LINEARS:
+        sources = [source for source in node.all_input_nodes if source not in constants]
+        if len(sources) != 1:
+            return False
+        node = sources[0]
+    return True
 
 
 def _is_constant(node: Node, constants: set[Node]) -> bool:

@@ -49,7 +49,10 @@ def vocabulary_and_context(model: nn.Module) -> tuple[int | None, int | None]:
 
     config: Any = next((module.config for module in model.modules() if is_transformers_model(module)), None)
     if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+        try:
+            config = config.get_text_config()
+        except ValueError:  # several texts, as Musicgen has, which reads one and writes another
+            return None, None
     return positive(getattr(config, "vocab_size", None)), positive(getattr(config, "max_position_embeddings", None))
 
 
