@@ -297,7 +297,6 @@ def _candidates(model: nn.Module, skip: set[str]) -> dict[str, list[str]]:
     """The outermost lists of modules of which some are of one class and all hold linear layers, with the names of these."""
     holding = {name[:end] for name in linear_modules(model) for end in _ends(name)}
     found: dict[str, list[str]] = {}
-    listed: set[nn.Module] = set()
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or name in skip:
             continue
@@ -305,11 +304,8 @@ def _candidates(model: nn.Module, skip: set[str]) -> dict[str, list[str]]:
             continue
         blocks = [f"{name}.{key}".removeprefix(".") for key, _ in module.named_children()]
         classes = {type(child) for child in module.children()}
-        if len(blocks) != len(module) or len(blocks) == len(classes) or listed & set(module.children()):
-            continue
-        if all(block in holding for block in blocks):
+        if len(blocks) == len(module) > len(classes) and all(block in holding for block in blocks):
             found[name] = blocks
-            listed |= set(module.children())
     return found
 
 
