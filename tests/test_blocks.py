@@ -313,6 +313,16 @@ class Glue(Chain):
         return self.head(x)
 
 
+class GlueInPlace(Chain):
+    """The tensor is the one that came out of the block, with something added to it."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            x += 1
+        return self.head(x)
+
+
 class Beside(Chain):
     """Hands the second block on, and what was computed from the first beside it."""
 
@@ -364,6 +374,21 @@ class InPlace(Chain):
 
     def forward(self, x):
         return super().forward(x.clone())
+
+
+class Halves(Chain):
+    """Writes to its input where torch does not count it; the first run of a block does not show it."""
+
+    class block(Plain):
+        def forward(self, x):
+            y = super().forward(x)
+            if hasattr(self, "writes"):
+                x.data.mul_(0.5)
+            return y
+
+    def __init__(self):
+        super().__init__()
+        self.layers[1].writes = True
 
 
 class Counts(Chain):
@@ -467,10 +492,12 @@ REFUSED = {
     Again: "layers.0 is called more than once",
     Skips: "layers.2 does not run",
     Glue: "what layers.1 reads is computed from blocks before it, outside of them",
+    GlueInPlace: "what layers.1 reads is computed from blocks before it, outside of them",
     Beside: "what layers.1 reads is computed from blocks before it, outside of them",
     Number: "what layers.1 reads is computed from blocks before it, outside of them",
     Shared: "layers.0.shared runs in several places, in blocks or between them",
     InPlace: "layers.0 writes to its inputs in place",
+    Halves: f"layers.1 returns something else when it is run by itself, or again: {STATE}",
     Counts: f"layers.0 returns something else when it is run by itself, or again: {STATE}",
     Remembers: f"layers.1 returns something else when it is run by itself, or again: {STATE}",
     Noisy: f"layers.0 returns something else when it is run by itself, or again: {STATE}",
@@ -494,8 +521,70 @@ def test_what_cannot_go_block_by_block_stays_one_shot_and_says_why(build, no_gra
 
 
 def test_the_chain_that_all_of_these_differ_from_goes_block_by_block(no_graph):
-    for model in (Chain(), nn.Sequential(Plain(), Plain()), nn.Sequential(*(Plain() for _ in range(2)), nn.Linear(8, 3))):
-        assert by_hooks(model, [torch.randn(4, 8), torch.randn(3, 8)]).schedule == "block (module hooks)"
+    listed_twice = Chain()
+    listed_twice.all_layers = nn.ModuleList([*listed_twice.layers])
+    models = [
+        Chain(),
+        listed_twice,
+        nn.Sequential(Plain(), Plain()),
+        nn.Sequential(Plain(), Plain(), nn.Linear(8, 3)),
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)),
+    ]
+    for model in models:
+        report = by_hooks(model, [torch.randn(4, 8), torch.randn(3, 8)], Recipe("wanda", "50%", targets=["*"]))
+        assert report.schedule == "block (module hooks)"
+
+
+def test_the_dense_target_is_the_weight_as_it_is_in_one_shot(no_graph):
+    found = []
+    for target in ("dense", "pruned"):
+        model = Chain()
+        by_hooks(model, [torch.randn(9, 8, generator=torch.manual_seed(2))], Recipe("wanda+energy", "50%", target=target))
+        found.append(model)
+    assert all(torch.equal(one, other) for one, other in zip(found[0].parameters(), found[1].parameters(), strict=True))
+
+
+class Tires(Chain):
+    """Returns less once its weights are pruned."""
+
+    class block(Plain):
+        def forward(self, x, y=None):
+            x = super().forward(x)
+            return x if bool((self.down.weight == 0).any()) else (x, x.sum())
+
+    def forward(self, x):
+        y = None
+        for layer in self.layers:
+            x, y = layer(x, y)
+        return self.head(x)
+
+
+def test_a_block_that_does_something_else_when_it_is_pruned_is_an_error_that_says_so(no_graph):
+    match = r"batch 0 cannot go block by block: layers\.0 returns less than for the first batch\. Use schedule 'one-shot'\."
+    with pytest.raises(CalibrationError, match=match + " Pruned already: 2 weights before it"):
+        by_hooks(Tires(), [torch.randn(4, 8), torch.randn(3, 8)])
+
+
+def _two_ranks_by_blocks(rank):
+    batches = deep_batches()
+    model = Deep()
+
+    def fail(*_):
+        raise TracingError("not today")
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("statprune.model.layers.trace", fail)
+        report = by_hooks(model, batches[:2] if rank == 0 else batches[2:])
+    return report.schedule, report.num_tokens, dict(model.named_parameters())
+
+
+def test_statistics_of_all_ranks_are_added_up_block_by_block(two_ranks, no_graph):
+    model = Deep()
+    report = by_hooks(model, deep_batches())
+    for schedule, num_tokens, weights in two_ranks(_two_ranks_by_blocks):
+        assert (schedule, num_tokens) == (report.schedule, report.num_tokens)
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 class LeavesEarly(Chain):
@@ -509,10 +598,23 @@ class LeavesEarly(Chain):
         return self.head(x)
 
 
-def test_a_batch_that_takes_another_way_is_refused_before_anything_is_changed(no_graph):
-    model = LeavesEarly()
+class Jumps(Chain):
+    """Which block reads what depends on the data."""
+
+    def forward(self, x):
+        first = self.layers[0](x)
+        second = self.layers[1](first)
+        return self.head(self.layers[2](first if x.mean() > 100 else second))
+
+
+@pytest.mark.parametrize(
+    ("build", "how"),
+    [(LeavesEarly, r"layers\.\d does not run"), (Jumps, r"layers\.2 reads something else than for the first batch")],
+)
+def test_a_batch_that_takes_another_way_is_refused_before_anything_is_changed(build, how, no_graph):
+    model = build()
     batches = [torch.randn(4, 8), torch.full((4, 8), 1e6), torch.randn(4, 8)]
-    match = r"Calibration batch 1 cannot go block by block: layers\.\d does not run\. Use schedule 'one-shot'.*Nothing was"
+    match = rf"Calibration batch 1 cannot go block by block: {how}\. Use schedule 'one-shot'.*Nothing was changed"
     with pytest.warns(UserWarning, match="go by the 3 blocks of layers"), refused(model, CalibrationError, match):
         statprune.prune(model, batches, BLOCK)
     assert by_hooks(model, batches, Recipe("wanda", "50%", schedule="one-shot")).schedule == "one-shot (module hooks)"

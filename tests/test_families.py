@@ -244,9 +244,9 @@ def test_of_a_mixture_of_experts_the_router_is_pruned_only_where_it_is_named():
     ]  # fmt: skip
 
 
-def test_a_model_whose_length_is_a_python_loop_goes_by_hooks_block_by_block_where_the_length_varies():
+def test_a_model_whose_length_is_a_python_loop_falls_back_to_hooks_where_the_length_varies():
     model, _ = build("mamba")
     with pytest.warns(UserWarning, match=r"cannot trace MambaForCausalLM: .*constant.*Batches of one shape may do"):
         report = statprune.prune(model, [{"input_ids": tokens(2, 6)}, {"input_ids": tokens(2, 5)}])
-    assert report.schedule == "block (module hooks)"
+    assert report.schedule == "one-shot (module hooks)"
     assert "MambaForCausalLM" in report.fallback_reason

@@ -130,7 +130,7 @@ def check_layers(layers: Layers, process_group: ProcessGroup) -> None:
     if is_distributed(process_group):
         runs = "along the graph"
         if layers.traced is None:
-            runs = "by module hooks" + (f", by {layers.stacks}" if layers.stacks is not None else "")
+            runs = "by module hooks" + (f" on {layers.stacks}" if layers.stacks is not None else "")
         found = [
             f"{site.name} {list(site.shape)}, in the group of {group.name}" for group in layers.groups for site in group.sites
         ]

@@ -64,7 +64,7 @@ def observe_blocks(
     run = _Run(model, stacks, batches, weights or InPlace(model), forward_context)
     parts = _parts(groups, stacks)
 
-    def observed(place: Place, through: "Callable[[_Observer], None]") -> Observations:
+    def observed(place: Place, through: Callable[[_Observer], None]) -> Observations:
         here = parts[place]
         if all(site.parameter in finished for group in here for site in group.sites):
             yield from ((group, None) for group in here)
@@ -121,6 +121,15 @@ class _Observer:
             yield
 
 
+@contextlib.contextmanager
+def _telling(number: int) -> Iterator[None]:
+    """Inside, a deviation is an error that names the batch."""
+    try:
+        yield
+    except Deviation as e:
+        raise CalibrationError(f"Calibration batch {number} cannot go block by block: {e}. Use schedule 'one-shot'.") from e
+
+
 class _Stop(BaseException):
     """Ends a run of the model at a block; no `except Exception` of the model's sees it."""
 
@@ -165,7 +174,9 @@ class _Run:
     def advance(self, stack: int, block: int, passages: Sequence[Passage]) -> None:
         """Run a block for those behind it."""
         for number, passage in enumerate(passages):
-            passage.take(block, self._block(stack, block, passage, number))
+            output = self._block(stack, block, passage, number)
+            with _telling(number):
+                passage.take(block, output)
 
     def to_the_end(self, observer: _Observer) -> None:
         """Run the whole model."""
@@ -189,11 +200,9 @@ class _Run:
             observer.of(batch, number) if observer is not None else contextlib.nullcontext(),
         ):
             self._call(self._model, "", type(self._model).__name__, number, batch.args, batch.kwargs)
-        try:
+        with _telling(number):
             for follower in followers:
                 follower.check(until[1] if until is not None else None)
-        except Deviation as e:
-            raise CalibrationError(f"Calibration batch {number} cannot go block by block: {e}. Use schedule 'one-shot'.") from e
         return followers
 
     def _block(self, stack: int, block: int, passage: Passage, number: int) -> Any:

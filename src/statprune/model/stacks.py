@@ -107,6 +107,9 @@ class Passage:
             source = Source("output", index, number)
             if source in last_read:
                 self._values[source] = leaf
+        needed = [source for source in last_read if source.kind == "output" and source.block == index]
+        if any(source not in self._values for source in needed):
+            raise Deviation(f"{self._stack.blocks[index]} returns less than for the first batch")
         for source in [source for source in self._values if last_read[source] <= index]:
             del self._values[source]
 
@@ -126,7 +129,7 @@ class Follower:
         self.sources: list[tuple[Source, ...]] = []
         self.structures: list[TreeSpec] = []
         self.values: dict[Source, Any] = {}
-        self._sources_of: dict[int, tuple[weakref.ref[Tensor], list[Source]]] = {}
+        self._known: dict[int, _Known] = {}
         self._read: list[tuple[Tensor, int]] = []
 
     def check(self, end: int | None = None) -> None:
@@ -171,12 +174,12 @@ class Follower:
         if index == 0:
             self._know(leaves, "given", 0)
         self.sources.append(tuple(found))
-        self._read = [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        self._read = [(leaf, _version(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
 
     def leave(self, index: int, output: Any) -> None:
         """The block has returned this to the model."""
         self.is_inside = False
-        if any(leaf._version != version for leaf, version in self._read):
+        if any(_version(leaf) != version for leaf, version in self._read):
             self.problem = self.problem or f"{self.blocks[index]} writes to its inputs in place"
         self._read = []
         if not self.problem:
@@ -192,16 +195,33 @@ class Follower:
             given = self.values.get(Source("given", 0, number))
             is_same = self.structures[index] == self.structures[0] and type(given) is type(leaf) and given == leaf
             return possible + [Source("given", 0, number)] * is_same
-        reference, sources = self._sources_of.get(id(leaf), (None, []))
-        return possible + sources if reference is not None and reference() is leaf else possible
+        known = self._known.get(id(leaf))
+        return possible + known.sources if known is not None and known.is_still(leaf) else possible
 
     def _know(self, leaves: Sequence[Any], kind: Literal["given", "output"], index: int) -> None:
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
-                reference, sources = self._sources_of.get(id(leaf), (None, []))
-                if reference is None or reference() is not leaf:  # another tensor, that had its place in memory
-                    sources = []
-                self._sources_of[id(leaf)] = (weakref.ref(leaf), [*sources, Source(kind, index, number)])
+                known = self._known.get(id(leaf))
+                sources = known.sources if known is not None and known.is_still(leaf) else []
+                self._known[id(leaf)] = _Known(weakref.ref(leaf), _version(leaf), [*sources, Source(kind, index, number)])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A tensor that a block was given, or that came out of one."""
+
+    reference: weakref.ref[Tensor]
+    version: int
+    sources: list[Source]
+
+    def is_still(self, leaf: Tensor) -> bool:
+        """Whether it is this one, with nothing written to it since; another may have its place in memory now."""
+        return self.reference() is leaf and self.version == _version(leaf)
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts up where somebody writes to the tensor; one that was made in inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _PLAIN = (
