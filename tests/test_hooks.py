@@ -215,3 +215,16 @@ def test_a_batch_that_the_model_cannot_run_is_the_error_and_not_a_fallback():
     model = Net(branching=False)
     with refused(model, CalibrationError, r"Net cannot run calibration batch 0: mat1 and mat2 shapes cannot be multiplied"):
         statprune.prune(model, [torch.randn(4, 7)])
+
+
+@pytest.mark.real_export
+def test_a_graph_with_inputs_that_no_batch_has_is_none():
+    """As of Qwen2-VL, whose positions the exporter of transformers computes beforehand."""
+    model = llama(num_hidden_layers=1)
+    model.get_rope_index = lambda input_ids: (torch.arange(input_ids.shape[1]).expand(input_ids.shape), None)
+    match = (
+        r"cannot trace LlamaForCausalLM with the inputs that it has: .* makes input_ids, position_ids of input_ids\. Falling"
+    )
+    with pytest.warns(UserWarning, match=match):
+        report = statprune.prune(model, [tokens(2, 6)], ONE_SHOT)
+    assert len(report.sites) == 7

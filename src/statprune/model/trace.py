@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from statprune.errors import TracingError
 from statprune.model.find import find_linear_layers
@@ -45,9 +45,31 @@ def trace(
         except Exception as e:  # whatever the model's own code, or a guard of torch.export, raises
             raise TracingError(f"torch.export cannot trace {type(model).__name__}: {_reason(e)}") from e
     assert isinstance(graph_module, torch.fx.GraphModule)
+    _check_inputs(model, graph_module, example)
     check_guards(model, graph_module, batches)
     groups, left_out = find_linear_layers(model, graph_module)
     return TracedModel(graph_module, groups, left_out, architecture(model))
+
+
+def _check_inputs(model: nn.Module, graph_module: torch.fx.GraphModule, example: ModelInputs) -> None:
+    """Refuse a graph with other inputs: transformers' exporter computes some beforehand, such as the positions of images.
+
+    Raises:
+        TracingError: names both.
+    """
+    taken = [str(node.target) for node in _tensor_placeholders(graph_module)]
+    given = [name for name, value in example.kwargs.items() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    is_same = all(name == own or name.startswith(f"{own}_") for name, own in zip(taken, given, strict=False))
+    if len(taken) != len(example.tensors()) or not (is_same or example.args):
+        raise TracingError(
+            f"torch.export cannot trace {type(model).__name__} with the inputs that it has: the exporter makes "
+            f"{', '.join(taken)} of {', '.join(given)}"
+        )
+
+
+def _tensor_placeholders(graph_module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    nodes = graph_module.graph.nodes
+    return [node for node in nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)]
 
 
 def check_guards(model: nn.Module, graph_module: torch.fx.GraphModule, batches: Sequence[ModelInputs]) -> None:
@@ -77,8 +99,7 @@ def check_traced(model: nn.Module, traced: TracedModel, batches: Sequence[ModelI
             f"The graph is that of another model than this {type(model).__name__}: expected one that was traced from a model "
             "of the same class, configuration, shapes, dtype and device."
         )
-    placeholders = [node for node in traced.graph_module.graph.nodes if node.op == "placeholder"]
-    names = [str(node.target) for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
+    names = [str(node.target) for node in _tensor_placeholders(traced.graph_module)]
     first = batches[0]
     given = [name for name, value in first.kwargs.items() if isinstance(value, Tensor)]
     if len(first.tensors()) != len(names) or not set(given) <= set(names):
