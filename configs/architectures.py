@@ -685,14 +685,16 @@ def try_all(names: Sequence[str], pattern: str, *, jobs: int, seconds: float, me
 # Records and tables
 
 
-def table(records: Sequence[Record], named: Sequence[str] = ()) -> str:
+def table(records: Sequence[Record], there_are: Mapping[str, int] | None = None) -> str:
     """Markdown: how many of each kind came out how; then all that have no graph, and why."""
-    rows = ["| kind | " + " | ".join(OUTCOMES) + " | all |", "|---" + "|---:" * (len(OUTCOMES) + 1) + "|"]
+    rows = ["| kind | " + " | ".join(OUTCOMES) + " | tried | there are |"]
+    rows.append("|---" + "|---:" * (len(OUTCOMES) + 2) + "|")
     for kind in KINDS:
         own = [record for record in records if kind_of(record["class"]) == kind]
         if own:
             counts = collections.Counter(record["outcome"] for record in own)
-            rows.append(f"| {kind} | " + " | ".join(str(counts[one]) for one in OUTCOMES) + f" | {len(own)} |")
+            numbers = [*(counts[one] for one in OUTCOMES), len(own), (there_are or {}).get(kind, len(own))]
+            rows.append(f"| {kind} | " + " | ".join(map(str, numbers)) + " |")
     fed = [record for record in records if kind_of(record["class"]) == "conditional" and record.get("inputs")]
     blind = [record for record in fed if all(name.endswith(("input_ids", "mask")) for name in record["inputs"])]
     if fed:
@@ -740,7 +742,7 @@ def write_records(folder: Path, records: Sequence[Record], command: str) -> None
         f"torch {torch.__version__}, transformers {transformers.__version__}, {datetime.now(UTC):%Y-%m-%d}. "
         "Records: [results.json](results.json).\n\n"
     )
-    _replace(folder / "README.md", head + table(ordered))
+    _replace(folder / "README.md", head + table(ordered, {kind: len(classes([kind])) for kind in KINDS}))
 
 
 def _replace(file: Path, text: str) -> None:

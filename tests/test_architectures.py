@@ -190,8 +190,9 @@ def test_tables_count_and_name(script):
         {"class": "AForImageClassification", "outcome": "not built", "reason": "ImportError: needs timm"},
     ]
     table = script.table(records)
-    assert "| causal | 1 | 0 | 1 | 0 | 0 | 0 | 2 |" in table
-    assert "| image | 0 | 0 | 0 | 0 | 1 | 0 | 1 |" in table
+    assert "| causal | 1 | 0 | 1 | 0 | 0 | 0 | 2 | 2 |" in table
+    assert "| image | 0 | 0 | 0 | 0 | 1 | 0 | 1 | 1 |" in table
+    assert "| image | 0 | 0 | 0 | 0 | 1 | 0 | 1 | 41 |" in script.table(records, {"image": 41})
     assert "| embedding | 3 | 2 |" in table
     assert "| BForCausalLM | one-shot | a \\| b c |" in table
     assert "| AForImageClassification | not built | ImportError: needs timm |" in table
