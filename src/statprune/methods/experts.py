@@ -37,9 +37,8 @@ class ExpertMoments:
         self._whole = InputMoments.zeros(in_features, needs & ~Statistic.SAMPLE, stack=(num,), device=device)
         self.parts = [self._part(index, needs) for index in range(num)]
         """Of each matrix."""
-
-    def __len__(self) -> int:
-        return len(self.parts)
+        self._together: InputMoments | None = None
+        """What experts with few tokens are lent; the sums are complete when the first of them asks."""
 
     def add(self, inputs: Tensor, ends: Sequence[int], keep_token: Tensor | None = None) -> "ExpertMoments":
         """Add tokens in place and return self.
@@ -93,24 +92,26 @@ class ExpertMoments:
             least: tokens that the statistics stand for at least.
         """
         own, tokens = self.parts[index], int(self.num_tokens[index])
-        all_tokens = int(self.num_tokens.sum())
-        if tokens >= least or not all_tokens:
+        if tokens >= least:
             return own
-        share = (least - tokens) / all_tokens
+        together = self._together = self._together or self._summed()
+        if not int(together.num_tokens):
+            return own
+        share = (least - tokens) / int(together.num_tokens)
         filled = copy.copy(own)
         filled._derived = {}
         filled.num_tokens = torch.full_like(own.num_tokens, least)
-        filled.sum = own.sum + share * self._whole.sum.sum(dim=0)
-        filled.sum_sq = own.sum_sq + share * self._whole.sum_sq.sum(dim=0)
+        filled.sum = own.sum + share * together.sum
+        filled.sum_sq = own.sum_sq + share * together.sum_sq
         if own.gram is not None:
-            filled.gram = own.gram + share * self._mean_of_grams()
+            assert together.gram is not None, "what each has, all have"
+            filled.gram = own.gram + share * together.gram
         return filled
 
-    def _mean_of_grams(self) -> Tensor:
-        self.totals()
-        assert self._whole.gram is not None, "each part has one"
-        total: Tensor = self._whole.gram.sum(dim=0)
-        return total
+    def _summed(self) -> InputMoments:
+        """The statistics of all matrices together: those of the layer."""
+        num_tokens, sums, squares, *grams = (total.sum(dim=0) for total in self.totals())
+        return InputMoments(num_tokens, sums, squares, grams[0] if grams else None)
 
     def _part(self, index: int, needs: Statistic) -> InputMoments:
         whole = self._whole
