@@ -146,12 +146,12 @@ def _hands_on(output: Tensor, leaf: Tensor) -> bool:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and `transformers.Conv1D`, by name."""
+    """Every `nn.Linear` and `transformers.Conv1D`, by name, but those whose weight is computed of other parameters."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        or (type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor))
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and isinstance(module._parameters.get("weight"), Tensor)
     }
 
 
