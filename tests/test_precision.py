@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from statprune.methods import precision
 from statprune.methods.precision import full_precision
 from statprune.methods.statistics import InputMoments, Statistic
 from statprune.recipe import Recipe
@@ -64,3 +65,19 @@ def test_the_callers_setting_is_put_back(precision):
             assert [one.fp32_precision for one in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)] == kept
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, torch.bfloat16, torch.float32),
+        ({"avx2": True, "avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"avx2": True, "amx_bf16": True}, torch.float16, torch.float32),
+        ({"avx2": True}, torch.float32, torch.float32),
+        ({}, torch.bfloat16, torch.bfloat16),  # a torch that does not tell
+    ],
+)
+def test_narrow_products_are_made_where_the_cpu_has_instructions_for_them(monkeypatch, known, dtype, expected):
+    monkeypatch.setattr(precision, "_capabilities", lambda: known)
+    assert precision.product_dtype(torch.ones(1, dtype=dtype)) is expected
+    assert precision.product_dtype(torch.ones(1, dtype=dtype, device="meta")) is dtype  # any other device decides by itself

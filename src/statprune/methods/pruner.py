@@ -16,7 +16,7 @@ from torch import Tensor
 from statprune.methods.blockwise import correct_by_blocks, is_blockwise, mask_by_blocks
 from statprune.methods.finite import check_scores
 from statprune.methods.patterns import Pattern
-from statprune.methods.precision import full_precision
+from statprune.methods.precision import full_precision, product_dtype
 from statprune.methods.rows import Rows, of_rows
 from statprune.methods.spread import Columns, columns_of, row_blocks
 from statprune.methods.statistics import InputMoments, Statistic
@@ -174,11 +174,13 @@ def output_energies(weight: Tensor, pruned: Tensor, rows: Tensor) -> Tensor:
     Returns:
         [2], float64: the sums of ((pruned - weight) x)**2 and of (weight x)**2.
     """
-    rows_TI = rows.to(weight.dtype)  # and not float32: what would be rounded is small beside what is summed up
+    # Narrow ones will do, where they are fast: what is rounded is small beside what is summed up.
+    dtype = product_dtype(weight)
+    rows_TI = rows.to(dtype)
     energies = torch.zeros(2, dtype=torch.float64, device=weight.device)
     with full_precision(rows.device.type):
         for block in row_blocks(weight):
-            dense_OI = weight[block]
-            for index, matrix_OI in enumerate((pruned[block].to(weight.dtype) - dense_OI, dense_OI)):
+            dense_OI = weight[block].to(dtype)
+            for index, matrix_OI in enumerate((pruned[block].to(dtype) - dense_OI, dense_OI)):
                 energies[index] += torch.linalg.vector_norm(rows_TI @ matrix_OI.t(), dtype=torch.float64).square()
     return energies
