@@ -217,9 +217,20 @@ class TestPruning:
         model, layers, batches, dense = mixture
         model.load_state_dict(dense)
         before = snapshot(model)
-        with pytest.raises(SiteError, match=f"{STACKS[0]} is a stack of 4 matrices .experts., and {what}.*ignore"):
+        with pytest.raises(
+            SiteError, match=f"{STACKS[0]} is a stack of 4 matrices .experts., which cannot have {what}.*ignore"
+        ):
             statprune.prune(model, batches, recipe, traced=layers)
         assert not [name for name, value in snapshot(model).items() if not torch.equal(value, before[name])]
+
+    def test_a_search_leaves_out_what_experts_cannot_have(self, mixture):
+        model, layers, _, dense = mixture
+        model.load_state_dict(dense)
+        own = [{"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)} for _ in range(2)]
+        tuned = statprune.tune(model, own, pattern="2:4", minutes=0.02, traced=layers)
+        tried = [trial.recipe.method for trial in tuned.trials]
+        assert {"wanda", "sparsegpt"} <= set(tried)
+        assert not [method for method in tried if "loss-aware" in method]
 
     def test_zeros_stay_through_training(self, mixture):
         model, layers, batches, dense = mixture

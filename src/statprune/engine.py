@@ -35,7 +35,7 @@ from statprune.progress import Progress, silent
 from statprune.ranks import ProcessGroup, all_well, sum_over_ranks
 from statprune.recipe import Recipe
 from statprune.report import FinishedSite, Ledger, PruningReport, SiteReport
-from statprune.selection import refuse_stacks, select
+from statprune.selection import refuse_unfit_for_experts, select
 from statprune.sharing import Task, prune_shared
 
 
@@ -79,7 +79,7 @@ def run(
     running: dict[str, Any] = {"process_group": process_group, "forward_context": forward_context}
     with undisturbed(layers.model), adding(lambda: _what_landed(report, weights)):
         selection = select(layers.groups, layers.left_out, recipe)
-        refuse_stacks(selection, recipe)
+        refuse_unfit_for_experts(selection, recipe)
         curvature = None
         if is_loss_aware:
             with timed(report.seconds, "gradients", report.memory, device):

@@ -56,21 +56,26 @@ def select(groups: Sequence[InputGroup], left_out: Sequence[LeftOut], recipe: Re
     return Selection(tuple(kept_groups), tuple(excluded))
 
 
-def refuse_stacks(selection: Selection, recipe: Recipe) -> None:
-    """Raise SiteError where a recipe asks for what is not done with a stack of matrices (experts)."""
-    stack = next((site for site in selection.sites if site.num_matrices > 1 or len(site.shape) > 2), None)
-    if stack is None:
-        return
+def unfit_for_experts(selection: Selection, recipe: Recipe) -> str | None:
+    """What a recipe asks for that a stack of matrices (experts) among the weights cannot have; None where there is nothing."""
+    stack = next((site for site in selection.sites if len(site.shape) > 2), None)
     wants = []
     if Statistic.CURVATURE in recipe.needs:
         wants.append(f"the method {recipe.method}, which needs gradients of single layers' outputs")
     if not isinstance(recipe.build_allocation(), Uniform):
         wants.append(f"the allocation {recipe.allocation}")
-    if wants:
-        raise SiteError(
-            f"{stack.name} is a stack of {stack.num_matrices} matrices (experts), and {' and '.join(wants)} cannot be had for "
-            "such. Take another method or the allocation uniform, or leave experts dense with `ignore`. Nothing was changed."
-        )
+    if stack is None or not wants:
+        return None
+    return (
+        f"{stack.name} is a stack of {stack.num_matrices} matrices (experts), which cannot have {' or '.join(wants)}. Take "
+        "another method or the allocation uniform, or leave experts dense with `ignore`."
+    )
+
+
+def refuse_unfit_for_experts(selection: Selection, recipe: Recipe) -> None:
+    """Raise SiteError, before a weight changes, where there is something that experts cannot have."""
+    if problem := unfit_for_experts(selection, recipe):
+        raise SiteError(f"{problem} Nothing was changed.")
 
 
 def _exclusion(site: LinearSite, recipe: Recipe | Search, pattern: ModelPattern) -> str | None:

@@ -8,6 +8,7 @@ journal      what is finished, for a run that goes on after this     disk/journa
 Several ranks share the work as in memory. Each reads what it computes with; the first one writes, and keeps the journal.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,9 +91,12 @@ def expected_memory(
     names = recipe.criterion["name"], [_kind(one) for one in recipe.compensation]
 
     def to_prune(site: LinearSite) -> int:
+        size: int = model.get_parameter(site.parameter).element_size()
+        # Of a stack one matrix is worked on, while the others are there with their masks.
+        others = (site.num_weights - math.prod(site.matrix)) * (size + 1)
         if is_plain:
-            return workspace_by_blocks(*site.matrix, model.get_parameter(site.parameter).element_size())
-        return workspace(*names, *site.matrix, needs)
+            return others + workspace_by_blocks(*site.matrix, size)
+        return others + workspace(*names, *site.matrix, needs)
 
     device = device_of(model)
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory("RssAnon")

@@ -67,7 +67,7 @@ class DenseModel:
             process_group=self.process_group,
             forward_context=self.forward_context,
         ):
-            assert isinstance(moments, InputMoments), "stacks are refused before (`selection.refuse_stacks`)"
+            assert isinstance(moments, InputMoments), "stacks are refused before (`selection.unfit_for_experts`)"
             for site in group.sites:
                 yield site, moments
 

@@ -21,7 +21,7 @@ from statprune.progress import Progress, Say
 from statprune.ranks import ProcessGroup
 from statprune.recipe import Recipe, Search
 from statprune.results import digest
-from statprune.selection import select
+from statprune.selection import select, unfit_for_experts
 from statprune.tuning.candidates import (
     BASELINES,
     KNOWN_GOOD,
@@ -65,7 +65,7 @@ class SearchRun:
         self.seconds = 60.0 * search.minutes
         self.inputs = bind_batches(layers.model, halves.pruning)
         self.layers = _holding(layers, self.inputs)
-        select(self.layers.groups, self.layers.left_out, search)
+        self.selection = select(self.layers.groups, self.layers.left_out, search)
         self.trials = Trials(output, protocol(layers.model, halves, search) if output is not None else {}, say)
         device = next(layers.model.parameters()).device
         self.watch = Stopwatch(self.seconds, self.trials.seconds_before, device, process_group)
@@ -110,7 +110,9 @@ class SearchRun:
         return [recipe for recipe in (self.search.recipe(**keys) for keys in candidates) if self._is_allowed(recipe)]
 
     def _is_allowed(self, recipe: Recipe) -> bool:
-        return self.search.gradients or not uses_gradients(recipe)
+        if uses_gradients(recipe) and not self.search.gradients:
+            return False
+        return unfit_for_experts(self.selection, recipe) is None
 
     def _methods(self, schedule: Schedule) -> list[Recipe]:
         return self._recipes([{"method": method, "schedule": schedule} for method in METHODS])
