@@ -14,6 +14,7 @@ from torch import nn
 import statprune
 from statprune.commands.cli import main
 from statprune.errors import CalibrationError, CheckpointError, SiteError
+from statprune.experiments.runtime import first_block
 from statprune.methods.experts import LEAST_TOKENS, ExpertMoments, by_matrix
 from statprune.methods.pruner import PrunedWeight
 from statprune.methods.statistics import InputMoments, Statistic
@@ -231,6 +232,14 @@ class TestPruning:
         tried = [trial.recipe.method for trial in tuned.trials]
         assert {"wanda", "sparsegpt"} <= set(tried)
         assert not [method for method in tried if "loss-aware" in method]
+
+    def test_the_time_of_a_block_is_that_of_its_modules(self, mixture):
+        model, layers, _, dense = mixture
+        model.load_state_dict(dense)
+        block = first_block(layers, statprune.Recipe("wanda", "2:4"))
+        assert [site.name.rpartition(".")[2] for group in block for site in group.sites] == [
+            "q_proj", "k_proj", "v_proj", "o_proj",
+        ]  # fmt: skip
 
     def test_zeros_stay_through_training(self, mixture):
         model, layers, batches, dense = mixture

@@ -72,8 +72,9 @@ def measure_block(
 
 
 def first_block(layers: Layers, recipe: Recipe) -> list[InputGroup]:
-    """Of what a recipe prunes; SiteError as `select`."""
-    return list(blocks(select(layers.groups, layers.left_out, recipe).groups)[0])
+    """Of what a recipe prunes, but stacks of experts, whose inputs no module shows; SiteError as `select`."""
+    groups = select(layers.groups, layers.left_out, recipe).groups
+    return list(blocks([group for group in groups if group.routing is None])[0])
 
 
 def weights_of(model: nn.Module, group: InputGroup) -> list[tuple[LinearSite, Tensor]]:
