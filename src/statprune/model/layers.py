@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from statprune.errors import TracingError
 from statprune.methods.statistics import Statistic
 from statprune.model.blocks import observe_blocks
+from statprune.model.find_stacks import find_stacks
 from statprune.model.hooks import find_linear_modules, observe_modules
 from statprune.model.inputs import ModelInputs, dynamic_dims, example_batch
 from statprune.model.kinds import adapter_parameters, has_values
@@ -18,7 +19,7 @@ from statprune.model.observe import ForwardContext, Observations
 from statprune.model.offload import ON_DEVICE, Offload
 from statprune.model.schedule import BLOCK_BY_HOOKS, ONE_SHOT_BY_HOOKS, Schedule
 from statprune.model.sites import InputGroup, LeftOut, TracedModel
-from statprune.model.stacks import Stacks, find_stacks
+from statprune.model.stacks import Stacks
 from statprune.model.storage import compute_device, is_dispatched, is_sharded
 from statprune.model.trace import check_traced, trace
 from statprune.model.transform import PruneLinears
